@@ -1990,16 +1990,19 @@ class Server:
         }  # fmt: skip
 
     async def watch(self) -> None:
-        """Once a second: the config file, the auth directory, tokens that end soon."""
+        """Look, once a second, at the config file, the auth directory and the tokens that end soon."""
         while True:
+            await self.clock.sleep(1)
             try:
-                if self.live.reload():
-                    set_up_log(self.live)
-                self.pool.scan()
-                self.pool.refresh_ahead()
+                self.tick()
             except OSError as error:
                 log.error("watching the files failed: %s", why(error))
-            await self.clock.sleep(1)
+
+    def tick(self) -> None:
+        if self.live.reload():
+            set_up_log(self.live)
+        self.pool.scan()
+        self.pool.refresh_ahead()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:

@@ -1,0 +1,2044 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70"]
+# ///
+"""Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
+
+Real sockets on 127.0.0.1, real files, a clock that the test moves.  Fakes stand for the outside world
+only: FakeUpstream for a provider, a login authority or ampcode.com, each answering from a script.
+Any argument goes to pytest: `python test_ampproxy.py -k stream`.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+from yarl import URL
+
+import ampproxy
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "ampproxy.py"
+
+# == The world =====================================================================================
+
+
+def in_loop(test):
+    """Run an async test; no plugin, no setting.  Twenty seconds are the most that any may take."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        async def bounded():
+            async with asyncio.timeout(20):
+                return await test(*args, **kwargs)
+
+        return asyncio.run(bounded())
+
+    return run
+
+
+class HandClock:
+    """Time that moves when a test says so; sleeping moves it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def time(self):
+        return 1_800_000_000 + self.now
+
+    def monotonic(self):
+        return 5000 + self.now
+
+    async def sleep(self, seconds):
+        self.now += seconds
+        await asyncio.sleep(0)
+
+
+class FakeUpstream:
+    """A server that answers from `script`, then from `usual`, and keeps what came in.
+
+    An answer is (status, headers, parts); a part is bytes, an Event to wait for, "cut" (the connection
+    is aborted), or a function of the request that makes the whole answer.
+    """
+
+    def __init__(self, usual):
+        self.usual, self.script, self.requests = usual, [], []
+        self.gone = asyncio.Event()  # a client left in the middle of an answer
+
+    async def handle(self, request):
+        request.bytes = await request.read()
+        self.requests.append(request)
+        answer = self.script.pop(0) if self.script else self.usual
+        if callable(answer):
+            return await answer(request)
+        status, headers, parts = answer
+        response = web.StreamResponse(status=status, headers=headers)
+        if not any(name.lower() == "content-length" for name in headers):
+            response.enable_chunked_encoding()
+        try:
+            await response.prepare(request)
+            for part in parts:
+                if isinstance(part, asyncio.Event):
+                    await part.wait()
+                elif part == "cut":
+                    request.transport.abort()
+                    return response
+                else:
+                    await response.write(part)
+            await response.write_eof()
+        except (asyncio.CancelledError, ConnectionError):
+            self.gone.set()
+            raise
+        return response
+
+    @asynccontextmanager
+    async def open(self):
+        server = web.Server(self.handle, auto_decompress=False, handler_cancellation=True)
+        server.request_factory = functools.partial(self.factory, server.request_factory)
+        runner = web.ServerRunner(server, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    @staticmethod
+    def factory(make, *args):
+        request = make(*args)
+        request._client_max_size = 1 << 30
+        return request
+
+    @property
+    def last(self):
+        return self.requests[-1]
+
+    def body(self, index=-1):
+        return json.loads(self.requests[index].bytes)
+
+
+def answer_json(value, status=200, **headers):
+    return status, {"Content-Type": "application/json", **headers}, [json.dumps(value).encode()]
+
+
+def message(model="claude-opus-4-6", **more):
+    return {
+        "id": "msg_1", "type": "message", "role": "assistant", "model": model,
+        "content": [{"type": "text", "text": "hi"}], "stop_reason": "end_turn",
+        "usage": {"input_tokens": 11, "output_tokens": 7}, **more,
+    }  # fmt: skip
+
+
+def event(kind, **fields):
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+def events(model="claude-opus-4-6"):
+    """The events of one short stream."""
+    start = {**message(model), "content": [], "usage": {"input_tokens": 11, "output_tokens": 1}}
+    return [
+        event("message_start", message=start),
+        event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        event("content_block_delta", index=0, delta={"type": "text_delta", "text": "hé"}),
+        event("content_block_stop", index=0),
+        event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7}),
+        event("message_stop"),
+    ]
+
+
+SSE = {"Content-Type": "text/event-stream"}
+ASK = {"model": "claude-opus-4-6", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]}
+STREAM = {**ASK, "stream": True}
+PATH = "/api/provider/anthropic/v1/messages"
+NEW_TOKEN = {"access_token": "sk-ant-oat-new", "refresh_token": "sk-ant-ort-new", "expires_in": 28800}
+
+
+def token_file(folder, name="fred@example.com", **changes):
+    folder.mkdir(mode=0o700, exist_ok=True)
+    token = {
+        "type": "claude", "email": name, "access_token": f"sk-ant-oat-{name}", "refresh_token": f"sk-ant-ort-{name}",
+        "expired": "2027-01-15T16:00:00Z", "last_refresh": "2027-01-15T07:00:00Z", "note": "kept", **changes,
+    }  # fmt: skip
+    path = folder / f"claude-{name}.json"
+    path.write_text(json.dumps(token))
+    return path
+
+
+class World:
+    """A proxy between a fake Claude, a fake token endpoint and a fake ampcode.com."""
+
+    async def ask(self, path, body=None, method="POST", headers=(), **more):
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        url = URL(self.url + path, encoded=True)
+        sent = {"Content-Type": "application/json", **dict(headers)}
+        async with self.http.request(method, url, data=data, headers=sent, allow_redirects=False, **more) as response:
+            response.bytes = await response.read()
+            return response
+
+    async def ask_json(self, path, body=None, **more):
+        response = await self.ask(path, body, **more)
+        return response.status, json.loads(response.bytes), response.headers
+
+    def reload(self, **config):
+        self.write(**config)
+        self.server.live.seen = None
+        return self.server.live.reload()
+
+    def write(self, **config):
+        ampcode = {"upstream-url": self.amp.url, **config.pop("ampcode", {})}
+        claude = {"base-url": self.claude.url, "token-url": self.authority.url + "/token",
+                  "profile-url": self.authority.url + "/profile", **config.pop("claude", {})}  # fmt: skip
+        config = {"auth-dir": str(self.auth), "port": 0, "ampcode": ampcode, "providers": {"claude": claude}, **config}
+        self.file.write_text(yaml.safe_dump(config))
+
+
+@asynccontextmanager
+async def world(folder, tokens=("fred@example.com",), **config):
+    w = World()
+    w.clock, w.auth, w.file = HandClock(), folder / "auth", folder / "config.yaml"
+    w.claude = FakeUpstream(answer_json(message()))
+    w.authority = FakeUpstream(answer_json(NEW_TOKEN))
+    w.amp = FakeUpstream(answer_json({"from": "ampcode"}))
+    w.tokens = [token_file(w.auth, name) for name in tokens]
+    async with w.claude.open(), w.authority.open(), w.amp.open():
+        w.write(**config)
+        live = ampproxy.Live(w.file)
+        w.server = ampproxy.Server(live, ampproxy.Net(live), w.clock)
+        async with w.server.serving() as port:
+            w.port, w.url = port, f"http://127.0.0.1:{port}"
+            async with aiohttp.ClientSession(auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()) as w.http:
+                yield w
+
+
+async def raw_exchange(port, data, half_close=False):
+    """Bytes to the proxy, and all that it says before it closes or falls silent for half a second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    if half_close:
+        writer.write_eof()
+    got = b""
+    with suppress(TimeoutError, ConnectionError):
+        while chunk := await asyncio.wait_for(reader.read(65536), 5 if not got else 0.5):
+            got += chunk
+    writer.close()
+    return got
+
+
+@pytest.fixture(autouse=True)
+def empty_home(tmp_path, monkeypatch):
+    """No file and no key of the person who runs the tests may matter."""
+    for name in ("AMP_API_KEY", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    logging.getLogger("ampproxy").propagate = True
+    yield
+    logging.getLogger("ampproxy").handlers = []
+
+
+# == Shape of the file =============================================================================
+
+
+def sections():
+    """(title, names that it defines, names that it uses with their line) of each section, from the top."""
+    lines = SCRIPT.read_text().splitlines()
+    marks = [i for i, line in enumerate(lines, 1) if line.startswith("# == ")] + [len(lines) + 1]
+    found = [[lines[a - 1].strip("# ="), set(), []] for a in marks[:-1]]
+
+    def section_of(line):
+        return next((found[i] for i in range(len(found)) if marks[i] <= line < marks[i + 1]), None)
+
+    for node in ast.parse(SCRIPT.read_text()).body:
+        if (section := section_of(node.lineno)) is None:
+            continue
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            section[1].add(node.name)
+        else:
+            section[1] |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        section[2] += [(n.id, n.lineno) for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return found
+
+
+def test_sections_read_downward():
+    """Each section uses only what stands above it, or in it."""
+    found, known, late = sections(), set(), []
+    everything = set().union(*(defined for _, defined, _ in found))
+    for title, defined, used in found:
+        known |= defined
+        late += [f"{title}, line {line}: {name}" for name, line in used if name in everything - known]
+    assert len(found) > 8
+    assert not late
+
+
+def test_size_and_width():
+    lines = SCRIPT.read_text().splitlines()
+    functions = [n for n in ast.walk(ast.parse("\n".join(lines))) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert len(lines) < 1800
+    assert not [f.name for f in functions if f.end_lineno - f.lineno > 45]
+
+
+@pytest.mark.parametrize("path", [SCRIPT, HERE / "test_ampproxy.py"])
+def test_scripts_run_by_themselves(path):
+    head = path.read_text().splitlines()
+    assert head[0] == "#!/usr/bin/env -S uv run --script"
+    assert head[1:3] == ["# /// script", '# requires-python = ">=3.11"']
+    assert path.stat().st_mode & stat.S_IXUSR
+
+
+def leaves(table, prefix=""):
+    for key, value in table.items():
+        if isinstance(value, dict) and value and key not in ampproxy.TEXT_TABLES:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_config_yaml_shows_every_key_and_changes_nothing():
+    shipped = ampproxy.Live(HERE / "config.yaml")
+    assert not shipped.warnings
+    assert shipped.config == ampproxy.Live(None).config
+    text = (HERE / "config.yaml").read_text()
+    wanted = {path.rpartition(".")[2] for path in leaves(ampproxy.default(ampproxy.DEFAULTS))}
+    internal = {"aliases", "dialect", "paths", "passes", "known", "limits", "callback-path", "authorize-query",
+                "refresh-lead", "enabled", "token-url-2"}  # fmt: skip
+    assert not [key for key in wanted - internal if f"{key}:" not in text]
+
+
+# == Configuration =================================================================================
+
+
+def load(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return ampproxy.Live(path)
+
+
+def at(config, dotted):
+    return functools.reduce(lambda table, key: table[int(key) if key.isdigit() else key], dotted.split("."), config)
+
+
+@pytest.mark.parametrize(("text", "key", "value"), [
+    ("port: 9000", "port", 9000),
+    ("port:", "port", 8317),
+    ("max-cooldown: 12", "max-cooldown", 12),
+    ("routing: {strategy: fill-first}", "routing.strategy", "fill-first"),
+    ("routing: {session-affinity-ttl: 1h30m}", "routing.session-affinity-ttl", "1h30m"),
+    ("api-keys: [' one ', '']", "api-keys", ["one"]),
+    ("amp-upstream-url: http://x", "ampcode.upstream-url", "http://x"),
+    ("amp-upstream-url: http://x\nampcode: {upstream-url: http://y}", "ampcode.upstream-url", "http://y"),
+    ("amp-restrict-management-to-localhost: true", "ampcode.restrict-management-to-localhost", True),
+    ("amp-model-mappings: [{from: a, to: b}]", "ampcode.model-mappings.0.to", ["b"]),
+    ("ampcode: {model-mappings: [{from: a, to: [b, c]}]}", "ampcode.model-mappings.0.to", ["b", "c"]),
+    ("providers: {claude: false}", "providers.claude.enabled", False),
+    ("providers: {codex: true}", "providers.codex.enabled", True),
+    ("providers: {claude: {headers: {X-A: b}}}", "providers.claude.headers.X-A", "b"),
+    ("providers: {claude: {headers: {X-A: b}}}", "providers.claude.headers.anthropic-version", "2023-06-01"),
+    ("claude-api-key: [{api-key: k, models: [a, {name: b, alias: c}]}]", "claude-api-key.0.models.0.name", "a"),
+    ("openai-compatibility: [{name: o, base-url: http://o, api-key-entries: [{api-key: k}]}]",
+     "openai-compatibility.0.api-key-entries.0.api-key", "k"),
+    ("ampcode: {upstream-api-key: '${FROM_ENV}-x'}", "ampcode.upstream-api-key", "value-x"),
+    ("api-keys: ['${FROM_ENV}']", "api-keys.0", "value"),
+])  # fmt: skip
+def test_config_reads(tmp_path, monkeypatch, text, key, value):
+    monkeypatch.setenv("FROM_ENV", "value")
+    live = load(tmp_path, text)
+    assert at(live.config, key) == value
+    assert not live.warnings
+
+
+@pytest.mark.parametrize(("text", "line", "words"), [
+    ("\nport: nine", 2, "port: expected a whole number from 0 to 65535"),
+    ("port: 70000", 1, "port: expected a whole number"),
+    ("port: true", 1, "port: expected a whole number"),
+    ("port: '8317'", 1, "port: expected a whole number"),
+    ("request-retry: 0", 1, "request-retry: expected a whole number from 1"),
+    ("max-cooldown: .nan", 1, "max-cooldown: expected a number"),
+    ("max-retry-interval: -1", 1, "max-retry-interval: expected a number"),
+    ("debug: 'yes'", 1, "debug: expected true or false"),
+    ("host: [a]", 1, "host: expected a text"),
+    ("api-keys: secret", 1, "api-keys: expected a list"),
+    ("api-keys: [12345]", 1, "api-keys[0]: expected a text"),
+    ("ampcode:\n  fallback: sometimes", 2, "ampcode.fallback: expected one of always, unserved, never"),
+    ("ampcode: on", 1, "ampcode: expected a table"),
+    ("routing: {session-affinity-ttl: soon}", 1, "routing.session-affinity-ttl: expected a length of time"),
+    ("ampcode:\n  model-mappings:\n    - {from: a}", 3, "ampcode.model-mappings[0]: needs 'to'"),
+    ("ampcode:\n  model-mappings:\n    - {to: a}", 3, "ampcode.model-mappings[0]: needs 'from'"),
+    ("ampcode:\n  model-mappings:\n  - {from: a, to: b}\n  - {from: '(', to: b, regex: true}", 4,
+     "ampcode.model-mappings[1].from: expected a regular expression"),
+    ("providers:\n  claude: 5", 2, "providers.claude: expected a table"),
+    ("providers: {claude: {headers: {a: 1}}}", 1, "providers.claude.headers: expected a table of texts"),
+    ("ampcode:\n  upstream-api-key: ${NOT_SET_ANYWHERE}", 2,
+     "ampcode.upstream-api-key: the environment variable NOT_SET_ANYWHERE is not set"),
+    ("a: [1\nb: 2", 2, "not YAML"),
+    ("- a list", 1, "the file: expected a table"),
+])  # fmt: skip
+def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
+    with pytest.raises(ampproxy.Failure) as error:
+        load(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'config.yaml'}:{line}: ")
+    assert words in str(error.value)
+
+
+def test_unknown_keys_are_named_with_their_line_and_the_nearest(tmp_path):
+    live = load(tmp_path, "port: 1\nampcode:\n  upstrem-url: x\nremote-management: {a: b}\n")
+    assert len(live.warnings) == 2
+    assert f"{live.path}:3: unknown key 'upstrem-url'; the nearest known one is 'upstream-url'" in live.warnings
+    assert f"{live.path}:4: unknown key 'remote-management'" in live.warnings[1]
+
+
+def test_config_not_utf8_and_missing(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"host: \xff")
+    for path in (tmp_path / "config.yaml", tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ampproxy.Failure, match="cannot be read"):
+            ampproxy.Live(path)
+
+
+@pytest.mark.parametrize(("host", "keys", "fine"), [
+    ("127.0.0.1", [], True), ("localhost", [], True), ("::1", [], True), ("127.9.9.9", [], True),
+    ("0.0.0.0", [], False), ("", [], False), ("192.168.1.5", [], False), ("0.0.0.0", ["k"], True), ("", [""], False),
+])  # fmt: skip
+def test_a_wide_open_start_is_refused(tmp_path, host, keys, fine):
+    text = yaml.safe_dump({"host": host, "api-keys": keys})
+    if fine:
+        load(tmp_path, text)
+    else:
+        with pytest.raises(ampproxy.Failure, match="set api-keys"):
+            load(tmp_path, text)
+
+
+def test_search_order(tmp_path, monkeypatch):
+    own = Path("~/.config/ampproxy/config.yaml").expanduser()
+    own.parent.mkdir(parents=True)
+    own.write_text("port: 3")
+    monkeypatch.setattr(ampproxy, "__file__", str(tmp_path / "script" / "ampproxy.py"))
+    (tmp_path / "script").mkdir()
+    assert ampproxy.find_config(None) == own
+    (tmp_path / "script/config.yaml").write_text("port: 2")
+    assert ampproxy.find_config(None) == tmp_path / "script/config.yaml"
+    Path("config.yaml").write_text("port: 1")
+    assert ampproxy.find_config(None) == Path.cwd() / "config.yaml"
+    assert ampproxy.find_config("~/x.yaml") == Path.home() / "x.yaml"
+
+
+def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
+    live = load(tmp_path, "port: 1000\nrequest-retry: 5")
+    assert not live.reload()
+    for text in ("request-retry: none", "", "host: 0.0.0.0", "a: ]["):
+        live.path.write_text(text)
+        assert live.reload() == (text == "host: 0.0.0.0"), text  # host and port never change while it runs
+        assert not live.reload(), "reported once"
+        assert live.config["port"] == 1000
+    live.path.unlink()
+    assert not live.reload()
+    draft = tmp_path / "draft"
+    draft.write_text("request-retry: 7\nport: 2000")
+    draft.rename(live.path)
+    assert live.reload()
+    assert (live.config["request-retry"], live.config["port"]) == (7, 1000)
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 3
+
+
+def test_reload_does_not_open_a_proxy_to_strangers(tmp_path):
+    live = load(tmp_path, "host: 0.0.0.0\napi-keys: [one]")
+    live.path.write_text("host: 127.0.0.1\nrequest-retry: 9")
+    assert not live.reload()
+    assert live.config["api-keys"] == ["one"]
+    live.path.write_text("api-keys: [two]")
+    assert live.reload()
+    assert live.config["api-keys"] == ["two"]
+
+
+# == Token files ===================================================================================
+
+
+def test_token_is_private_whole_and_keeps_foreign_keys(tmp_path):
+    path = tmp_path / "auth" / "claude-a@b.c.json"
+    old = os.umask(0)
+    try:
+        ampproxy.save_token(path, {"type": "claude", "access_token": "one", "x-note": {"a": 1}})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    first = path.stat().st_ino
+    assert ampproxy.save_token(path, {"access_token": "two"}) == json.loads(path.read_text())
+    assert json.loads(path.read_text()) == {"type": "claude", "access_token": "two", "x-note": {"a": 1}}
+    assert path.stat().st_ino != first, "renamed into place, not written over"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_token(tmp_path, monkeypatch):
+    path = token_file(tmp_path)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        ampproxy.save_token(path, {"access_token": "lost"})
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.glob(".*tmp"))) == 0
+
+
+@pytest.mark.parametrize(("token", "expires"), [
+    ({"refresh_token": "r", "expired": "2027-01-15T08:00:00Z"}, 1_800_000_000),
+    ({"refresh_token": "r", "expired": "2027-01-15T10:00:00.123456789+02:00"}, 1_800_000_000.123456),
+    ({"refresh_token": "r", "expired": "soon"}, 0),
+    ({"refresh_token": "r"}, 0),
+    ({"refresh_token": "", "expired": "2020-01-15T08:00:00Z"}, float("inf")),
+])  # fmt: skip
+def test_expiry(token, expires):
+    assert ampproxy.expiry(token) == pytest.approx(expires)
+
+
+@in_loop
+async def test_files_are_picked_up_while_running(tmp_path, caplog):
+    async with world(tmp_path, tokens=()) as w:
+        assert (await w.ask("/v1/messages", ASK)).status == 404
+        path = token_file(w.auth)
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        path.write_text("{torn")
+        w.server.tick()
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200, "what was known stays"
+        assert [r for r in caplog.messages if str(path) in r], "named"
+        assert len([r for r in caplog.messages if str(path) in r]) == 1, "once"
+        assert path.read_text() == "{torn", "left alone"
+        token_file(w.auth, disabled=True)
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 404
+        path.unlink()
+        w.server.tick()
+        status = json.loads((await w.ask("/status", method="GET")).bytes)
+        assert status["accounts"] == []
+
+
+# == Claude's rules ================================================================================
+
+OAUTH = "oauth-2025-04-20"
+GOOD, FOREIGN = "EqQBCgIYAhIM", "gAAAAABm"
+EPHEMERAL = {"type": "ephemeral"}
+
+
+def prepared(body, beta="", **over):
+    row = {**ampproxy.default(ampproxy.DEFAULTS)["providers"]["claude"], **over}
+    headers = ampproxy.Headers({"anthropic-beta": beta})
+    ampproxy.prepare_claude(body, headers, row)
+    return body, headers["anthropic-beta"]
+
+
+@pytest.mark.parametrize(("client", "betas", "sent"), [
+    ("", None, OAUTH),
+    ("a, b", None, f"a,b,{OAUTH}"),
+    (f"{OAUTH},a", None, f"{OAUTH},a"),
+    ("context-1m-2025-08-07,a", None, f"a,{OAUTH}"),
+    ("a", ["b", "a", "context-1m-2025-08-07"], f"a,b,{OAUTH}"),
+])  # fmt: skip
+def test_beta_list(client, betas, sent):
+    body = {"betas": betas} if betas else {}
+    body, header = prepared(body, client)
+    assert header == sent
+    assert "betas" not in body
+
+
+BLOCK = {"type": "text", "text": ampproxy.IDENTITY}
+OWN = {"type": "text", "text": "be kind", "cache_control": EPHEMERAL}
+BILLING = {"type": "text", "text": "x-anthropic-billing-header: a=b"}
+
+
+@pytest.mark.parametrize(("system", "sent"), [
+    (None, [BLOCK]), ("", [BLOCK]), ([], [BLOCK]),
+    ("be kind", [BLOCK, {"type": "text", "text": "be kind"}]),
+    ([OWN], [BLOCK, OWN]),
+    ([BLOCK, OWN], [BLOCK, OWN]),
+    ([BILLING, BLOCK, OWN], [BILLING, BLOCK, OWN]),
+    ([BILLING, OWN], [BLOCK, BILLING, OWN]),
+    ([{"type": "text", "text": ""}, OWN], [BLOCK, OWN]),
+    (ampproxy.IDENTITY + " More.", [{"type": "text", "text": ampproxy.IDENTITY + " More."}]),
+])  # fmt: skip
+def test_identity(system, sent):
+    body = {"system": system} if system is not None else {}
+    assert prepared(dict(body))[0]["system"] == sent
+    assert prepared(dict(body), identity=False)[0].get("system") == body.get("system")
+
+
+ENABLED = {"type": "enabled", "budget_tokens": 4000}
+
+
+@pytest.mark.parametrize(("body", "sent"), [
+    ({"thinking": ENABLED, "tool_choice": {"type": "any"}, "output_config": {"effort": "high"}},
+     {"tool_choice": {"type": "any"}, "output_config": {}}),
+    ({"thinking": ENABLED, "tool_choice": {"type": "auto"}}, {"thinking": ENABLED, "tool_choice": {"type": "auto"}}),
+    ({"thinking": {"type": "auto"}}, {"thinking": {"type": "adaptive"}}),
+    ({"thinking": ENABLED, "temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"thinking": ENABLED}),
+    ({"thinking": ENABLED, "temperature": 1}, {"thinking": ENABLED, "temperature": 1}),
+    ({"thinking": ENABLED, "top_p": 0.97}, {"thinking": ENABLED, "top_p": 0.97}),
+    ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.7, "top_k": 5}),
+    ({"thinking": {"type": "disabled"}, "temperature": 0.7}, {"thinking": {"type": "disabled"}, "temperature": 0.7}),
+    ({"thinking": ENABLED, "max_tokens": 3000},
+     {"thinking": {"type": "enabled", "budget_tokens": 2999}, "max_tokens": 3000}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 10}, "max_tokens": 3000},
+     {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 3000}),
+    ({"thinking": ENABLED, "max_tokens": 1000}, {"thinking": {"type": "disabled"}, "max_tokens": 1000}),
+    ({"speed": "fast"}, {}),
+    ({"thinking": "very", "temperature": "hot"}, {"thinking": "very", "temperature": "hot"}),
+])  # fmt: skip
+def test_thinking_and_sampling(body, sent):
+    assert prepared(json.loads(json.dumps(body)), identity=False)[0] == sent
+
+
+def test_speed_stays_with_its_beta():
+    assert prepared({"speed": "fast"}, "fast-mode-2026-02-01", identity=False)[0] == {"speed": "fast"}
+
+
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "glob", "input": {"signature": "mine"}}
+
+
+@pytest.mark.parametrize(("role", "content", "sent"), [
+    ("assistant", [{"type": "thinking", "thinking": "t", "signature": GOOD}],
+     [{"type": "thinking", "thinking": "t", "signature": GOOD}]),
+    ("assistant", [{"type": "thinking", "thinking": "t", "signature": FOREIGN}, CALL], [CALL]),
+    ("assistant", [{"type": "thinking", "thinking": "t"}], None),
+    ("assistant", [{"type": "thinking", "thinking": "t", "signature": " "}], None),
+    ("assistant", [{"type": "redacted_thinking", "data": "x"}], [{"type": "redacted_thinking", "data": "x"}]),
+    ("assistant", [{**CALL, "signature": "", "thoughtSignature": "x"}], [CALL]),
+    ("assistant", [{**CALL, "id": "call:1.2"}], [{**CALL, "id": "call_1_2"}]),
+    ("user", [{"type": "tool_result", "tool_use_id": "call:1.2", "content": [{"type": "text", "text": ""}]}],
+     [{"type": "tool_result", "tool_use_id": "call_1_2", "content": []}]),
+    ("user", [{"type": "text", "text": ""}, {"type": "text", "text": "a"}], [{"type": "text", "text": "a"}]),
+    ("user", [], []), ("user", "plain", "plain"), ("user", None, None), ("user", [5, None], [5, None]),
+])  # fmt: skip
+def test_message_blocks(role, content, sent):
+    body = {"messages": [{"role": role, "content": json.loads(json.dumps(content))}, "odd"]}
+    kept = prepared(body, identity=False)[0]["messages"]
+    gone = sent is None and content is not None
+    assert kept == ["odd"] if gone else [{"role": role, "content": sent}, "odd"]
+
+
+def marked(text, ttl=None):
+    return {"type": "text", "text": text, "cache_control": {**EPHEMERAL, **({"ttl": ttl} if ttl else {})}}
+
+
+def test_at_most_four_cache_markers_the_last_ones_of_each_place():
+    tools = [{"name": n, "cache_control": EPHEMERAL} for n in "ab"]
+    turns = [{"role": "user", "content": [marked(n)]} for n in "efg"]
+    nested = {"type": "tool_result", "tool_use_id": "t", "content": [marked("h")]}
+    body = {"tools": tools, "system": [marked("c"), marked("d")],
+            "messages": [*turns, {"role": "user", "content": [nested]}]}  # fmt: skip
+    body = prepared(json.loads(json.dumps(body)), identity=False)[0]
+    assert ["cache_control" in t for t in body["tools"]] == [False, True]
+    assert ["cache_control" in t for t in body["system"]] == [False, True]
+    assert ["cache_control" in m["content"][0] for m in body["messages"]] == [False, False, True, False]
+    assert "cache_control" in body["messages"][3]["content"][0]["content"][0]
+
+
+def test_a_long_marker_behind_a_short_one_loses_its_ttl():
+    body = {"system": [marked("a", "1h"), marked("b")], "messages": [{"role": "user", "content": [marked("c", "1h")]}]}
+    body = prepared(body, identity=False)[0]
+    assert [b["cache_control"].get("ttl") for b in body["system"]] == ["1h", None]
+    assert body["messages"][0]["content"][0]["cache_control"] == EPHEMERAL
+
+
+# == Signing in ====================================================================================
+
+
+def test_pkce_is_s256():
+    verifier, challenge = ampproxy.pkce()
+    assert re.fullmatch(r"[\w-]{43,128}", verifier)
+    assert challenge == base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
+    assert ampproxy.pkce()[0] != verifier
+
+
+@pytest.mark.parametrize("line", [
+    "http://localhost:54545/callback?code=abc&state=xyz", "https://localhost:54545/callback?state=xyz&code=abc",
+    "localhost:54545/callback?code=abc&state=xyz", "?code=abc&state=xyz", "code=abc&state=xyz",
+    "http://localhost:54545/callback#code=abc&state=xyz", "#code=abc&state=xyz", "abc#xyz", "  'abc#xyz' \r",
+    "https://platform.claude.com/oauth/code/callback?code=abc#xyz", "code=abc%23xyz", "code=abc#state=xyz",
+])  # fmt: skip
+def test_pasted_callbacks(line):
+    found = ampproxy.read_callback(line)
+    assert (found["code"], found["state"]) == ("abc", "xyz")
+
+
+@pytest.mark.parametrize("line", ["", "hello", "http://localhost:54545/callback", "state=xyz", "#", "a b#c", "?code="])
+def test_lines_that_are_no_callback(line):
+    assert ampproxy.read_callback(line) == {}
+
+
+class Cli:
+    """The program as a process of its own, in an empty home."""
+
+    def __init__(self, tmp_path, *args, **env):
+        path = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **env}
+        command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "config.yaml"), *args]
+        self.process = subprocess.Popen(command, env=path, cwd=tmp_path, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.process.kill()
+        self.process.communicate()
+
+    async def until(self, words, stream="stdout"):
+        """Everything up to the line that has `words`."""
+        text = ""
+        while words not in text:
+            line = await asyncio.to_thread(getattr(self.process, stream).readline)
+            assert line, f"it ended without {words!r}: {text}"
+            text += line
+        return text
+
+    async def end(self, given=None):
+        out, err = await asyncio.to_thread(self.process.communicate, given, 15)
+        assert "Traceback" not in err
+        return self.process.returncode, out, err
+
+
+@asynccontextmanager
+async def authority(tmp_path, usual=None, port=0):
+    """A login authority, and a config.yaml that points to it."""
+    account = {"account": {"uuid": "u", "email_address": "fred@example.com"}, "organization": {"uuid": "o"}}
+    fake = FakeUpstream(usual or answer_json({**NEW_TOKEN, **account}))
+    async with fake.open():
+        row = {"authorize-url": fake.url + "/authorize", "token-url": fake.url + "/token",
+               "profile-url": fake.url + "/profile", "callback-port": port or free_port()}  # fmt: skip
+        config = {"auth-dir": str(tmp_path / "auth"), "providers": {"claude": row}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        yield fake
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def query_of(text):
+    url = re.search(r"http://\S+/authorize\?\S+", text)[0]
+    return {name: values[0] for name, values in parse_qs(urlsplit(url).query).items()}
+
+
+@pytest.mark.parametrize("way", ["callback", "paste"])
+@in_loop
+async def test_login_from_the_address_to_the_file(tmp_path, way):
+    async with authority(tmp_path) as fake:
+        with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
+            shown = await cli.until("paste the address")
+            asked = query_of(shown)
+            assert f"ssh -L {urlsplit(asked['redirect_uri']).port}:127.0.0.1" in shown
+            done = f"{asked['redirect_uri']}?code=c0de&state={asked['state']}"
+            if way == "callback":
+                async with aiohttp.ClientSession() as http, http.get(done) as page:
+                    assert "Back to the terminal" in await page.text()
+            status, out, err = await cli.end(f"nonsense\n{done}\n" if way == "paste" else None)
+        assert (status, err) == (0, "")
+        assert ("Still waiting" in out) == (way == "paste")
+        assert "Signed in to claude as fred@example.com" in out
+        sent = fake.body(0)
+        challenge = hashlib.sha256(sent["code_verifier"].encode()).digest()
+        assert asked["code_challenge"] == base64.urlsafe_b64encode(challenge).decode().rstrip("=")
+        assert (asked["code_challenge_method"], asked["code"]) == ("S256", "true")
+        assert sent | {"code_verifier": ""} == {
+            "grant_type": "authorization_code", "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e", "code": "c0de",
+            "state": asked["state"], "redirect_uri": asked["redirect_uri"], "code_verifier": "",
+        }  # fmt: skip
+    path = tmp_path / "auth/claude-fred@example.com.json"
+    token = json.loads(path.read_text())
+    assert (token["type"], token["email"], token["access_token"]) == ("claude", "fred@example.com", "sk-ant-oat-new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ampproxy.moment(token["expired"]) - time.time() == pytest.approx(28800, abs=30)
+
+
+@pytest.mark.parametrize(("query", "words"), [
+    ("code=c0de&state=wrong", "state is not that of this login"),
+    ("code=c0de", "state is not that of this login"),
+    ("error=access_denied&error_description=no&state={state}", "the login was refused: access_denied: no"),
+])  # fmt: skip
+@in_loop
+async def test_refused_callbacks(tmp_path, query, words):
+    async with authority(tmp_path) as fake:
+        with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
+            asked = query_of(await cli.until("paste the address"))
+            url = f"{asked['redirect_uri']}?{query.format(**asked)}"
+            async with aiohttp.ClientSession() as http, http.get(url):
+                pass
+            status, _, err = await cli.end()
+        assert status == 1
+        assert words in err
+        assert len(err.splitlines()) == 1
+        assert not fake.requests
+
+
+@in_loop
+async def test_refused_exchange_says_what_the_provider_said(tmp_path):
+    refused = answer_json({"error": "invalid_grant", "error_description": "Code expired"}, 400)
+    async with authority(tmp_path, refused):
+        with Cli(tmp_path, "login", "anthropic", "--no-browser") as cli:
+            state = query_of(await cli.until("paste the address"))["state"]
+            status, _, err = await cli.end(f"c0de#{state}\n")
+    assert status == 1
+    assert "answered 400: invalid_grant: Code expired" in err
+    assert not (tmp_path / "auth").exists()
+
+
+@in_loop
+async def test_login_on_a_busy_port(tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        async with authority(tmp_path, port=holder.getsockname()[1]):
+            with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
+                status, _, err = await cli.end()
+    assert status == 1
+    assert "callback-port" in err
+    assert len(err.splitlines()) == 1
+
+
+@in_loop
+async def test_login_without_an_address_in_the_answer_asks_the_profile(tmp_path):
+    async with authority(tmp_path, answer_json(NEW_TOKEN)) as fake:
+        fake.script = [answer_json(NEW_TOKEN), answer_json({"account": {"email": "eve/../x@example.com"}})]
+        with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
+            state = query_of(await cli.until("paste the address"))["state"]
+            status, out, _ = await cli.end(f"code=c&state={state}\n")
+        assert status == 0
+        assert fake.last.headers["Authorization"] == "Bearer sk-ant-oat-new"
+        assert (tmp_path / "auth/claude-eve_.._x@example.com.json").exists()
+
+
+# == Accounts ======================================================================================
+
+
+@in_loop
+async def test_an_expired_token_is_refreshed_once_for_all_and_saved_before_use(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        gate, seen = asyncio.Event(), []
+
+        async def slow(request):
+            await gate.wait()
+            return web.json_response(NEW_TOKEN)
+
+        async def check(request):
+            seen.append(json.loads(path.read_text())["access_token"])
+            return web.json_response(message())
+
+        w.authority.usual, w.claude.usual = slow, check
+        asks = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(50)]
+        while sum(a.in_flight for a in w.server.pool.accounts.values()) < 50:
+            await asyncio.sleep(0)
+        gate.set()
+        answers = await asyncio.gather(*asks)
+        assert {a.status for a in answers} == {200}
+        assert len(w.authority.requests) == 1
+        assert set(seen) == {"sk-ant-oat-new"}
+        assert w.authority.body() == {
+            "client_id": "9d1c250a-e61b-44d9-88ed-5944d1962f5e", "grant_type": "refresh_token",
+            "refresh_token": "sk-ant-ort-fred@example.com",
+        }  # fmt: skip
+        token = json.loads(path.read_text())
+        assert (token["refresh_token"], token["note"]) == ("sk-ant-ort-new", "kept")
+
+
+@in_loop
+async def test_tokens_are_refreshed_ahead_of_time(tmp_path):
+    async with world(tmp_path) as w:  # 9 hours long, one hour old: due 4 hours before its end
+        w.server.tick()
+        assert not w.server.pool.accounts[w.tokens[0]].refreshing
+        w.clock.now = 4 * 3600 + 1
+        w.server.tick()
+        await w.server.pool.accounts[w.tokens[0]].refreshing
+        assert len(w.authority.requests) == 1
+        w.server.tick()
+        assert not w.server.pool.accounts[w.tokens[0]].refreshing, "the new one is in its first half"
+
+
+@in_loop
+async def test_401_refreshes_once_then_needs_a_login(tmp_path, caplog):
+    refused = answer_json({"type": "error", "error": {"type": "authentication_error", "message": "bad"}}, 401)
+    async with world(tmp_path) as w:
+        w.claude.script = [refused]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert [r.headers["Authorization"] for r in w.claude.requests] == [
+            "Bearer sk-ant-oat-fred@example.com", "Bearer sk-ant-oat-new"]  # fmt: skip
+        w.claude.usual = refused
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["type"]) == (401, "authentication_error")
+        assert len(w.authority.requests) == 2
+        assert len(w.claude.requests) == 4
+        state = json.loads((await w.ask("/status", method="GET")).bytes)["accounts"][0]
+        assert state["state"] == "needs-login"
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert status == 401
+        assert "ampproxy.py login claude" in body["error"]["message"]
+        assert len(w.claude.requests) == 4, "it is left alone"
+        token_file(w.auth, access_token="from-a-new-login")
+        w.claude.usual = answer_json(message())
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200, "a new login clears it"
+
+
+@in_loop
+async def test_invalid_grant_needs_a_login_and_deletes_nothing(tmp_path, caplog):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        await w.ask("/v1/messages", ASK)
+        w.server.tick()
+        assert len(w.authority.requests) == 1
+        assert json.loads(path.read_text())["refresh_token"] == "sk-ant-ort-fred@example.com"
+        assert "ampproxy.py login claude" in caplog.text
+
+
+@in_loop
+async def test_a_newer_token_on_disk_is_adopted(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.pool.scan()
+        token_file(w.auth, access_token="from-elsewhere")
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert not w.authority.requests
+        assert w.claude.last.headers["Authorization"] == "Bearer from-elsewhere"
+
+        async def lost_race(request):
+            token_file(w.auth, access_token="winner", refresh_token="winner")
+            return web.json_response({"error": "invalid_grant"}, status=400)
+
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.authority.script = [lost_race]
+        w.server.pool.scan()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert w.claude.last.headers["Authorization"] == "Bearer winner"
+
+
+@in_loop
+async def test_a_client_that_leaves_does_not_cancel_the_refresh(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        gate, there = asyncio.Event(), asyncio.Event()
+
+        async def slow(request):
+            there.set()
+            await gate.wait()
+            return web.json_response(NEW_TOKEN)
+
+        w.authority.usual = slow
+        ask = asyncio.create_task(w.ask("/v1/messages", ASK))
+        await there.wait()
+        refreshing = w.server.pool.accounts[path].refreshing
+        ask.cancel()
+        while w.server.pool.accounts[path].in_flight:
+            await asyncio.sleep(0)
+        gate.set()
+        await refreshing
+        assert json.loads(path.read_text())["refresh_token"] == "sk-ant-ort-new"
+
+
+@in_loop
+async def test_setup_tokens_are_never_refreshed(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, refresh_token="", expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert not w.authority.requests
+
+
+@in_loop
+async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer_json({"error": "temporarily_unavailable"}, 503)
+        for _ in range(3):
+            assert (await w.ask("/v1/messages", ASK)).status in (429, 503)
+            w.server.tick()
+        assert len(w.authority.requests) == 1
+        w.authority.usual = answer_json(NEW_TOKEN)
+        w.clock.now += 60
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+REFUSALS = [  # status, body, headers -> asked again?, seconds of rest, does the fallback answer
+    (429, {"error": {"type": "rate_limit_error", "message": "limit"}}, {"Retry-After": "90"}, False, 90, True),
+    (429, {"error": {"type": "rate_limit_error", "message": "limit"}}, {}, False, 60, True),
+    (429, {"error": {"message": "Extra usage is required for long context requests"}}, {}, False, 0, False),
+    (400, {"error": {"message": "You're out of extra usage"}}, {}, False, 0, False),
+    (400, {"error": {"type": "invalid_request_error", "message": "no"}}, {}, False, 0, False),
+    (413, {"error": {"type": "request_too_large", "message": "no"}}, {}, False, 0, False),
+    (422, {"error": {"message": "no"}}, {}, False, 0, False),
+    (402, {"error": {"message": "pay"}}, {}, False, 1800, True),
+    (403, {"error": {"message": "no"}}, {}, False, 1800, True),
+    (404, {"error": {"type": "not_found_error", "message": "model"}}, {}, False, 0, True),
+    (500, {"error": {"message": "oh"}}, {}, True, 5, True),
+    (529, {"error": {"type": "overloaded_error", "message": "busy"}}, {}, True, 30, True),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "headers", "again", "rest", "falls_back"), REFUSALS)
+@in_loop
+async def test_what_an_error_means(tmp_path, status, body, headers, again, rest, falls_back):
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json({"type": "error", **body}, status, **headers)
+        got, said, got_headers = await w.ask_json("/v1/messages", ASK)
+        assert (got, said) == (status, {"type": "error", **body}), "the provider's own words"
+        assert len(w.claude.requests) == (3 if again else 1)
+        assert got_headers.get("Retry-After") == headers.get("Retry-After")
+        assert got_headers.get("x-should-retry") == ("false" if headers else None)
+        account = w.server.pool.accounts[w.tokens[0]]
+        assert max(0, account.wakes - w.clock.monotonic()) == pytest.approx(rest)
+        w.clock.now += rest + 1
+        response = await w.ask(PATH, ASK)
+        assert response.headers["x-ampproxy-route"] == ("amp" if falls_back else "local")
+        assert response.status == (200 if falls_back else status)
+
+
+@in_loop
+async def test_a_resting_account_is_left_alone_and_wakes(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.script = [answer_json({"error": {"message": "limit"}}, 429, **{"Retry-After": "90"})]
+        await w.ask("/v1/messages", ASK)
+        status, body, headers = await w.ask_json("/v1/messages", ASK)
+        assert status == 429
+        assert (headers["Retry-After"], headers["x-should-retry"]) == ("90", "false")
+        assert "claude fre..." in body["error"]["message"]
+        assert "fred@" not in body["error"]["message"]
+        w.clock.now += 91
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert len(w.claude.requests) == 2
+
+
+# == Model calls to Claude =========================================================================
+
+CLIENT = {
+    "Authorization": "Bearer sgamp_client", "x-api-key": "sgamp_client", "x-goog-api-key": "placeholder",
+    "Cookie": "session=1", "x-amp-thread-id": "T-1", "X-Forwarded-For": "1.2.3.4", "Forwarded": "for=1.2.3.4",
+    "anthropic-beta": "context-1m-2025-08-07, fine-grained-tool-streaming-2025-05-14",
+    "anthropic-version": "2026-10-21", "X-Stainless-Lang": "js", "User-Agent": "amp/1", "Origin-Isolated": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/messages", "/messages", "/v1/v1/messages", "/api/provider/x/messages"])
+@in_loop
+async def test_what_reaches_claude(tmp_path, path):
+    async with world(tmp_path) as w:
+        status, body, headers = await w.ask_json(path + "?beta=true&key=sgamp_client", ASK, headers=CLIENT)
+        assert (status, body) == (200, message())
+        assert headers["x-ampproxy-route"] == "local"
+        assert headers["x-ampproxy-provider"] == "claude"
+        assert headers["x-ampproxy-model"] == "claude-opus-4-6"
+        sent = w.claude.last
+        assert (sent.method, sent.raw_path) == ("POST", "/v1/messages?beta=true")
+        assert w.claude.body() == {**ASK, "system": [BLOCK]}
+        assert "sgamp_client" not in str(sent.headers)
+        assert sent.headers["Authorization"] == "Bearer sk-ant-oat-fred@example.com"
+        assert sent.headers["anthropic-beta"] == f"fine-grained-tool-streaming-2025-05-14,{OAUTH}"
+        assert sent.headers["anthropic-version"] == "2026-10-21"
+        assert sent.headers["User-Agent"] == "amp/1"
+        assert sent.headers["X-Stainless-Lang"] == "js"
+        gone = {"x-api-key", "x-goog-api-key", "cookie", "x-amp-thread-id", "x-forwarded-for", "forwarded"}
+        assert not gone & {name.lower() for name in sent.headers}
+
+
+@in_loop
+async def test_defaults_that_claude_needs(tmp_path):
+    async with world(tmp_path, claude={"headers": {"X-Own": "1"}, "identity": False}) as w:
+        body = {"model": "claude-opus-4-6", "messages": []}
+        await w.ask("/v1/messages", body)
+        assert w.claude.body() == {**body, "max_tokens": 128000}
+        sent = w.claude.last.headers
+        assert (sent["anthropic-version"], sent["anthropic-beta"], sent["X-Own"]) == ("2023-06-01", OAUTH, "1")
+        assert (sent["Accept"], sent["Accept-Encoding"]) == ("application/json", "identity")
+
+
+@in_loop
+async def test_count_tokens(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json({"input_tokens": 42})
+        status, body, _ = await w.ask_json("/v1/messages/count_tokens", STREAM)
+        assert (status, body) == (200, {"input_tokens": 42})
+        assert w.claude.last.raw_path == "/v1/messages/count_tokens"
+        assert w.claude.body() == {"model": ASK["model"], "messages": ASK["messages"], "system": [BLOCK]}
+        assert w.server.requests[0]["input_tokens"] == 0
+
+
+@in_loop
+async def test_gzipped_request_bodies_are_read(tmp_path):
+    async with world(tmp_path) as w:
+        packed = gzip.compress(json.dumps(ASK).encode())
+        assert (await w.ask("/v1/messages", packed, headers={"Content-Encoding": "gzip"})).status == 200
+        assert w.claude.body()["messages"] == ASK["messages"]
+        assert "Content-Encoding" not in w.claude.last.headers
+
+
+@in_loop
+async def test_base_url_means_the_same_with_and_without_version(tmp_path):
+    async with world(tmp_path) as w:
+        for ending in ("/", "/v1", "/v1/"):
+            assert w.reload(claude={"base-url": w.claude.url + ending})
+            assert (await w.ask("/v1/messages", ASK)).status == 200
+            assert w.claude.last.raw_path == "/v1/messages"
+
+
+@pytest.mark.parametrize("size", [1, 7, 100000])
+@in_loop
+async def test_a_stream_passes_untouched(tmp_path, size):
+    whole = event("ping") + b": comment\r\n\r\n" + b"".join(events())
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [whole[i : i + size] for i in range(0, len(whole), size)])
+        response = await w.ask(PATH, STREAM)
+        assert response.bytes == whole
+        assert response.headers["Content-Type"] == "text/event-stream"
+        assert w.claude.last.headers["Accept"] == "text/event-stream"
+        row = w.server.requests[0]
+        assert (row["input_tokens"], row["output_tokens"], row["status"], row["route"]) == (11, 7, 200, "local")
+
+
+@in_loop
+async def test_first_byte_early_and_the_end_not_held_back(tmp_path):
+    async with world(tmp_path) as w:
+        first, *rest = events()
+        gates = [asyncio.Event() for _ in rest]
+        parts = [first, *(part for pair in zip(gates, rest, strict=True) for part in pair)]
+        w.claude.usual = (200, SSE, parts)
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            assert await response.content.readuntil(b"\n\n") == first
+            for gate, expected in zip(gates, rest, strict=True):
+                gate.set()
+                assert await response.content.readuntil(b"\n\n") == expected
+            assert await response.content.read() == b""
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@in_loop
+async def test_the_model_is_named_as_it_was_asked_for(tmp_path, streamed):
+    served = "claude-opus-4-6-20260101"
+    async with world(tmp_path) as w:
+        whole = b"".join(events(served)) if streamed else json.dumps(message(served), indent=1).encode()
+        w.claude.usual = (200, SSE if streamed else {"Content-Type": "application/json"}, [whole])
+        response = await w.ask(PATH, STREAM if streamed else ASK)
+        assert response.bytes == whole.replace(served.encode(), b"claude-opus-4-6")
+
+
+@in_loop
+async def test_a_tool_input_that_looks_like_a_model_stays(tmp_path):
+    content = [{"type": "tool_use", "id": "t", "name": "set", "input": {"model": "served"}}]
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json({"content": content, **message("served"), "content": content})
+        _, body, _ = await w.ask_json(PATH, ASK)
+        assert body["model"] == "claude-opus-4-6"
+        assert body["content"] == content
+
+
+@pytest.mark.parametrize("served", ["claude-opus-4-6", "other"])
+@pytest.mark.parametrize("accepted", ["gzip, deflate", "identity", "gzip;q=0"])
+@pytest.mark.parametrize("streamed", [False, True])
+@in_loop
+async def test_gzip_passes_only_to_who_takes_it(tmp_path, streamed, accepted, served):
+    whole = b"".join(events(served)) if streamed else json.dumps(message(served)).encode()
+    packer = zlib.compressobj(wbits=31)
+    parts = [packer.compress(whole[:90]) + packer.flush(zlib.Z_SYNC_FLUSH), packer.compress(whole[90:]) + packer.flush()]
+    kind = {"Content-Type": "text/event-stream" if streamed else "application/json"}
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, {**kind, "Content-Encoding": "gzip"}, parts)
+        response = await w.ask(PATH, STREAM if streamed else ASK, headers={"Accept-Encoding": accepted})
+        passes = accepted == "gzip, deflate" and served == "claude-opus-4-6"
+        assert response.headers.get("Content-Encoding") == ("gzip" if passes else None)
+        plain = gzip.decompress(response.bytes) if passes else response.bytes
+        assert plain == whole.replace(b'"other"', b'"claude-opus-4-6"')
+        assert w.server.requests[0]["output_tokens"] == 7
+
+
+@in_loop
+async def test_a_client_that_leaves_closes_the_upstream_at_once(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [events()[0], asyncio.Event()])
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            await response.content.readuntil(b"\n\n")
+            response.close()
+        await w.claude.gone.wait()
+        while not w.server.requests:
+            await asyncio.sleep(0)
+        account = w.server.pool.accounts[w.tokens[0]]
+        assert (w.server.requests[0]["status"], account.in_flight, account.wakes, account.errors) == (499, 0, 0, 0)
+
+
+def error_in(stream):
+    """The data of a stream's `event: error`, read as the SDKs read it."""
+    assert b"event: error\n" in stream
+    return json.loads(stream.rpartition(b"data: ")[2])["error"]
+
+
+@pytest.mark.parametrize("parts", [
+    [*events()[:3], "cut"], [*events()[:3], events()[3][:20], "cut"], events()[:3], [*events()[:2], events()[2][:-40]],
+])  # fmt: skip
+@in_loop
+async def test_a_stream_that_dies_ends_in_an_error_event(tmp_path, parts):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, parts)
+        response = await w.ask(PATH, STREAM)
+        assert response.status == 200
+        assert error_in(response.bytes)["type"] == "api_error"
+        assert len(w.claude.requests) == 1, "nothing is retried after the first byte"
+        assert (await w.ask("/healthz", method="GET")).status == 200
+
+
+@pytest.mark.parametrize("first", [
+    (200, SSE, [event("error", error={"type": "overloaded_error", "message": "busy"})]), (200, SSE, []),
+    (200, SSE, ["cut"]), (200, SSE, [events()[0][:30], "cut"]), (200, SSE, [b"data: garbage\n\n"]),
+    (200, {"Content-Type": "application/json"}, [b"<html>"]), (200, {"Content-Type": "text/html"}, [b"<html>"]),
+    (200, {"Content-Type": "application/json", "Content-Length": "500"}, [b"{", "cut"]), (503, {}, [b"down"]),
+])  # fmt: skip
+@in_loop
+async def test_what_fails_before_the_first_byte_is_tried_again_unseen(tmp_path, first):
+    async with world(tmp_path) as w:
+        w.claude.script = [first]
+        w.claude.usual = (200, SSE, events())
+        response = await w.ask(PATH, STREAM)
+        assert (response.status, response.bytes) == (200, b"".join(events()))
+        assert len(w.claude.requests) == 2
+
+
+@in_loop
+async def test_a_silent_stream_is_kept_alive_with_comments_between_events(tmp_path):
+    first, *rest = events()
+    gate, inside = asyncio.Event(), asyncio.Event()
+    async with world(tmp_path, streaming={"keepalive-seconds": 0.05}) as w:
+        w.claude.usual = (200, SSE, [gate, first, rest[0][:20], inside, rest[0][20:], *rest[1:]])
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n", "before the first event"
+            gate.set()
+            while (got := await response.content.readuntil(b"\n\n")) == b": keep-alive\n\n":
+                pass
+            assert got == first
+            await asyncio.sleep(0.2)  # several beats long in the middle of an event: nothing may come
+            inside.set()
+            left = await response.content.read()
+            assert left.replace(b": keep-alive\n\n", b"") == b"".join(rest)
+            assert left.startswith(rest[0])
+
+
+@in_loop
+async def test_after_a_comment_a_failure_is_an_error_event(tmp_path):
+    gate = asyncio.Event()
+    async with world(tmp_path, streaming={"keepalive-seconds": 0.05}) as w:
+        w.claude.usual = (200, SSE, [gate, event("error", error={"type": "overloaded_error", "message": "busy"})])
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+            gate.set()
+            assert "busy" in error_in(await response.content.read())["message"]
+        assert len(w.claude.requests) == 1
+
+
+@in_loop
+async def test_silence_for_too_long_is_a_failure(tmp_path):
+    async with world(tmp_path, streaming={"idle-timeout-seconds": 0.1}) as w:
+        w.claude.usual = (200, SSE, [events()[0], asyncio.Event()])
+        response = await w.ask(PATH, STREAM)
+        assert error_in(response.bytes)["type"] == "api_error"
+
+
+# == Who pays ======================================================================================
+
+
+@pytest.mark.parametrize(("path", "model"), [
+    ("/api/provider/openai/v1/responses", "gpt-5.2"), ("/api/provider/xai/v1/chat/completions", "grok-code-fast-1"),
+    ("/api/provider/groq/chat/completions", "x"), ("/api/provider/anthropic/v1/messages", "other-model"),
+    ("/api/provider/google/v1beta1/publishers/google/models/gemini-3-flash-preview:generateContent", None),
+])  # fmt: skip
+@in_loop
+async def test_what_nobody_here_serves_goes_to_ampcode_as_it_came(tmp_path, caplog, path, model):
+    async with world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
+        raw = json.dumps({"model": model} if model else {"contents": []}, indent=3).encode()
+        response = await w.ask(path + "?alt=sse&a=%2f", raw, headers=CLIENT)
+        assert json.loads(response.bytes) == {"from": "ampcode"}
+        assert (w.amp.last.bytes, w.amp.last.raw_path) == (raw, path + "?alt=sse&a=%2f")
+        assert w.amp.last.headers["Authorization"] == "Bearer sgamp_up"
+        assert w.amp.last.headers["x-amp-thread-id"] == "T-1"
+        assert "sgamp_client" not in str(w.amp.last.headers)
+        assert response.headers["x-ampproxy-route"] == "amp"
+        assert [r for r in caplog.records if r.levelno == logging.WARNING and "AMP_CREDITS" in r.getMessage()]
+        assert len([r for r in caplog.messages if "AMP_CREDITS" in r]) == 1, "one line a request"
+        assert w.server.routes["amp"] == 1
+
+
+FALLBACKS = [  # fallback, path, what happens -> who answers
+    ("always", PATH, "served", "claude"), ("always", PATH, "failing", "amp"), ("always", PATH, "unserved", "amp"),
+    ("unserved", PATH, "failing", 429), ("unserved", PATH, "unserved", "amp"),
+    ("never", PATH, "failing", 429), ("never", PATH, "unserved", 404),
+    ("always", "/v1/messages", "failing", 429), ("always", "/v1/messages", "unserved", 404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fallback", "path", "case", "who"), FALLBACKS)
+@in_loop
+async def test_fallback(tmp_path, caplog, fallback, path, case, who):
+    async with world(tmp_path, ampcode={"fallback": fallback}) as w:
+        if case == "failing":
+            w.claude.usual = answer_json({"type": "error", "error": {"type": "rate_limit_error", "message": "x"}}, 429)
+        model = "nobody-has-this" if case == "unserved" else ASK["model"]
+        status, body, headers = await w.ask_json(path, {**ASK, "model": model})
+        assert len(w.amp.requests) == (who == "amp")
+        assert status == (200 if isinstance(who, str) else who)
+        if who == "amp":
+            assert body == {"from": "ampcode"}
+        elif who == 404:
+            assert model in body["error"]["message"]
+            assert "NO_PROVIDER" in caplog.text
+        route = {"claude": "local", "amp": "amp", 429: "local", 404: "none"}[who]
+        assert headers["x-ampproxy-route"] == route
+
+
+@in_loop
+async def test_a_fallback_that_is_down_or_dies(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        w.amp.usual = (200, SSE, [events()[0], "cut"])
+        assert error_in((await w.ask(PATH, STREAM)).bytes)["type"] == "api_error"
+        w.reload(ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"})
+        status, body, headers = await w.ask_json(PATH, ASK)
+        assert (status, body["type"], body["error"]["type"]) == (502, "error", "api_error")
+        assert headers["x-ampproxy-route"] == "amp"
+
+
+# == ampcode.com ===================================================================================
+
+TARGETS = ["/api/internal?getUserFreeTierStatus", "/api/threads/find?q=a%20b+c%2F&x=&&y", "/api/x%2Fy/../z//w", "/news.rss",
+           "/threads.rss", "/api/telemetry", "/actors/metadata?namespace=default", "/threadsX", "/a;b=c?%C3%A9=é"]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@in_loop
+async def test_paths_and_queries_pass_byte_for_byte(tmp_path, target):
+    async with world(tmp_path) as w:
+        head = f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+        assert b'{"from": "ampcode"}' in await raw_exchange(w.port, head)
+        assert w.amp.last.raw_path.encode(errors="surrogateescape") == target.encode()
+
+
+@in_loop
+async def test_headers_bodies_statuses_and_cookies_pass(tmp_path):
+    async with world(tmp_path) as w:
+        packed = gzip.compress(b"thread")
+        sent = {"Content-Encoding": "gzip", "Cookie": "a=b", "X-Odd": "1", "Connection": "X-Hop", "X-Hop": "1"}
+        w.amp.usual = (418, [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2"), ("X-Up", "é"), ("Content-Type", "text/x")], [b"tea"])
+        w.amp.usual = (418, dict_of(w.amp.usual[1]), [b"tea"])
+        response = await w.ask("/api/internal?uploadThread", packed, headers=sent)
+        assert w.amp.last.bytes == packed
+        assert w.amp.last.headers["Content-Encoding"] == "gzip"
+        assert w.amp.last.headers["Content-Length"] == str(len(packed))
+        assert (w.amp.last.headers["Cookie"], w.amp.last.headers["X-Odd"]) == ("a=b", "1")
+        assert "X-Hop" not in w.amp.last.headers
+        assert (response.status, response.bytes) == (418, b"tea")
+        assert response.headers.getall("Set-Cookie") == ["a=1", "b=2"]
+        assert not [name for name in response.headers if name.lower().startswith("x-ampproxy")]
+
+
+def dict_of(pairs):
+    from multidict import CIMultiDict
+
+    return CIMultiDict(pairs)
+
+
+@pytest.mark.parametrize(("method", "answer"), [
+    ("HEAD", (200, {"Content-Length": "5"}, [])), ("GET", (204, {}, [])), ("GET", (304, {"ETag": "x"}, [])),
+    ("DELETE", (200, {}, [b"gone"])), ("GET", (302, {"Location": "https://elsewhere/?a=b"}, [])), ("OPTIONS", (200, {}, [])),
+    ("GET", (200, {}, [])),
+])  # fmt: skip
+@in_loop
+async def test_methods_and_empty_answers(tmp_path, method, answer):
+    async with world(tmp_path) as w:
+        status, headers, parts = answer
+        w.amp.usual = (status, {**headers, "Content-Length": headers.get("Content-Length", str(len(b"".join(parts))))}, parts)
+        response = await w.ask("/api/thing", method=method)
+        assert (response.status, response.bytes) == (status, b"".join(parts))
+        assert response.headers.get("Location") == headers.get("Location")
+        assert w.amp.last.method == method
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@in_loop
+async def test_large_bodies_stream_both_ways(tmp_path):
+    piece, count = os.urandom(1 << 20), 80
+    digest = hashlib.sha256(piece * count).hexdigest()
+    seen = hashlib.sha256()
+    first = asyncio.Event()
+
+    async def swallow(request):
+        return web.Response(text=hashlib.sha256(request.bytes).hexdigest())
+
+    async with world(tmp_path) as w:
+        w.amp.usual = swallow
+
+        async def upload():
+            for _ in range(count):
+                yield piece
+
+        assert (await w.ask("/api/attachments", upload())).bytes.decode() == digest
+        w.amp.usual = (200, {"Content-Type": "video/mp4"}, [piece, first, *[piece] * (count - 1)])
+        async with w.http.get(w.url + "/api/attachments/1") as response:
+            seen.update(await response.content.readexactly(len(piece)))
+            first.set()
+            async for chunk in response.content.iter_any():
+                seen.update(chunk)
+        assert seen.hexdigest() == digest
+
+
+PACKED = gzip.compress(b'{"a": 1}' * 1000)
+
+
+@pytest.mark.parametrize(("headers", "sent", "got"), [
+    ({}, PACKED, b'{"a": 1}' * 1000), ({}, PACKED[:-9], PACKED[:-9]), ({}, PACKED[:50] + b"x" + PACKED[51:], None),
+    ({"Content-Encoding": "gzip"}, PACKED, PACKED), ({}, b"", b""), ({}, b"\x1f", b"\x1f"), ({}, b"\x1f\x8b", b"\x1f\x8b"),
+    ({"Content-Type": "text/event-stream"}, PACKED, PACKED), ({"Content-Encoding": "br"}, b"\x1f\x8bx", b"\x1f\x8bx"),
+])  # fmt: skip
+@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("size", [1, 100000])
+@in_loop
+async def test_hidden_gzip_is_unpacked(tmp_path, headers, sent, got, status, size):
+    async with world(tmp_path) as w:
+        parts = [sent[i : i + size] for i in range(0, len(sent), size)]
+        w.amp.usual = (status, {"Content-Type": "application/json", **headers}, parts)
+        response = await w.ask("/api/threads", method="GET")
+        assert (response.status, response.bytes) == (status, sent if got is None else got)
+        assert response.headers.get("Content-Encoding") == headers.get("Content-Encoding")
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("hidden", [True, False])
+@in_loop
+async def test_the_server_side_flag_is_taken_out(tmp_path, inference, hidden):
+    flags = [{"name": "a", "enabled": True}, {"name": "thread-actors-tui", "enabled": True}]
+    user = {"ok": True, "result": {"id": "u", "features": flags, "team": None}}
+    raw = json.dumps(user).encode()
+    async with world(tmp_path, ampcode={"client-inference": inference}) as w:
+        w.amp.usual = (200, {"Content-Type": "application/json"}, [gzip.compress(raw) if hidden else raw])
+        body = json.loads((await w.ask("/api/internal?getUserInfo", {"method": "getUserInfo"})).bytes)
+        assert body["result"]["features"] == (flags[:1] if inference else flags)
+        assert body["result"]["id"] == "u"
+        other = json.loads((await w.ask("/api/internal?getThread", {})).bytes)
+        assert other["result"]["features"] == flags
+        user["result"]["features"] = flags[:1]
+        raw = json.dumps(user, indent=2).encode()
+        w.amp.usual = (200, {"Content-Type": "application/json"}, [raw])
+        assert (await w.ask("/api/internal?getUserInfo", {})).bytes == raw, "untouched without the flag"
+
+
+@in_loop
+async def test_ampcode_down_and_dying(tmp_path):
+    async with world(tmp_path) as w:
+        w.amp.usual = (200, {"Content-Type": "text/plain"}, [b"half", "cut"])
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await w.ask("/api/threads", method="GET")
+        w.reload(ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"})
+        status, body, _ = await w.ask_json("/api/threads", method="GET")
+        assert status == 502
+        assert body["error"] == "amp_upstream_proxy_error"
+        assert body["message"]
+
+
+KEY_CASES = [  # config, AMP_API_KEY, secrets file, client's headers -> headers that arrive
+    ({}, "", {}, {"x-api-key": "own"}, ("", "own")),
+    ({}, "", {}, {"Authorization": "Bearer own"}, ("Bearer own", "")),
+    ({"upstream-api-key": "cfg"}, "env", {"apiKey@URL/": "file"}, {"x-api-key": "own"}, ("Bearer cfg", "cfg")),
+    ({}, " env ", {"apiKey@URL/": "file"}, {}, ("Bearer env", "env")),
+    ({}, " ", {"apiKey@URL/": " file "}, {"Authorization": "own"}, ("Bearer file", "file")),
+    ({}, "", {"apiKey@URL": "file"}, {}, ("Bearer file", "file")),
+    ({}, "", {"apiKey@http://other/": "file"}, {}, ("", "")),
+]
+
+
+@pytest.mark.parametrize(("config", "env", "file", "headers", "arrives"), KEY_CASES)
+@in_loop
+async def test_upstream_key(tmp_path, monkeypatch, config, env, file, headers, arrives):
+    monkeypatch.setenv("AMP_API_KEY", env)
+    async with world(tmp_path, ampcode=config) as w:
+        secrets = Path("~/.local/share/amp/secrets.json").expanduser()
+        secrets.parent.mkdir(parents=True)
+        secrets.write_text(json.dumps({name.replace("URL", w.amp.url): value for name, value in file.items()}))
+        await w.ask("/api/threads", method="GET", headers=headers)
+        got = w.amp.last.headers
+        assert (got.get("Authorization", ""), got.get("X-Api-Key", "")) == arrives
+
+
+@in_loop
+async def test_the_secrets_file_is_read_every_five_minutes(tmp_path, caplog):
+    secrets = Path("~/.local/share/amp/secrets.json").expanduser()
+    secrets.parent.mkdir(parents=True)
+    async with world(tmp_path) as w:
+
+        async def arrives():
+            await w.ask("/api/threads", method="GET")
+            return w.amp.last.headers.get("X-Api-Key")
+
+        assert await arrives() is None
+        secrets.write_text(json.dumps({f"apiKey@{w.amp.url}/": "one"}))
+        w.clock.now += 299
+        assert await arrives() is None, "its lack is kept as well"
+        w.clock.now += 2
+        assert await arrives() == "one"
+        secrets.write_text("{broken")
+        assert await arrives() == "one"
+        w.clock.now += 301
+        assert await arrives() is None
+        assert "secrets.json" in caplog.text
+
+
+@in_loop
+async def test_upstream_key_per_client(tmp_path):
+    ampcode = {"upstream-api-key": "all", "upstream-api-keys": [{"upstream-api-key": "special", "api-keys": ["two"]}]}
+    async with world(tmp_path, ampcode=ampcode, **{"api-keys": ["one", "two"]}) as w:
+        for key, arrives in (("one", "all"), ("two", "special")):
+            await w.ask("/api/threads?a=1&key=other&auth_token=" + key, method="GET")
+            assert w.amp.last.headers["X-Api-Key"] == arrives
+            assert w.amp.last.raw_path == "/api/threads?a=1&key=other"
+
+
+@in_loop
+async def test_websockets_pass_whole(tmp_path):
+    seen = {}
+
+    async def actor(request):
+        seen["protocols"] = request.headers["Sec-WebSocket-Protocol"]
+        seen["key"] = request.headers.get("Authorization")
+        socket = web.WebSocketResponse(protocols=["rivet_x", "rivet"], autoping=False)
+        await socket.prepare(request)
+        async for got in socket:
+            if got.type == aiohttp.WSMsgType.PING:
+                await socket.pong(got.data)
+            elif got.data == "close":
+                await socket.close(code=4001, message=b"enough")
+            elif got.type == aiohttp.WSMsgType.TEXT:
+                await socket.send_str(got.data + "!")
+            else:
+                await socket.send_bytes(got.data[::-1])
+        seen["code"] = socket.close_code
+        return socket
+
+    async with world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
+        w.amp.usual = actor
+        url = w.url.replace("http", "ws") + "/actors/gateway/threadActor/websocket/?rvt-key=T%2F1"
+        protocols = ["a", "rivet", "rivet_conn_params.%7B%22a%22%3A1%7D"]
+        async with w.http.ws_connect(url, protocols=protocols, autoping=False, max_msg_size=0) as ws:
+            assert ws.protocol == "rivet"
+            await ws.send_str("hé")
+            assert await ws.receive_str() == "hé!"
+            await ws.send_bytes(b"\x00\x01" * 3_000_000)
+            assert await ws.receive_bytes() == b"\x01\x00" * 3_000_000
+            await ws.ping(b"p")
+            assert (await ws.receive()).data == b"p"
+            await ws.send_str("close")
+            end = await ws.receive()
+            assert (end.data, end.extra) == (4001, "enough")
+        async with w.http.ws_connect(url, protocols=protocols) as ws:
+            await ws.close(code=4002, message=b"bye")
+        while "code" not in seen or seen["code"] == 4001:
+            await asyncio.sleep(0.001)
+        assert seen["code"] == 4002
+        assert (seen["protocols"], seen["key"]) == (",".join(protocols), "Bearer sgamp_up")
+        assert w.amp.last.raw_path.endswith("?rvt-key=T%2F1")
+        assert w.server.server_side == 0
+
+
+@in_loop
+async def test_websockets_refused_or_cut(tmp_path):
+    async def cut(request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        request.transport.abort()
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = answer_json({"error": "no"}, 403)
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            await w.http.ws_connect(w.url + "/actors/x")
+        assert error.value.status == 403
+        w.amp.usual = cut
+        async with w.http.ws_connect(w.url + "/actors/x") as ws:
+            end = await ws.receive()
+            assert (end.type, end.data) == (aiohttp.WSMsgType.CLOSE, 1011)
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            await w.http.ws_connect(w.url + "/v1/responses")
+        assert error.value.status == 426
+
+
+@in_loop
+async def test_server_side_threads_are_said_plainly(tmp_path, caplog):
+    async with world(tmp_path) as w:
+        await w.ask("/api/thread-actors", {"executorType": "local-client"})
+        assert "AMP_CREDITS" in caplog.text
+        assert "Amp bills" in caplog.text
+        _, status, _ = await w.ask_json("/status", method="GET")
+        assert status["server_side_threads"] == 1
+
+
+# == Security ======================================================================================
+
+
+@pytest.mark.parametrize("place", ["Authorization", "raw Authorization", "X-Api-Key", "X-Goog-Api-Key", "key", "auth_token"])
+@pytest.mark.parametrize("path", ["/api/threads", "/status", PATH, "/v1/models"])
+@in_loop
+async def test_keys_in_five_places(tmp_path, place, path):
+    async with world(tmp_path, **{"api-keys": ["first", "s3cret"]}) as w:
+
+        async def ask(key, **headers):
+            method = "POST" if path == PATH else "GET"
+            query = f"?{place}={key}" if "uth" not in place.title() or place == "auth_token" else ""
+            query = query if place in ("key", "auth_token") else ""
+            if not query:
+                headers |= {place.split()[-1]: f"Bearer {key}" if place == "Authorization" else key}
+            return await w.ask_json(path + query, ASK if path == PATH else None, method=method, headers=headers)
+
+        def words(body):
+            return body["error"]["message"] if path == PATH else body["error"]
+
+        assert (await ask("s3cret"))[0] == 200
+        wrong = await ask("wr0ng")
+        assert (wrong[0], words(wrong[1]) if path != "/v1/models" else 0) == (401, "Invalid API key" if path != "/v1/models" else 0)
+        if place not in ("X-Api-Key", "key"):
+            assert (await ask("wr0ng", **{"X-Api-Key": "s3cret"}))[0] == 200, "one right one is enough"
+        status, body, _ = await w.ask_json(path, ASK if path == PATH else None, method="POST" if path == PATH else "GET")
+        assert status == 401
+        if path == PATH:
+            assert body == {"type": "error", "error": {"type": "authentication_error", "message": "Missing API key"}}
+        elif path != "/v1/models":
+            assert body == {"error": "Missing API key"}
+        assert not [r for r in w.amp.requests if "s3cret" in str(r.headers) + r.raw_path]
+
+
+HOSTS = [  # Host header -> fine without keys
+    ("127.0.0.1", True), ("localhost:9", True), ("LOCALHOST", True), ("[::1]:80", True), ("127.1.2.3", True),
+    ("evil.example", False), ("127.0.0.1.evil.example", False), ("192.168.0.9", False), ("", False), ("[::1", False),
+    ("a@127.0.0.1:80:80", False), ("localhost.evil.example:80", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("host", "fine"), HOSTS)
+@in_loop
+async def test_host_header(tmp_path, host, fine):
+    async with world(tmp_path) as w:
+        for path in ("/healthz", "/api/threads", "/status", "/auth/x"):
+            response = await w.ask(path, method="GET", headers={"Host": host})
+            assert (response.status != 403) == fine, path
+        assert len(w.amp.requests) == fine
+        w.reload(**{"api-keys": ["k"]})
+        response = await w.ask("/status", method="GET", headers={"Host": "name.example", "X-Api-Key": "k"})
+        assert response.status == 200
+
+
+SITES = [  # headers -> refused
+    ({"Origin": "http://evil.example"}, True), ({"Origin": "https://evil.example"}, True), ({"Origin": "null"}, True),
+    ({"Origin": "OWN"}, False), ({"Origin": "vscode-webview://abc"}, False), ({"Sec-Fetch-Site": "cross-site"}, True),
+    ({"Sec-Fetch-Site": "same-site"}, True), ({"Sec-Fetch-Site": "same-origin"}, False), ({"Sec-Fetch-Site": "none"}, False),
+    ({"Sec-Fetch-Mode": "cors"}, False), ({"Origin": "http://127.0.0.1:1"}, True),
+    ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "refused"), SITES)
+@in_loop
+async def test_other_web_sites(tmp_path, headers, refused):
+    async with world(tmp_path) as w:
+        headers = {k: w.url if v == "OWN" else v for k, v in headers.items()}
+        for path, method in ((PATH, "POST"), ("/api/threads", "GET"), ("/healthz", "GET")):
+            response = await w.ask(path, ASK if method == "POST" else None, method=method, headers=headers)
+            assert (response.status == 403) == refused, path
+        if refused:
+            assert not w.amp.requests + w.claude.requests
+            with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+                await w.http.ws_connect(w.url + "/actors/x", headers=headers)
+            assert error.value.status == 403
+
+
+@in_loop
+async def test_a_refusal_does_not_wait_for_the_body(tmp_path):
+    async with world(tmp_path) as w:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 1000000\r\n\r\n".encode()
+        assert (await raw_exchange(w.port, head)).startswith(b"HTTP/1.1 403 ")
+
+
+@in_loop
+async def test_browser_paths_go_to_ampcode_without_a_key(tmp_path):
+    async with world(tmp_path, **{"api-keys": ["s3cret"]}) as w:
+        for path in ("/auth", "/auth/cli-login?authToken=ab%2Fc", "/threads/T-1", "/docs", "/settings/x?a=b"):
+            for method in ("GET", "HEAD"):
+                response = await w.ask(path, method=method, headers={"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Site": "cross-site"})
+                assert (response.status, response.headers["Location"]) == (302, w.amp.url + path)
+        response = await w.ask("/auth?key=s3cret&a=b&auth_token=s3cret", method="GET")
+        assert response.headers["Location"] == w.amp.url + "/auth?a=b"
+        assert (await w.ask("/auth", method="GET", headers={"Sec-Fetch-Site": "cross-site"})).status == 403
+        for path in ("/threadsX", "/threads.rss"):
+            assert (await w.ask(path, method="GET")).status == 401
+        assert (await w.ask("/auth", method="POST")).status == 401
+
+
+@in_loop
+async def test_management_for_localhost_looks_at_the_socket(tmp_path, monkeypatch):
+    async with world(tmp_path, ampcode={"restrict-management-to-localhost": True}) as w:
+        spoofed = {"X-Forwarded-For": "9.9.9.9", "X-Real-IP": "9.9.9.9"}
+        assert (await w.ask("/api/threads", method="GET", headers=spoofed)).status == 200
+    for peer, local in (("127.0.0.1", 1), ("127.8.8.8", 1), ("::1", 1), ("::ffff:127.0.0.1", 1), ("10.0.0.1", 0), ("fe80::1", 0)):
+        assert ampproxy.is_loopback(peer) == bool(local)
+
+
+@in_loop
+async def test_probes_need_no_key_and_stay_here(tmp_path):
+    async with world(tmp_path, **{"api-keys": ["k"]}) as w:
+        assert (await w.ask_json("/healthz", method="GET"))[:2] == (200, {"status": "ok"})
+        assert (await w.ask("/", method="HEAD")).status == 200
+        assert (await w.ask("/api/hello", method="HEAD")).status == 404
+        assert (await w.ask("/", method="GET")).status == 401
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_nothing_secret_in_the_log(tmp_path, capfd):
+    async with world(tmp_path, ampcode={"upstream-api-key": "sgamp_upstreamsecret"}, debug=True) as w:
+        ampproxy.set_up_log(w.server.live)
+        secret = {"Authorization": "Bearer sgamp_clientsecret", "Cookie": "session=cookiesecret"}
+        body = {**ASK, "messages": [{"role": "user", "content": "promptsecret"}]}
+        echo = answer_json({"error": {"message": "sk-ant-oat-abcdefgh of fred@example.com, Bearer xyzsecret"}}, 403)
+        w.claude.script = [echo, answer_json({"error": "no"}, 401), answer_json({"error": "no"}, 401)]
+        w.authority.usual = answer_json({"error": "invalid_grant", "error_description": "sk-ant-ort-fred@example.com"}, 400)
+        for path in (PATH, "/api/threads?key=querysecret", "/auth?authToken=tokensecret"):
+            await w.ask(path, body, headers=secret)
+        w.clock.now += 4000
+        await w.ask(PATH, {**body, "model": "claude\r\nFAKE LINE"}, headers=secret)
+        log = capfd.readouterr().err
+        assert "LOCAL_PROVIDER" in log or "AMP_CREDITS" in log
+        for word in ("secret", "fred@example.com", "sk-ant-oat-f", "sk-ant-ort-f", "Traceback"):
+            assert word not in log, word
+        assert "\nFAKE LINE" not in log
+
+
+# == Bad input =====================================================================================
+
+DEEP = b'{"model": "claude-opus-4-6", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+BAD_BODIES = [b"", b"not json", b"[]", b"5", b'{"model": "x"', b'{"model": "\xff"}', b"{}", b'{"model": 5}', b'{"model": ""}', DEEP,
+              b'\xef\xbb\xbf{"model": "x"}', b'{"model": "x", "a": ' + b"9" * 10_000 + b"}", b'{"model": null}']  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BAD_BODIES, ids=range(len(BAD_BODIES)))
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions", "/v1/responses", "/v1beta/models/m:generateContent"])
+@in_loop
+async def test_bad_bodies(tmp_path, body, path):
+    if "v1beta" in path and body in BAD_BODIES[6:9] + BAD_BODIES[12:]:
+        return  # there the path names the model
+    async with world(tmp_path) as w:
+        status, said, _ = await w.ask_json(path, body)
+        assert status == 400
+        assert said["error"]["message"]
+        kind = {"m": said.get("type") == "error", "c": "type" in said["error"], "r": "type" in said["error"]}
+        assert kind.get(path.rpartition("/")[2][0], True)
+        assert not w.claude.requests + w.amp.requests
+        assert (await w.ask("/v1/messages", ASK)).status == 200, "still well"
+
+
+def post(path, length, body, extra=""):
+    return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n{extra}\r\n".encode() + body
+
+
+@pytest.mark.parametrize("request_bytes", [
+    post("/v1/messages", 500, json.dumps(ASK).encode()), post("/v1/messages", 500, b'{"mod'),
+    b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod\r\n",
+])  # fmt: skip
+@in_loop
+async def test_a_body_cut_short(tmp_path, request_bytes):
+    async with world(tmp_path) as w:
+        got = await raw_exchange(w.port, request_bytes, half_close=True)
+        head, _, body = got.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["type"] == "error"
+        assert not w.claude.requests + w.amp.requests
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@in_loop
+async def test_a_body_that_goes_on_behind_its_length(tmp_path):
+    async with world(tmp_path) as w:
+        body = json.dumps(ASK).encode()
+        got = await raw_exchange(w.port, post("/v1/messages", len(body), body + b"garbage\r\n\r\n"))
+        assert got.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 400 " in got[20:]
+        assert len(w.claude.requests) == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@in_loop
+async def test_65_mib(tmp_path, chunked):
+    async with world(tmp_path) as w:
+
+        async def much():
+            for _ in range(65):
+                yield b" " * (1 << 20)
+
+        status, said, _ = await w.ask_json("/v1/messages", much() if chunked else b" " * (65 << 20))
+        assert (status, said["error"]["type"]) == (413, "request_too_large")
+        bomb = gzip.compress(b" " * (65 << 20))
+        assert (await w.ask("/v1/messages", bomb, headers={"Content-Encoding": "gzip"})).status == 400
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_expect_100_continue(tmp_path):
+    async with world(tmp_path) as w:
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.port)
+        body = json.dumps(ASK).encode()
+        writer.write(post("/v1/messages", len(body), b"", "Expect: 100-continue\r\n"))
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+@pytest.mark.parametrize("head", [
+    b"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"CONNECT evil.example:443 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01 nonsense\r\n\r\n",
+])  # fmt: skip
+@in_loop
+async def test_odd_targets(tmp_path, head):
+    async with world(tmp_path) as w:
+        assert re.match(rb"HTTP/1\.[01] 4\d\d ", await raw_exchange(w.port, head, half_close=False))
+        assert not w.amp.requests
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/messages", 405), ("PUT", "/v1/chat/completions", 405), ("GET", PATH, 200), ("GET", "/api/provider/cerebras/v1/tcp_warming", 200),
+])  # fmt: skip
+@in_loop
+async def test_other_methods(tmp_path, method, path, status):
+    async with world(tmp_path) as w:
+        assert (await w.ask(path, method=method)).status == status
+        assert len(w.amp.requests) == (status == 200)
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: nine\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 200_000 + b"\r\n\r\n", b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+])  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@in_loop
+async def test_upstreams_that_answer_nonsense(tmp_path, answer, path):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, world(tmp_path, claude={"base-url": url}, ampcode={"upstream-url": url}) as w:
+        if b"302" in answer and path == "/api/threads":
+            assert (await w.ask(path, ASK)).status == 302
+        elif b"900" in answer and path == "/api/threads":
+            with pytest.raises(aiohttp.ClientError):  # its first bytes may have passed: the end must be visible
+                assert (await w.ask(path, ASK)).status == 502
+                raise aiohttp.ClientError
+        else:
+            status, body, _ = await w.ask_json(path, ASK)
+            assert status == 502
+            assert body["error"] == "amp_upstream_proxy_error" or body["error"]["type"] == "api_error"
+        assert (await w.ask("/healthz", method="GET")).status == 200
+
+
+# == Status and models =============================================================================
+
+
+@in_loop
+async def test_status(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, events())
+        await w.ask(PATH, STREAM)
+        await w.ask("/v1/messages", {**ASK, "model": "unknown"})
+        for path in ("/status", "/"):
+            _, status, _ = await w.ask_json(path, method="GET")
+        assert status["version"] == ampproxy.__version__
+        assert status["routes"] == {"local": 1, "mapped": 0, "amp": 0, "none": 1}
+        assert status["accounts"] == [{
+            "provider": "claude", "account": "fred@example.com", "state": "ready", "reason": "", "wakes_in_seconds": None,
+            "expires_in_seconds": 28800, "plan": "", "in_flight": 0, "threads": 0, "requests": 1, "errors": 0,
+            "input_tokens": 11, "output_tokens": 7, "quota": [],
+        }]  # fmt: skip
+        assert status["requests"][0] | {"seconds": 0} == {
+            "time": "2027-01-15T08:00:00Z", "dialect": "anthropic", "model": "claude-opus-4-6", "route": "local",
+            "provider": "claude", "account": "fred@example.com", "served_model": "claude-opus-4-6", "status": 200, "seconds": 0,
+            "input_tokens": 11, "output_tokens": 7,
+        }  # fmt: skip
+        assert (status["requests"][1]["status"], status["requests"][1]["route"]) == (404, "none")
+        assert "sk-ant" not in json.dumps(status)
+
+
+@in_loop
+async def test_models_lists_what_is_served(tmp_path):
+    async with world(tmp_path, claude={"excluded-models": ["*haiku*"]}) as w:
+        _, listed, _ = await w.ask_json("/v1/models", method="GET")
+        ids = [model["id"] for model in listed["data"]]
+        assert "claude-opus-4-6" in ids
+        assert not [name for name in ids if "haiku" in name]
+        assert (await w.ask("/v1/messages", {**ASK, "model": "claude-haiku-4-5-20251001"})).status == 404
+        w.tokens[0].unlink()
+        w.server.tick()
+        assert (await w.ask_json("/v1/models", method="GET"))[1]["data"] == []
+
+
+# == The official SDK ==============================================================================
+
+
+@pytest.mark.parametrize("base", ["", "/api/provider/anthropic"])
+@in_loop
+async def test_anthropic_sdk(tmp_path, base):
+    anthropic = pytest.importorskip("anthropic")
+    async with world(tmp_path) as w:
+        client = anthropic.AsyncAnthropic(base_url=w.url + base, api_key="any", max_retries=0)
+        answer = await client.messages.create(**ASK)
+        assert (answer.content[0].text, answer.model) == ("hi", "claude-opus-4-6")
+        w.claude.usual = (200, SSE, events("claude-opus-4-6-20260101"))
+        async with client.messages.stream(**ASK) as stream:
+            text = "".join([piece async for piece in stream.text_stream])
+            final = await stream.get_final_message()
+        assert (text, final.model, final.usage.output_tokens) == ("hé", "claude-opus-4-6", 7)
+        w.claude.usual = answer_json({"input_tokens": 42})
+        assert (await client.messages.count_tokens(model=ASK["model"], messages=ASK["messages"])).input_tokens == 42
+        w.claude.usual = (200, SSE, [*events()[:3], events()[3][:20], "cut"])
+        with pytest.raises(anthropic.APIStatusError):
+            async with client.messages.stream(**ASK) as stream:
+                await stream.get_final_message()
+        w.reload(ampcode={"fallback": "never"})
+        w.claude.usual = answer_json({"type": "error", "error": {"type": "rate_limit_error", "message": "x"}}, 429)
+        with pytest.raises(anthropic.RateLimitError):
+            await client.messages.create(**ASK)
+        await client.close()
+
+
+# == Command line ==================================================================================
+
+
+@pytest.mark.parametrize(("args", "status", "words"), [
+    (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
+    (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "unrecognized"), (["login", "nobody"], 2, "invalid choice"),
+    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid int"),
+    (["login"], 1, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
+    (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 1, "port"),
+])  # fmt: skip
+@in_loop
+async def test_commands(tmp_path, args, status, words):
+    (tmp_path / "config.yaml").write_text(f"auth-dir: {tmp_path / 'auth'}")
+    with Cli(tmp_path, *args) as cli:
+        got, out, err = await cli.end()
+    assert got == status
+    assert words in (out + err)
+    if status == 1:
+        assert len(err.splitlines()) == 1
+        assert not out
+
+
+def test_check_masks_secrets_and_names_warnings(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("api-keys: [topsecretkey]\nprot: 5\nampcode: {upstream-api-key: sgamp_topsecret}\n"
+                    "proxy-url: http://user:topsecret@proxy:1\nclaude-api-key: [{api-key: sk-topsecret}]\n"
+                    "providers: {claude: {headers: {Authorization: topsecret, X-Api-Key: topsecret}}}")  # fmt: skip
+    assert ampproxy.main(["check", "--config", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "topsecret" not in out
+    assert f"{path}:2: unknown key 'prot'; the nearest known one is 'port'" in out
+    assert "fallback: always" in out
+    path.write_text("port: x")
+    assert ampproxy.main(["--config", str(path), "check"]) == 1
+    assert capsys.readouterr().err.startswith(f"ampproxy: {path}:1: port: ")
+
+
+def test_accounts_and_logout(tmp_path, capsys):
+    auth = tmp_path / "auth"
+    config = ["--config", str(tmp_path / "config.yaml")]
+    (tmp_path / "config.yaml").write_text(f"auth-dir: {auth}")
+    token_file(auth, "a@example.com")
+    token_file(auth, "b@example.com", disabled=True, plan="max")
+    (auth / "broken.json").write_text("{")
+    assert ampproxy.main(["accounts", *config]) == 0
+    shown = capsys.readouterr()
+    head, first, second = shown.out.splitlines()
+    assert head.split() == ["PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"]
+    assert "ready" in first
+    assert ("disabled" in second, "max" in second) == (True, True)
+    assert "broken.json" in shown.err
+    assert ampproxy.main(["logout", "claude", *config]) == 1
+    assert "a@example.com, b@example.com" in capsys.readouterr().err
+    assert ampproxy.main(["logout", "anthropic", "a@example.com", *config]) == 0
+    assert [p.name for p in sorted(auth.iterdir())] == ["broken.json", "claude-b@example.com.json"]
+
+
+def test_missing_packages_are_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, "-S", str(SCRIPT)], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 1
+    assert "uv run ampproxy.py" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@in_loop
+async def test_serve_and_stop(tmp_path):
+    """A process of its own: starts, answers, refuses a second copy, lets a stream end, stops."""
+    gate = asyncio.Event()
+    fake, port = FakeUpstream((200, SSE, [*events()[:2], gate, *events()[2:]])), free_port()
+    async with fake.open():
+        token_file(tmp_path / "auth", expired="2099-01-01T00:00:00Z", last_refresh="2099-01-01T00:00:00Z")
+        row = {"claude": {"base-url": fake.url, "token-url": fake.url}}
+        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "logging-to-file": True, "providers": row}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        with Cli(tmp_path) as cli:
+            await cli.until(f"http://127.0.0.1:{port}", "stderr")
+            with Cli(tmp_path, "serve") as second:
+                status, _, err = await second.end()
+            assert status == 1
+            assert "running already" in err
+            assert len(err.splitlines()) == 1
+            async with aiohttp.ClientSession() as http:
+                async with http.post(f"http://127.0.0.1:{port}/v1/messages", json=STREAM) as response:
+                    await response.content.readuntil(b"\n\n")
+                    cli.process.send_signal(signal.SIGTERM)
+                    await cli.until("stopping", "stderr")
+                    gate.set()
+                    rest = await response.content.read()
+                assert rest.endswith(events()[-1])
+            status, _, _ = await cli.end()
+    assert status == 0
+    log = tmp_path / "auth/logs/ampproxy.log"
+    assert "LOCAL_PROVIDER" in log.read_text()
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
