@@ -16,7 +16,7 @@ One request, from the top: Server.handle checks host, origin and key; a model ca
 Forwarder.answer, which asks the accounts in turn and relays the first good answer, byte for byte;
 everything else goes to Ampcode.forward.  config.yaml shows what can be set, README.md how to run it.
 
-Left out on purpose: TLS, a database, imitation of the official clients beyond what a login requires.
+Left out on purpose: TLS, a database, imitation of the official clients beyond what a login needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import difflib
 import fnmatch
 import hashlib
 import hmac
-import html
 import ipaddress
 import json
 import logging
@@ -71,14 +70,13 @@ __version__ = "0.1.0"
 
 # == Common ground =================================================================================
 #
-# Small words that the other sections use.  Errors are of two kinds: a Failure is one sentence for the
-# person at the terminal, a ProxyError is one for the client, worded in the client's dialect.
+# Small words that the other sections use.  Errors are of two kinds: a Failure is one sentence for
+# the person at the terminal, a ProxyError one for the client, worded in the client's dialect.
 
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
 Request = web.BaseRequest
 Answer = web.StreamResponse
-Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, MIB = 60, 3600, 1 << 20
 log = logging.getLogger("ampproxy")
 
@@ -89,7 +87,7 @@ class Failure(Exception):
 
 @dataclass(eq=False)
 class ProxyError(Exception):
-    """An answer that is no success; `body` and `headers` are the provider's own, where it sent some."""
+    """An answer that is no success; `body` and `headers` are the provider's own, if it sent some."""
 
     status: int
     message: str
@@ -141,7 +139,7 @@ def inflate(raw: bytes, limit: int = 64 * MIB) -> bytes | None:
 
 def why(error: BaseException) -> str:
     """An exception in one line, never empty."""
-    return str(error) or type(error).__name__
+    return error.message if isinstance(error, ProxyError) else str(error) or type(error).__name__
 
 
 def mask(secret: str) -> str:
@@ -152,12 +150,10 @@ def mask(secret: str) -> str:
 class Redact(logging.Filter):
     """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
 
-    secrets = re.compile(
-        r"[\w.+-]+@[\w-]+\.[\w.-]+|(?:sk-|sgamp_|ya29\.|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+"
-    )
+    secret = re.compile(r"[\w.+-]+@[\w.-]+|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        line = self.secrets.sub(lambda m: mask(m[0]), record.getMessage())
+        line = self.secret.sub(lambda found: mask(found[0]), record.getMessage())
         record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
         return True
 
@@ -180,7 +176,7 @@ KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
 
 
 def error_body(dialect: str, status: int, message: str) -> Json:
-    """An error as the dialect words it; the dialect "" is this program's own {"error": message}."""
+    """An error as the dialect words it; dialect "" is this program's own {"error": message}."""
     anthropic, openai, google = KINDS.get(status, KINDS[400 if status < 500 else 500])
     if dialect == "anthropic":
         return {"type": "error", "error": {"type": anthropic, "message": message}}
@@ -191,12 +187,11 @@ def error_body(dialect: str, status: int, message: str) -> Json:
 
 def error_response(dialect: str, error: ProxyError) -> web.Response:
     """The whole answer; a wait over 30 s tells SDKs not to sit through it (clients.md, "Errors")."""
-    headers = Headers(error.headers)
+    headers = CIMultiDict({"Content-Type": "application/json", **error.headers})
     if error.retry_after:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.retry_after > 30:
         headers["x-should-retry"] = "false"
-    headers.setdefault("Content-Type", "application/json")
     body = error.body or compact(error_body(dialect, error.status, error.message))
     return web.Response(status=error.status, body=body, headers=headers)
 
@@ -209,16 +204,13 @@ def error_frame(dialect: str, message: str) -> bytes:
 
 # == Configuration and provider table ==============================================================
 #
-# One YAML file with CLIProxyAPI's names, read over these defaults; a default's type is the rule for what
-# may stand there.  "a|b" is a choice, "!" what a table cannot do without, a list of texts with a "" or a
-# table in it shows one member and is empty by default.  To add a key, add a row.
+# One YAML file with CLIProxyAPI's names, read over these defaults; a default's type is the rule for
+# what may stand there.  "a|b" is a choice, "!" what a table cannot do without; a list with "" or a
+# table in it shows one member, and is empty by default.  To add a key, add a row.
 #
-# `providers` is the provider table (facts of providers.md): who can answer, where, with which headers,
-# for which models.  All of a row can be overridden.  To add a provider, add a row, and, for what is
-# peculiar to it, one small function in RULES.
+# `providers` is the provider table (facts of providers.md), every field of which can be set.  To add
+# a provider, add a row, and for what is peculiar to it one small function in RULES.
 
-Config = Json  # what DEFAULTS describe, every key present: config["ampcode"]["fallback"]
-Row = Json  # one of config["providers"], with its "name"
 DEFAULTS: Json = yaml.safe_load(r"""
 host: 127.0.0.1
 port: 8317
@@ -245,8 +237,8 @@ claude-api-key: [&key {api-key!: '', base-url: '', models: [&model {name!: '', a
                        excluded-models: [''], headers: {}}]
 codex-api-key: [*key]
 gemini-api-key: [*key]
-openai-compatibility: [{name!: '', base-url!: '', models: [*model], excluded-models: [''], headers: {},
-                        api-key-entries: [{api-key!: ''}]}]
+openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
+                        excluded-models: [''], api-key-entries: [{api-key!: ''}]}]
 providers:
   claude:
     enabled: true
@@ -255,92 +247,71 @@ providers:
     base-url: https://api.anthropic.com
     paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}
     headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}
-    passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent]  # of the client's headers
+    passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent]  # of a client's headers
     identity: true
     models: [claude-*]
     excluded-models: ['']
     known: [claude-fable-5, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
-      claude-opus-4-5-20251101, claude-haiku-4-5-20251001, claude-sonnet-4-5-20250929,
-      claude-opus-4-1-20250805, claude-sonnet-4-20250514]
-    limits: {claude-3-7-*: '8192', 'claude-opus-4-[678]*': '128000', claude-fable-*: '128000',  # output
-      claude-opus-4-5*: '64000', claude-opus-4-*: '32000', claude-*-4-*: '64000', '*': '1024'}
+            claude-opus-4-5-20251101, claude-haiku-4-5-20251001, claude-sonnet-4-5-20250929,
+            claude-opus-4-1-20250805, claude-sonnet-4-20250514]
+    limits: {claude-3-7-*: '8192', 'claude-opus-4-[678]*': '128000', claude-fable-*: '128000',
+             claude-opus-4-5*: '64000', claude-opus-4-*: '32000', claude-*-4-*: '64000'}
     authorize-url: https://claude.ai/oauth/authorize
+    authorize-query: {code: 'true'}
     token-url: https://api.anthropic.com/v1/oauth/token
-    token-url-2: https://platform.claude.com/v1/oauth/token  # asked when the first one answers 404
+    token-url-2: https://platform.claude.com/v1/oauth/token  # asked when the first answers 404
     profile-url: https://api.anthropic.com/api/oauth/profile
     client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e
     client-secret: ''
     scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload
     callback-port: 54545
     callback-path: /callback
-    authorize-query: {code: 'true'}
     refresh-lead: 4h  # before a token ends, though never in its first half
-  codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '', profile-url: '',
-    callback-port: 0, headers: {}, models: [''], excluded-models: [''], client-id: '', client-secret: ''}
+  codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '',
+    profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
+    client-id: '', client-secret: ''}
   gemini: *later
   antigravity: *later
 """)
 OLD_NAMES = {  # CLIProxyAPI's, from before it had the table `ampcode`
-    "amp-upstream-url", "amp-upstream-api-key", "amp-restrict-management-to-localhost", "amp-model-mappings",
-}  # fmt: skip
+    f"amp-{name}": name
+    for name in DEFAULTS["ampcode"].keys()
+    & {"upstream-url", "upstream-api-key", "restrict-management-to-localhost", "model-mappings"}
+}
 TEXT_TABLES = {"headers", "paths", "limits", "authorize-query"}
-RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
+LIMITS = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
+         dict: "a table", str: "a text (in quotes, where it looks like something else)"}  # fmt: skip
 
 
 def seconds(length: Any) -> float:
-    """A length of time: 90, "90s", "1h30m"; ValueError for anything else."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", str(length))
-    if parts and "".join(n + unit for n, unit in parts) == length:
-        return sum(float(n) * {"s": 1, "m": MINUTE, "h": HOUR}[unit] for n, unit in parts)
-    return float(length)
+    """A length of time: 90, "90s" or "1h30m"."""
+    parts = re.findall(r"(\d+)([smh]?)", str(length))
+    return float(sum(int(n) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR}[unit] for n, unit in parts))
 
 
-def is_length(value: Any) -> bool:
-    with suppress(ValueError, TypeError):
-        return not isinstance(value, bool) and 0 <= seconds(value) < 1e9
-    return False
-
-
-def are_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(text, str) for kv in value.items() for text in kv
-    )
-
-
-def expected(example: Any, name: str) -> tuple[str, Callable[[Any], bool]]:
-    """What may stand for a default: in words, and as a test."""
-    low, high = RANGES.get(name, (0, 1e9))
-    match example:
-        case bool():
-            return "true or false", lambda v: isinstance(v, bool)
-        case int():
-            return (
-                f"a whole number from {low} to {high:g}",
-                lambda v: type(v) is int and low <= v <= high,
-            )
-        case float():
-            return "a number, not negative", lambda v: type(v) in (int, float) and low <= v <= high
-        case dict() if name in TEXT_TABLES:
-            return "a table of texts", are_texts
-        case dict() | list():
-            return "a list" if isinstance(example, list) else "a table", lambda v: False
-        case str() if is_length(example):
-            return "a length of time such as 2h, 30m or 90", is_length
-        case str() if "|" in example:
-            return f"one of {example.replace('|', ', ')}", lambda v: v in example.split("|")
-    return "a text (in quotes, where it looks like something else)", lambda v: isinstance(v, str)
+def misfit(example: Any, value: Any, name: str) -> str:
+    """What should have stood there, in words; "" when `value` fits."""
+    kind = type(example)
+    if kind is str and "|" in example:
+        return "" if value in example.split("|") else f"one of {example.replace('|', ', ')}"
+    if re.fullmatch(r"(\d+[smh])+", str(example)):
+        fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
+        return "" if fits else "a length of time such as 2h, 30m or 90"
+    low, high = LIMITS.get(name, (0, 1e9))
+    fits = type(value) is kind or (kind, type(value)) == (float, int)
+    if kind in (int, float):
+        return "" if fits and low <= value <= high else f"{WORDS[kind]} from {low} to {high:g}"
+    return "" if fits else WORDS[kind]
 
 
 def default(example: Any) -> Any:
     """What holds when a key is not given."""
-    match example:
-        case dict():
-            return {name.rstrip("!"): default(inner) for name, inner in example.items()}
-        case ["" | {}, *_]:
-            return []
-        case str() if "|" in example:
-            return example.split("|")[0]
-    return example
+    if isinstance(example, dict):
+        return {name.rstrip("!"): default(inner) for name, inner in example.items()}
+    if isinstance(example, list):
+        return example if example[0] and isinstance(example[0], str) else []
+    return example.split("|")[0] if isinstance(example, str) else example
 
 
 class ConfigFile:
@@ -349,67 +320,61 @@ class ConfigFile:
     def __init__(self, path: Path) -> None:
         self.path, self.warnings = path, list[str]()
         try:
-            self.loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
             node = self.loader.get_single_node()
         except (OSError, UnicodeDecodeError) as error:
             raise Failure(f"{path}: cannot be read: {why(error)}") from error
         except yaml.YAMLError as error:
             line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-            raise Failure(f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}") from error
-        self.config: Config = self.read(node, DEFAULTS, "")
+            problem = getattr(error, "problem", error)
+            raise Failure(f"{path}:{line}: not YAML: {problem}") from error
+        self.config: Json = self.read(node, DEFAULTS, "")
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
-        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
+        place = f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}"
+        raise Failure(f"{place}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
         """What `node` holds, checked; `key` is its dotted name for messages."""
         name = key.rpartition(".")[2]
-        if node is None or node.tag == "tag:yaml.org,2002:null":
+        if node is None or node.tag.endswith(":null"):
             return default(example)
-        if (
-            isinstance(node, yaml.MappingNode)
-            and isinstance(example, dict)
-            and name not in TEXT_TABLES
-        ):
+        if isinstance(node, yaml.MappingNode) and isinstance(example, dict):
             return self.read_table(node, example, key)
         if isinstance(node, yaml.SequenceNode) and isinstance(example, list):
             return [self.read(n, example[0], f"{key}[{i}]") for i, n in enumerate(node.value)]
-        value = self.expand(node, key, self.loader.construct_object(node, deep=True))
-        match (
-            example,
-            value,
-        ):  # short forms: a switch for a row, one text for a list, a name for a model
+        value = self.loader.construct_object(node, deep=True)
+        if isinstance(value, str):
+            value = re.sub(r"\$\{(\w+)\}", lambda m: self.variable(node, key, m[1]), value).strip()
+        match example, value:  # short forms: a switch for a row, a text for a list or a model
             case {"enabled": _}, bool():
                 return {**default(example), "enabled": value}
             case [""], str() if name == "to":
                 return [value]
             case {"alias": _}, str():
                 return {"name": value, "alias": ""}
-        words, fits = expected(example, name)
-        if not fits(value):
-            self.fail(node, key, f"expected {words}")
-        return {**example, **value} if isinstance(example, dict) else value
+        if expected := misfit(example, value, name):
+            self.fail(node, key, f"expected {expected}")
+        return value
 
     def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
-        """A table's keys; old names move to their place, an unknown one is named with the nearest."""
+        """A table's keys; old names move to their place, unknown ones are named with the nearest."""
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
+        if key.rpartition(".")[2] in TEXT_TABLES:
+            names |= dict.fromkeys((str(name.value) for name, _ in node.value), "")
         found, prefix = dict[str, yaml.Node](), f"{key}." if key else ""
         for name_node, value in node.value:
-            if (name := str(name_node.value)) not in {*names, *OLD_NAMES}:
+            if (name := str(name_node.value)) not in {*names, *(OLD_NAMES if not key else ())}:
                 near = difflib.get_close_matches(name, names, 1, 0)[0]
-                where = f"{self.path}:{name_node.start_mark.line + 1}"
-                self.warnings.append(
-                    f"{where}: unknown key {name!r}; the nearest known one is {near!r}"
-                )
+                place = f"{self.path}:{name_node.start_mark.line + 1}"
+                self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
             found[name] = value
-        table = {
-            name: self.read(found.get(name), inner, prefix + name) for name, inner in names.items()
-        }
-        for name in OLD_NAMES & found.keys() if example is DEFAULTS else ():
-            new, inner = name.removeprefix("amp-"), example["ampcode"]
-            if table["ampcode"][new] == default(inner[new]):
-                table["ampcode"][new] = self.read(found[name], inner[new], name)
+        table = {name: self.read(found.get(name), names[name], prefix + name) for name in names}
+        for old, new in OLD_NAMES.items() if not key else ():
+            inner = example["ampcode"][new]
+            if old in found and table["ampcode"][new] == default(inner):
+                table["ampcode"][new] = self.read(found[old], inner, old)
         for name in example:
             if name.endswith("!") and not table[name[:-1]]:
                 self.fail(node, key, f"needs {name[:-1]!r}")
@@ -417,18 +382,13 @@ class ConfigFile:
             try:
                 re.compile(table["from"])
             except re.error as error:
-                self.fail(found["from"], prefix + "from", f"expected a regular expression: {error}")
+                self.fail(found["from"], prefix + "from", f"is no regular expression: {error}")
         return table
 
-    def expand(self, node: yaml.Node, key: str, value: Any) -> Any:
-        """`${NAME}` becomes the environment's value, in texts at any depth."""
-        if isinstance(value, dict):
-            return {k: self.expand(node, key, v) for k, v in value.items()}
-        for name in re.findall(r"\$\{(\w+)\}", value) if isinstance(value, str) else ():
-            if name not in os.environ:
-                self.fail(node, key, f"the environment variable {name} is not set")
-            value = value.replace(f"${{{name}}}", os.environ[name])
-        return value.strip() if isinstance(value, str) else value
+    def variable(self, node: yaml.Node, key: str, name: str) -> str:
+        if name not in os.environ:
+            self.fail(node, key, f"the environment variable {name} is not set")
+        return os.environ[name]
 
 
 def find_config(given: str | None) -> Path | None:
@@ -462,15 +422,14 @@ class Live:
         self.config, self.warnings = self.load()
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
-    def load(self) -> tuple[Config, list[str]]:
+    def load(self) -> tuple[Json, list[str]]:
         """The file over the defaults, the command line over both; Failure for what must not run."""
         file = ConfigFile(self.path) if self.path else None
-        config = {**(file.config if file else default(DEFAULTS)), **self.given}
+        config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
         config["api-keys"] = [key for key in config["api-keys"] if key]
         if not is_loopback(config["host"]) and not config["api-keys"]:
-            raise Failure(
-                f"host {config['host']!r} is open to other machines: set api-keys, or use 127.0.0.1"
-            )
+            hint = "is open to other machines: set api-keys, or use 127.0.0.1"
+            raise Failure(f"host {config['host']!r} {hint}")
         return config, file.warnings if file else []
 
     def reload(self) -> bool:
@@ -493,49 +452,54 @@ class Live:
     def auth_dir(self) -> Path:
         return Path(self.config["auth-dir"]).expanduser()
 
-    def row(self, name: str) -> Row:
-        """A provider's row; its base-url means the same with and without slash or version part."""
+    def row(self, name: str) -> Json:
+        """A provider's row; base-url means the same with and without slash or version part."""
         row = {**self.config["providers"][name], "name": name}
         return {**row, "base-url": re.sub(r"(/v\d\w*)?/*$", "", row["base-url"].rstrip("/"))}
 
-    def rows(self) -> list[Row]:
-        """The providers that are switched on and known here."""
-        rows = self.config["providers"]
-        return [self.row(name) for name in rows if rows[name]["enabled"] and rows[name]["dialect"]]
+    def rows_for(self, model: str, dialect: str) -> list[Json]:
+        """The providers that are switched on and whose patterns take this model, in this dialect."""
+        rows = [self.row(name) for name, row in self.config["providers"].items() if row["enabled"]]
+        return [
+            row for row in rows
+            if row["dialect"] == dialect and matches(model, row["models"])
+            and not matches(model, row["excluded-models"])
+        ]  # fmt: skip
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
 
 
-def serves(row: Row, model: str) -> bool:
-    """Whether the row's patterns take this model; whether a plan has it, only the provider knows."""
-    return matches(model, row["models"]) and not matches(model, row["excluded-models"])
-
-
 # == Claude's rules ================================================================================
 #
-# What api.anthropic.com asks of a request that carries a plan's login (providers.md 1.2 and 1.3, whose
-# numbers stand here).  Pure: changes body and headers in place.  No tool is renamed.
+# What api.anthropic.com asks of a request that carries a plan's login (providers.md 1.2 and 1.3,
+# whose numbers stand here).  Pure: changes body and headers in place.  No tool is renamed.
 
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
-EMPTY_TEXT = {"type": "text", "text": ""}
+WITH_THINKING = {  # what a sampling value must keep beside thinking, or be dropped (2)
+    "temperature": lambda t: t == 1, "top_p": lambda p: p >= 0.95, "top_k": lambda k: False,
+}  # fmt: skip
 
 
-def prepare_claude(body: Json, headers: Headers, row: Row) -> None:
-    """The beta list, then the body's rules.  context-1m would be billed beside the plan: it is dropped."""
-    listed, own = body.pop("betas", None), row["headers"]["anthropic-beta"]
-    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ()), own]
+def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
+    """The beta list, then the body.  context-1m would be billed beside the plan: it is dropped."""
+    listed = body.pop("betas", None)
+    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ())]
+    asked.append(row["headers"]["anthropic-beta"])
     betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
-    kept = [beta for beta in betas if beta and not beta.startswith("context-1m")]
-    headers["anthropic-beta"] = ",".join(kept)
-    if not any(beta.startswith("fast-mode") for beta in kept):
+    headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
+    if "fast-mode" not in headers["anthropic-beta"]:
         body.pop("speed", None)
     settle_thinking(body)
+    for message in dicts(body.get("messages")):
+        if isinstance(message.get("content"), list) and message["content"]:
+            message["content"] = [b for b in message["content"] if clean_block(b)] or None
     if isinstance(body.get("messages"), list):
-        body["messages"] = [message for message in body["messages"] if clean_message(message)]
+        empty = {"role": "assistant", "content": None}, {"role": "user", "content": None}
+        body["messages"] = [message for message in body["messages"] if message not in empty]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
     limit_markers(body)
@@ -554,27 +518,17 @@ def settle_thinking(body: Json) -> None:
         if isinstance(budget := thinking.get("budget_tokens"), int) and isinstance(limit, int):
             thinking["budget_tokens"] = max(1024, min(budget, limit - 1))
             if limit <= 1024:
-                body["thinking"] = {"type": "disabled"}
-        if body["thinking"].get("type") in ("enabled", "adaptive"):
-            refused = {"temperature": lambda t: t != 1, "top_p": lambda p: p < 0.95, "top_k": bool}
-            for key, test in refused.items():
-                if isinstance(body.get(key), (int, float)) and test(body[key]):
+                body["thinking"] = thinking = {"type": "disabled"}
+        if thinking.get("type") in ("enabled", "adaptive"):
+            for key, fits in WITH_THINKING.items():
+                if isinstance(body.get(key), (int, float)) and not fits(body[key]):
                     del body[key]
     if "temperature" in body:
         body.pop("top_p", None)
 
 
-def clean_message(message: Any) -> bool:
-    """Rules 10 to 13 on one message; False when nothing of it is left."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if isinstance(content, list) and content:
-        message["content"] = [block for block in content if clean_block(block)]
-        return bool(message["content"])
-    return True
-
-
 def clean_block(block: Any) -> bool:
-    """False for what Anthropic would refuse: empty text, thinking that no Claude model has signed."""
+    """Rules 10 to 13; False for empty text and for thinking that no Claude model has signed."""
     match block:
         case {"type": "text", "text": ""}:
             return False
@@ -597,7 +551,7 @@ def with_identity(system: Any) -> list[Any]:
     Claude Code's billing line may stand before its own identity: that pair stays as it is.
     """
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
-    blocks = [block for block in blocks if block != EMPTY_TEXT]
+    blocks = [block for block in blocks if clean_block(block)]
     texts = [str(block.get("text")) for block in dicts(blocks[:2])]
     own = texts[1:] if texts and texts[0].startswith("x-anthropic-billing-header") else texts
     there = bool(own) and own[0].startswith(IDENTITY)
@@ -614,45 +568,39 @@ def limit_markers(body: Json) -> None:
     for block in surplus[: max(0, len(surplus) - 4)]:
         del block["cache_control"]
     short = False
-    for marker in (b["cache_control"] for b in tools + system + messages if "cache_control" in b):
-        if isinstance(marker, dict) and marker.get("ttl") == "1h" and short:
-            del marker["ttl"]
-        short = short or not isinstance(marker, dict) or marker.get("ttl") != "1h"
+    for block in (b for b in tools + system + messages if isinstance(b.get("cache_control"), dict)):
+        long = block["cache_control"].get("ttl") == "1h"
+        if long and short:
+            del block["cache_control"]["ttl"]
+        short = short or not long
 
 
 RULES = {"claude": prepare_claude}
+
 # == Token files ===================================================================================
 #
-# One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Only the fields that changed are
-# written, over what the file holds by then, so that nobody else's edit is lost.
+# One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Only the fields that changed
+# are written, over what the file holds by then, so that nobody else's edit is lost.
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """The whole file or none of it: a new one, 0600 from its first byte, synced, renamed over the old."""
+def save_token(path: Path, changes: Json) -> Json:
+    """The token with `changes`, on disk before it is returned: all of it or nothing, private from
+    the first byte, synced, renamed over the old one."""
+    token: Json = {}
+    with suppress(OSError, ValueError):
+        token = read_object(path.read_bytes())
+    token |= changes
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
+            file.write(json.dumps(token, indent=2).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def save_token(path: Path, changes: Json) -> Json:
-    """The token with `changes`, on disk before it is returned; keys that others put there survive."""
-    token: Json = {}
-    with suppress(OSError, ValueError):
-        token = read_object(path.read_bytes())
-    token |= changes
-    write_private(path, json.dumps(token, indent=2).encode() + b"\n")
-    path.parent.chmod(0o700)
     return token
 
 
@@ -668,14 +616,14 @@ def moment(value: Any) -> float:
 
 
 def expiry(token: Json) -> float:
-    """When the access token ends: never for a setup token, long ago for a file that does not say."""
+    """When the access token ends: never for a setup token, long ago for a file that is silent."""
     return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
 
 
 # == The way out ===================================================================================
 #
-# One pool of connections for everything.  Bytes come and go as they are: no cookie is kept, no redirect
-# followed, nothing unpacked, no header added.
+# One pool of connections for everything.  Bytes come and go as they are: no cookie is kept, no
+# redirect followed, nothing unpacked, no header added.
 
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, zlib.error)
 
@@ -700,9 +648,11 @@ class Net:
         return None if around else urllib.request.getproxies().get(url.scheme)
 
     @asynccontextmanager
-    async def ask(self, method: str, url: URL, **more: Any) -> AsyncIterator[Upstream]:
-        """The answer, its headers read; closed on the way out.  ProxyError 502 when there is none."""
-        idle = more.pop("idle", None) or self.live.config["streaming"]["idle-timeout-seconds"]
+    async def ask(
+        self, method: str, url: URL, idle: float = 0, **more: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
+        idle = idle or self.live.config["streaming"]["idle-timeout-seconds"]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
         more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
@@ -716,9 +666,9 @@ class Net:
 
     async def ask_json(self, method: str, url: str, **more: Any) -> tuple[int, Json]:
         """One small call; an answer that is no JSON object comes back as {"error": its text}."""
-        own = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
-        headers = {**own, **more.pop("headers", {})}
-        async with self.ask(method, URL(url), idle=30, headers=headers, **more) as response:
+        headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
+        headers |= more.pop("headers", {})
+        async with self.ask(method, URL(url), 30, headers=headers, **more) as response:
             raw = await response.read()
         try:
             return response.status, read_object(inflate(raw) or raw)
@@ -728,39 +678,34 @@ class Net:
 
 def error_text(answer: Json) -> str:
     """What a provider said went wrong, in any of the shapes in use."""
-    inner = answer.get("error")
-    parts = inner if isinstance(inner, dict) else answer
+    parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
     keys = ("type", "code", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
     return ": ".join(dict.fromkeys(said))[:300]
 
 
 @asynccontextmanager
-async def listen(
-    server: web.Server, host: str, port: int, hint: str, grace: float = 0.1
-) -> AsyncIterator[int]:
-    """An open port (0: any free one); on the way out, running answers get `grace` seconds."""
-    runner = web.ServerRunner(server, shutdown_timeout=grace)
+async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
+    """An open port (0: any free one); on the way out, running answers get ten seconds."""
+    runner = web.ServerRunner(server, shutdown_timeout=10)
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, host or None, port).start()
-        except OSError as error:
-            raise Failure(
-                f"cannot listen on {host}:{port} ({error.strerror or error}): {hint}"
-            ) from error
+        await web.TCPSite(runner, host or None, port).start()
         yield runner.addresses[0][1]
+    except OSError as error:
+        reason = error.strerror or error
+        raise Failure(f"cannot listen on {host}:{port} ({reason}): {hint}") from error
     finally:
         await runner.cleanup()
 
 
 # == Signing in ====================================================================================
 #
-# OAuth with PKCE (RFC 7636) and a callback on this machine; the address that the browser ends at can also
-# be pasted, for a browser that runs elsewhere.  Whichever comes first wins.
+# OAuth with PKCE (RFC 7636) and a callback on this machine.  The address that the browser ends at
+# can also be pasted, for a browser that runs elsewhere; whichever comes first wins.
 
 LOGIN_WAIT = 10 * MINUTE
-PAGE = "<!doctype html><meta charset=utf-8><title>ampproxy</title><p>{}<p>You can close this page."
+FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
 
 
 def say(line: str) -> None:
@@ -775,8 +720,11 @@ def pkce() -> tuple[str, str]:
 
 
 def read_callback(line: str) -> dict[str, str]:
-    """code, state, error of a callback however it was copied: the whole URL, without its scheme, from the
-    `?` on, `code=...&state=...`, parameters in the fragment, `code#state`.  {} when it makes no sense."""
+    """code, state, error of a callback however it was copied; {} when it makes no sense.
+
+    Taken: the whole URL, without its scheme, from the `?` on, `code=...&state=...`, parameters in
+    the fragment, `code#state`.
+    """
     line = line.strip().strip("'\"<>")
     found = dict(pair for part in re.split(r"[?#]", line) for pair in parse_qsl(part))
     first, mark, last = line.rpartition("#")
@@ -788,92 +736,78 @@ def read_callback(line: str) -> dict[str, str]:
     return {"state": state or (last if mark and "=" not in last else ""), **found, "code": code}
 
 
-def check_callback(found: dict[str, str], state: str) -> str:
-    """The code; Failure when the provider refused, or the answer belongs to another login."""
-    if not hmac.compare_digest(found.get("state", "").encode(), state.encode()):
-        raise Failure(
-            "the callback's state is not that of this login: start again, use the new address"
-        )
-    if "error" in found:
-        raise Failure(f"the login was refused: {error_text(dict(found))}")
-    return found["code"]
-
-
 def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) -> None:
-    """Hand on every line of standard input; by os.read, as a buffered read would hold up the exit."""
+    """Hand on each line of standard input; by os.read, as a buffered read would block the exit."""
     rest, data = b"", b"..."
     with suppress(OSError, ValueError, RuntimeError):  # there is no input, or the login is over
         while data:
             data = os.read(sys.stdin.fileno(), 65536)
-            *lines, rest = (rest + data or rest + b"\n").split(b"\n")
+            *lines, rest = (rest + data if data else rest + b"\n").split(b"\n")
             for line in lines:
                 loop.call_soon_threadsafe(use, line.decode(errors="replace"))
 
 
 def has_browser() -> bool:
-    shown = any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
-    far = "SSH_CONNECTION" in os.environ or "SSH_TTY" in os.environ
-    return not far and (shown or sys.platform in ("darwin", "win32"))
+    far = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
+    shown = os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
+    return not far and (bool(shown) or sys.platform in ("darwin", "win32"))
 
 
 class Login:
     """One login, from the address that the person opens to the token file."""
 
-    def __init__(self, live: Live, row: Row, clock: Clock) -> None:
-        self.live, self.row, self.clock, self.loop = live, row, clock, asyncio.get_running_loop()
+    def __init__(self, live: Live, row: Json) -> None:
+        self.live, self.row, self.loop = live, row, asyncio.get_running_loop()
         (self.verifier, self.challenge), self.state = pkce(), secrets.token_urlsafe(24)
         self.redirect, self.found = "", self.loop.create_future()
 
     async def run(self, browser: bool) -> tuple[str, Path]:
         """The e-mail address and the file; Failure says in one sentence what went wrong."""
-        hint = f"end the program that holds it, or set providers.{self.row['name']}.callback-port"
-        async with listen(
-            web.Server(self.handle), "127.0.0.1", self.row["callback-port"], hint
-        ) as port:
-            self.redirect = f"http://localhost:{port}{self.row['callback-path']}"
-            self.show(browser, port)
-            threading.Thread(target=read_lines, args=(self.loop, self.paste), daemon=True).start()
-            try:
-                code = check_callback(await asyncio.wait_for(self.found, LOGIN_WAIT), self.state)
-            except TimeoutError as error:
-                raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes") from error
-        net = Net(self.live)
+        hint = f"end what holds it, or set providers.{self.row['name']}.callback-port"
+        server, net = web.Server(self.handle), Net(self.live)
         try:
-            return await self.redeem(net, code)
+            async with listen(server, "127.0.0.1", self.row["callback-port"], hint) as port:
+                self.show(browser, port)
+                threading.Thread(
+                    target=read_lines, args=(self.loop, self.paste), daemon=True
+                ).start()
+                found = await asyncio.wait_for(self.found, LOGIN_WAIT)
+            if not hmac.compare_digest(found.get("state", "").encode(), self.state.encode()):
+                raise Failure("the state of that callback belongs to another login: start again")
+            if "error" in found:
+                raise Failure(f"the login was refused: {error_text(found)}")
+            return await self.redeem(net, found["code"])
+        except TimeoutError as error:
+            raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes") from error
         except (ProxyError, *NET_ERRORS) as error:
             raise Failure(f"the login could not be completed: {why(error)}") from error
         finally:
             await net.session.close()
 
     def show(self, browser: bool, port: int) -> None:
+        """The address, and what else a person on a machine without a browser needs."""
+        self.redirect = f"http://localhost:{port}{self.row['callback-path']}"
         query = {
-            **self.row["authorize-query"], "client_id": self.row["client-id"], "response_type": "code",
-            "scope": self.row["scope"], "redirect_uri": self.redirect, "state": self.state,
-            "code_challenge": self.challenge, "code_challenge_method": "S256",
+            **self.row["authorize-query"], "client_id": self.row["client-id"],
+            "response_type": "code", "scope": self.row["scope"], "redirect_uri": self.redirect,
+            "code_challenge": self.challenge, "code_challenge_method": "S256", "state": self.state,
         }  # fmt: skip
         url = f"{self.row['authorize-url']}?{urlencode(query)}"
         say(f"Open this address in a browser to sign in to {self.row['name']}:\n\n{url}\n")
         if browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         else:
-            tunnel = f"ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE"
-            say(f"If the browser runs on another machine, run this there first:\n\n    {tunnel}\n")
+            say("If the browser runs on another machine, run this there first:\n")
+            say(f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
         say(f"Or paste the address that the browser ends at ({self.redirect}?code=...) here:")
 
     async def handle(self, request: Request) -> Answer:
         found = dict(request.rel_url.query)
-        if request.rel_url.path != self.row["callback-path"] or not found.keys() & {
-            "code",
-            "error",
-        }:
+        if request.path != self.row["callback-path"] or not found.keys() & {"code", "error"}:
             return web.Response(status=404, text="This is not the callback.\n")
         self.take(found)
-        said = (
-            f"The login was refused: {found['error']}."
-            if "error" in found
-            else "Back to the terminal."
-        )
-        return web.Response(text=PAGE.format(html.escape(said)), content_type="text/html")
+        said = "The login was refused." if "error" in found else "Done: back to the terminal."
+        return web.Response(text=f"{said} You can close this page.\n")
 
     def paste(self, line: str) -> None:
         if found := read_callback(line):
@@ -887,59 +821,49 @@ class Login:
 
     async def redeem(self, net: Net, code: str) -> tuple[str, Path]:
         """The code for a token, the token for a file."""
-        code, _, state = code.partition("#")
-        form = {"grant_type": "authorization_code", "code": code, "state": state or self.state,
-                "redirect_uri": self.redirect, "code_verifier": self.verifier}  # fmt: skip
+        form = {
+            "grant_type": "authorization_code", "code": code, "state": self.state,
+            "redirect_uri": self.redirect, "code_verifier": self.verifier,
+        }  # fmt: skip
         answer = await ask_token(net, self.row, form)
         account = answer.get("account")
-        email = account.get("email_address") if isinstance(account, dict) else None
+        email = account.get("email_address") if isinstance(account, dict) else ""
         email = str(email or await ask_email(net, self.row, answer["access_token"]))
-        path = (
-            self.live.auth_dir
-            / f"{self.row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
-        )
+        safe = re.sub(r"[^A-Za-z0-9.@+_-]", "_", email)
+        path = self.live.auth_dir / f"{self.row['name']}-{safe}.json"
         token = {"type": self.row["name"], "email": email, "refresh_token": "", "id_token": ""}
-        save_token(path, token | token_fields(answer, self.clock.time()))
+        save_token(path, token | token_fields(answer, time.time()))
         return email, path
 
 
-async def ask_token(net: Net, row: Row, form: Json) -> Json:
-    """The token endpoint's answer; ProxyError with its words, `needs_login` when only a login can help."""
+async def ask_token(net: Net, row: Json, form: Json) -> Json:
+    """The token endpoint's answer; ProxyError with its words, `needs_login` when they are final."""
     form = {"client_id": row["client-id"], **form}
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
-    own = DEFAULTS["providers"][row["name"]]["token-url"]
-    if status == 404 and row["token-url"] == own and row["token-url-2"]:
+    own = row["token-url"] == DEFAULTS["providers"][row["name"]]["token-url"]
+    if status == 404 and own and row["token-url-2"]:
         status, answer = await net.ask_json("POST", row["token-url-2"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
     said = error_text(answer)
-    final = re.search(
-        "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client", said
-    )
-    raise ProxyError(
-        status, f"{row['name']}'s token endpoint answered {status}: {said}", needs_login=bool(final)
-    )
+    message = f"{row['name']}'s token endpoint answered {status}: {said}"
+    raise ProxyError(status, message, needs_login=bool(re.search(FATAL, said)))
 
 
 def token_fields(answer: Json, now: float) -> Json:
     """What a token answer changes in the file; a refresh token that it does not name stays."""
     named = {name: answer[name] for name in ("refresh_token", "id_token") if answer.get(name)}
     life = answer.get("expires_in")
-    ends = rfc3339(now + (life if isinstance(life, (int, float)) else HOUR))
-    return {
-        "access_token": answer["access_token"],
-        "last_refresh": rfc3339(now),
-        "expired": ends,
-        **named,
-    }
+    ends = now + (life if isinstance(life, (int, float)) else HOUR)
+    times = {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
+    return {"access_token": answer["access_token"], **named, **times}
 
 
-async def ask_email(net: Net, row: Row, token: str) -> str:
+async def ask_email(net: Net, row: Json, token: str) -> str:
     """The address from the profile; a token that may not read it is named by its hash."""
     with suppress(ProxyError, *NET_ERRORS):
-        _, profile = await net.ask_json(
-            "GET", row["profile-url"], headers={"Authorization": f"Bearer {token}"}
-        )
+        bearer = {"Authorization": f"Bearer {token}"}
+        _, profile = await net.ask_json("GET", row["profile-url"], headers=bearer)
         account = profile["account"] if isinstance(profile.get("account"), dict) else profile
         if email := account.get("email") or account.get("email_address"):
             return str(email)
@@ -952,15 +876,15 @@ async def ask_email(net: Net, row: Row, token: str) -> str:
 # What an error means for an account stands in RESTS: to add a case, add a row above a wider one.
 
 RESTS: tuple[tuple[set[int], str, float | None, bool], ...] = (
-    # status             words in it                 seconds; None: Retry-After  goes on to the next
-    ({400, 429},         "extra usage|long context", 0,                          False),  # about money
-    ({401},              "",                         5 * MINUTE,                 True),
-    ({402},              "",                         30 * MINUTE,                True),
-    ({403},              "",                         24 * HOUR,                  True),
-    ({404},              "",                         0,                          True),
-    ({429},              "",                         None,                       True),
-    ({529},              "",                         30,                         True),
-    ({408, 500, 502, 503, 504}, "",                  5,                          True),
+    # status    words in it                 seconds; None: Retry-After   ask somebody else?
+    ({400, 429}, "extra usage|long context", 0,                          False),  # it is about money
+    ({401},      "",                         5 * MINUTE,                 True),
+    ({402},      "",                         30 * MINUTE,                True),
+    ({403},      "",                         24 * HOUR,                  True),
+    ({404},      "",                         0,                          True),
+    ({429},      "",                         None,                       True),
+    ({529},      "",                         30,                         True),
+    ({408},      "",                         5,                          True),
 )  # fmt: skip
 RETRIED = {408, 500, 502, 503, 504, 529}  # worth another try on the same account
 REFRESH_WAIT, REFRESH_PAUSE = 30, 30
@@ -969,15 +893,15 @@ REFRESH_WAIT, REFRESH_PAUSE = 30, 30
 def verdict(error: ProxyError) -> tuple[float, bool]:
     """Seconds for which the account is left alone, and whether somebody else should be asked."""
     said = f"{error.message} {error.body[:2000].decode(errors='replace')}".lower()
-    for statuses, words, rest, goes_on in RESTS:
+    for statuses, words, rest, others in RESTS:
         if error.status in statuses and re.search(words, said):
-            return error.retry_after or MINUTE if rest is None else rest, goes_on
+            return error.retry_after or MINUTE if rest is None else rest, others
     return (5, True) if error.status >= 500 else (0, False)
 
 
 @dataclass(eq=False)
 class Account:
-    """One token file and what this process knows of it; `wakes` and `retry` are monotonic moments."""
+    """One token file and what this process knows of it; `wakes` and `retry` are monotonic."""
 
     path: Path
     token: Json
@@ -985,12 +909,9 @@ class Account:
     retry: float = 0.0  # no refresh before this
     reason: str = ""
     needs_login: bool = False
-    in_flight: int = 0
-    requests: int = 0
-    errors: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
     refreshing: asyncio.Task[None] | None = None
+    in_flight: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def provider(self) -> str:
@@ -999,6 +920,10 @@ class Account:
     @property
     def email(self) -> str:
         return str(self.token.get("email") or self.path.stem)
+
+    @property
+    def hint(self) -> str:
+        return f": run `ampproxy.py login {self.provider}`" if self.needs_login else ""
 
     def state(self, now: float) -> str:
         if self.token.get("disabled") is True:
@@ -1019,11 +944,11 @@ class Pool:
 
     def scan(self) -> None:
         """Take up files that are new, changed or gone."""
-        found = sorted(p for p in self.live.auth_dir.glob("*.json") if not p.name.startswith("."))
-        stamps = {path: stamp(path) for path in found}
+        files = sorted(p for p in self.live.auth_dir.glob("*.json") if not p.name.startswith("."))
+        stamps = {path: stamp(path) for path in files}
         for path in self.accounts.keys() - stamps.keys():
             del self.accounts[path]
-        for path in found:
+        for path in files:
             if stamps[path] != self.stamps.get(path):
                 self.read(path)
         self.stamps = stamps
@@ -1042,140 +967,123 @@ class Pool:
             account.needs_login, account.wakes, account.retry = False, 0.0, 0.0
         account.token = token
 
-    def of(self, row: Row) -> list[Account]:
-        """The accounts of a provider that are not disabled, by priority, then the least busy, then name."""
-        there = [
-            a
-            for a in self.accounts.values()
-            if (a.provider, a.state(0)) != (row["name"], "disabled")
-        ]
-        mine = [a for a in there if a.provider == row["name"]]
-        return sorted(mine, key=lambda a: (-int(a.token.get("priority") or 0), a.in_flight, a.path))
-
-    def ready(self, row: Row) -> list[Account]:
+    def of(self, row: Json, state: str = "") -> list[Account]:
+        """A provider's accounts, those in `state` or all that are not disabled, best first: by
+        priority, then the least busy, then by name."""
         now = self.clock.monotonic()
-        return [account for account in self.of(row) if account.state(now) == "ready"]
+        mine = [(a, a.state(now)) for a in self.accounts.values() if a.provider == row["name"]]
+        fit = [a for a, its in mine if its == state or (not state and its != "disabled")]
+        return sorted(fit, key=lambda a: (-int(a.token.get("priority") or 0), a.in_flight, a.path))
 
-    def nobody(self, row: Row) -> ProxyError:
-        """Why none of a provider's accounts can be asked, each by name, and when the first one wakes."""
+    def nobody(self, row: Json) -> ProxyError:
+        """Why none of a provider's accounts can be asked, and when the first one wakes."""
         now = self.clock.monotonic()
-        told = [f"{a} {a.state(now)}: {a.reason or self.hint(a)}" for a in self.of(row)]
-        waits = [a.wakes - now for a in self.of(row) if a.state(now) == "resting"]
-        status = 429 if waits else 401
-        return ProxyError(
-            status, "no account can answer: " + "; ".join(told), min(waits, default=0)
-        )
-
-    def hint(self, account: Account) -> str:
-        return f"run `ampproxy.py login {account.provider}`"
+        told = [f"{a} {a.state(now)} ({a.reason}){a.hint}" for a in self.of(row)]
+        waits = [a.wakes - now for a in self.of(row, "resting")]
+        message = "no account can answer: " + "; ".join(told)
+        return ProxyError(429 if waits else 401, message, min(waits, default=0))
 
     def rest(self, account: Account, error: ProxyError) -> bool:
-        """Leave the account alone as long as the error asks for; True when the next should be asked."""
-        length, goes_on = verdict(error)
-        account.errors += 1
-        account.needs_login = account.needs_login or error.needs_login
+        """Leave the account alone as long as the error asks; True when others should be asked."""
+        length, others = verdict(error)
+        account.counts["errors"] += 1
         if length or error.needs_login:
-            account.reason = error.message
+            account.reason = account.reason if account.needs_login else error.message
             length = min(length, self.live.config["max-cooldown"])
             account.wakes = max(account.wakes, self.clock.monotonic() + length)
+            account.needs_login = account.needs_login or error.needs_login
             log.warning("%s rests for %d s: %s", account, length, error.message)
-        return goes_on
+        return others
 
-    async def bearer(self, row: Row, account: Account, refused: str = "") -> str:
+    async def bearer(self, row: Json, account: Account, refused: str = "") -> str:
         """An access token that is good for another minute and is not the one that was `refused`."""
-        token = account.token
-        if refused == token.get("access_token") or expiry(token) < self.clock.time() + MINUTE:
-            await self.refresh(row, account, refused)
-        fresh = str(account.token.get("access_token") or "")
-        if account.needs_login or not fresh:
-            raise ProxyError(401, f"the login has ended: {self.hint(account)}", needs_login=True)
-        if fresh == refused or expiry(account.token) < self.clock.time():
-            raise ProxyError(503, account.reason or "the token cannot be refreshed now")
-        return fresh
+        soon = self.clock.time() + MINUTE
+        if refused == account.token.get("access_token") or expiry(account.token) < soon:
+            await asyncio.wait([account.refreshing or self.begin_refresh(row, account, refused)])
+        if account.needs_login or not account.token.get("access_token"):
+            message = f"the login has ended ({account.reason}){account.hint}"
+            raise ProxyError(401, message, needs_login=True)
+        if account.retry > self.clock.monotonic() and (refused or expiry(account.token) < soon):
+            raise ProxyError(503, account.reason)
+        return str(account.token["access_token"])
 
-    async def refresh(self, row: Row, account: Account, refused: str) -> None:
-        """Wait for one refresh, whoever began it; it goes on when the client that waits leaves."""
-        await asyncio.wait([account.refreshing or self.begin_refresh(row, account, refused)])
-
-    def begin_refresh(self, row: Row, account: Account, refused: str) -> asyncio.Task[None]:
-        task = account.refreshing = asyncio.create_task(self.renew(row, account, refused))
+    def begin_refresh(self, row: Json, account: Account, refused: str) -> asyncio.Task[None]:
+        """One refresh at a time; it goes on when the client that waits for it leaves."""
+        task = account.refreshing = asyncio.create_task(self.refresh(row, account, refused))
         task.add_done_callback(lambda _: setattr(account, "refreshing", None))
         return task
 
-    async def renew(self, row: Row, account: Account, refused: str) -> None:
-        """One refresh: adopt a newer token from the file, else ask, save, and only then use it."""
+    async def refresh(self, row: Json, account: Account, refused: str) -> None:
+        """Adopt a newer token from the file, else ask, save, and only then use it."""
         self.read(account.path)
-        old, now = account.token, self.clock.time()
-        if expiry(old) > now + MINUTE and old.get("access_token") != refused:
+        old = account.token
+        fresh = expiry(old) > self.clock.time() + MINUTE and old.get("access_token") != refused
+        if fresh or account.retry > self.clock.monotonic() or not self.net:
             return
         if not old.get("refresh_token"):
             account.needs_login, account.reason = True, "refused, and there is no refresh token"
-        elif self.net and account.retry <= self.clock.monotonic():
-            form = {"grant_type": "refresh_token", "refresh_token": old["refresh_token"]}
-            try:
-                async with asyncio.timeout(REFRESH_WAIT):
-                    answer = await ask_token(self.net, row, form)
-                account.token = save_token(account.path, token_fields(answer, self.clock.time()))
-                account.reason = ""
-                log.info("%s: token refreshed", account)
-            except (ProxyError, *NET_ERRORS) as error:
-                self.refresh_failed(account, old, error)
+            return
+        form = {"grant_type": "refresh_token", "refresh_token": old["refresh_token"]}
+        try:
+            async with asyncio.timeout(REFRESH_WAIT):
+                answer = await ask_token(self.net, row, form)
+            account.token = save_token(account.path, token_fields(answer, self.clock.time()))
+            account.reason = ""
+            log.info("%s: token refreshed", account)
+        except (ProxyError, *NET_ERRORS) as error:
+            self.refresh_failed(account, old, error)
 
     def refresh_failed(self, account: Account, old: Json, error: Exception) -> None:
-        """Another program may have been faster: then its token is in the file by now, and adopted."""
+        """Another program may have been faster: its token is in the file by now, and adopted."""
         self.read(account.path)
         if account.token.get("refresh_token") == old["refresh_token"]:
-            account.reason = (
-                f"refresh failed: {error.message if isinstance(error, ProxyError) else why(error)}"
-            )
             account.needs_login = isinstance(error, ProxyError) and error.needs_login
+            account.reason = f"refresh failed: {why(error)}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
-            log.error(
-                "%s: %s%s", account, account.reason, f"; {self.hint(account)}" * account.needs_login
-            )
+            log.error("%s: %s%s", account, account.reason, account.hint)
 
     def refresh_ahead(self) -> None:
-        """Begin the refreshes that are due: `lead` before the end, but not in a token's first half."""
-        for row in self.live.rows():
+        """Begin the refreshes that are due: `refresh-lead` ahead, but not in a token's first half."""
+        for row in (self.live.row(name) for name in RULES):
             for account in self.of(row):
                 ends = expiry(account.token)
                 began = moment(account.token.get("last_refresh")) or ends - 10 * MINUTE
-                due = (
-                    ends - min(seconds(row["refresh-lead"]), max(0.0, ends - began) / 2)
-                    <= self.clock.time()
-                )
-                idle = not (account.refreshing or account.needs_login)
-                if due and idle and account.retry <= self.clock.monotonic():
+                lead = min(seconds(row["refresh-lead"]), max(0.0, ends - began) / 2)
+                free = not account.refreshing and account.retry <= self.clock.monotonic()
+                if ends - lead <= self.clock.time() and free and not account.needs_login:
                     self.begin_refresh(row, account, str(account.token.get("access_token")))
 
 
-# == Model calls ===================================================================================
+# == Who asks, and what? ===========================================================================
 #
-# Which paths are model calls, in which dialect, and what such a call says.  The path's ending names the
-# dialect; the model, not the path, names the provider.
+# A request's head, before a byte of its body is read: may it (design.md, "Security"), and is it a
+# model call?  The path's ending names the dialect; the model, not the path, names the provider.
 
+BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
+KEY_PARAMETERS = ("key", "auth_token")
 PREFIX = r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
-ROUTES = tuple((re.compile(PREFIX + path), dialect, verb) for path, dialect, verb in (
+ROUTES = (  # path behind the prefix, dialect, verb
     (r"/messages", "anthropic", "messages"),
     (r"/messages/count_tokens", "anthropic", "count_tokens"),
     (r"/chat/completions", "chat", "completions"),
     (r"/responses", "responses", "responses"),
     (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
     (r"/models", "", "models"),
-))  # fmt: skip
+)
 BODY_LIMIT = 64 * MIB
 BODY_WAIT = 60  # seconds for the next piece of a body
 
 
 @dataclass(eq=False)
 class Call:
-    """One model call: what was asked (`raw` as it came, `body` as it reads) and who answered."""
+    """One model call: what was asked (`raw` as it came, `body` as it reads), and who answered."""
 
     request: Request
     dialect: str
     verb: str
     amp: bool  # under /api/provider, where ampcode.com may answer
-    model: str = ""
+    model: str
     key: str = ""  # the client's
     stream: bool = False
     raw: bytes = b""
@@ -1184,25 +1092,24 @@ class Call:
     provider: str = ""
     account: str = ""
     served_model: str = ""
-    trouble: str = ""  # what broke the answer off
-    input_tokens: int = 0
-    output_tokens: int = 0
+    trouble: str = ""  # what broke the answer off, or sent it to ampcode.com
+    tokens: Counter[str] = field(default_factory=Counter)
 
     @property
-    def marks(self) -> Headers:
-        """The headers that make the choice visible; a model's name may hold what a header may not."""
+    def marks(self) -> dict[str, str]:
+        """The headers that make the choice visible; a name may hold what a header may not."""
         marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        clean = ((name, re.sub(r"[^\x20-\x7e]", "?", value)[:200]) for name, value in marks.items())
-        return CIMultiDict((f"x-ampproxy-{name}", value) for name, value in clean if value)
+        clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
+        return {f"x-ampproxy-{name}": value for name, value in clean if value}
 
 
 def find_call(request: Request) -> Call | None:
     """The call that a path means; None for what is no model call."""
-    for pattern, dialect, verb in ROUTES:
-        if found := pattern.fullmatch(request.rel_url.raw_path):
-            parts = found.groupdict()
-            model = unquote_plus(parts.get("model") or "")
-            return Call(request, dialect, parts.get("verb") or verb, bool(parts["amp"]), model)
+    for path, dialect, verb in ROUTES:
+        if found := re.fullmatch(PREFIX + path, request.rel_url.raw_path):
+            parts = {"model": "", "verb": verb, **found.groupdict()}
+            model = unquote_plus(parts["model"])
+            return Call(request, dialect, parts["verb"], bool(parts["amp"]), model)
     return None
 
 
@@ -1210,19 +1117,18 @@ async def read_call(call: Call) -> None:
     """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
     call.raw = await read_body(call.request)
     packed = call.request.headers.get("Content-Encoding", "identity").lower() != "identity"
-    plain = inflate(call.raw, BODY_LIMIT) if packed else call.raw
     try:
-        if plain is None:
-            raise ValueError("no gzip, or too large when unpacked")
-        call.body = read_object(plain)
+        call.body = read_object((inflate(call.raw) or b"") if packed else call.raw)
     except ValueError as error:
         raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
-    google = call.dialect == "gemini"
-    call.stream = call.verb.startswith("stream") if google else call.body.get("stream") is True
-    call.model = call.model or call.body.get("model") or ""
-    if not isinstance(call.model, str) or not call.model:
-        call.model = ""
+    streams = (
+        call.verb.startswith("stream") if call.dialect == "gemini" else call.body.get("stream")
+    )
+    call.stream = streams is True
+    model = call.model or call.body.get("model")
+    if not isinstance(model, str) or not model:
         raise ProxyError(400, "The request names no model")
+    call.model = model
 
 
 async def read_body(request: Request) -> bytes:
@@ -1239,18 +1145,6 @@ async def read_body(request: Request) -> bytes:
     raise ProxyError(413, f"The request body is larger than {BODY_LIMIT // MIB} MiB")
 
 
-# == Who asks, and may they? =======================================================================
-#
-# Checks on a request's head, before a byte of its body is read (design.md, "Security"): against DNS
-# rebinding (Host), other web pages (Origin, Sec-Fetch-Site) and strangers (keys).
-
-BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
-KEY_HEADERS, KEY_PARAMETERS = (
-    ("authorization", "x-api-key", "x-goog-api-key"),
-    ("key", "auth_token"),
-)
-
-
 def is_upgrade(request: Request) -> bool:
     return request.headers.get("Upgrade", "").lower() == "websocket"
 
@@ -1260,18 +1154,18 @@ def is_browser_path(request: Request) -> bool:
     return bool(fits) and not is_upgrade(request)
 
 
-def refuse_strangers(request: Request, config: Config) -> None:
+def refuse_strangers(request: Request, config: Json) -> None:
     """403 for a Host that is not ours, and for what a browser sends on behalf of another site."""
     host, origin = (request.headers.get(name, "").lower() for name in ("Host", "Origin"))
-    try:
-        name, own = urlsplit(f"//{host}").hostname or "", urlsplit(origin).netloc == host
-    except ValueError:
-        name, own = "", False
-    if not (config["api-keys"] or is_loopback(name) or (name and name == config["host"].lower())):
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
+    name = found[1].strip("[]") if found else ""
+    own = name and (is_loopback(name) or name == config["host"].lower())
+    if not own and not config["api-keys"]:
         raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
-    foreign = origin.startswith(("http://", "https://", "null")) and not own
+    foreign = re.match("https?://|null", origin) and urlsplit(origin).netloc != host
     if foreign or request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-        if request.headers.get("Sec-Fetch-Mode") != "navigate" or not is_browser_path(request):
+        navigates = request.headers.get("Sec-Fetch-Mode") == "navigate"
+        if not (navigates and is_browser_path(request)):
             raise ProxyError(403, "requests on behalf of another web site are refused")
 
 
@@ -1297,29 +1191,31 @@ def check_local(request: Request) -> None:
         raise ProxyError(403, "Access denied: management routes restricted to localhost")
 
 
-def target_without(request: Request, keys: Iterable[str]) -> str:
+def target_without(request: Request, keys: list[str]) -> str:
     """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
     path, mark, query = request.raw_path.partition("?")
-    pairs = [(pair, *pair.partition("=")) for pair in query.split("&")]
-    kept = [pair for pair, name, _, value in pairs
-            if name not in KEY_PARAMETERS or not any(same(unquote_plus(value), key) for key in keys)]  # fmt: skip
+
+    def carries(pair: str) -> bool:
+        name, _, value = pair.partition("=")
+        return name in KEY_PARAMETERS and any(same(unquote_plus(value), key) for key in keys)
+
+    kept = [pair for pair in query.split("&") if not carries(pair)]
     return path + (mark + "&".join(kept) if kept else "")
 
 
 # == Passing answers on ============================================================================
 #
-# From an upstream to the client as it comes: bytes, headers, end.  Until its first byte has gone out, a
-# ProxyError can still turn into something better; after it, what breaks ends the answer visibly.
+# From an upstream to the client as it comes: bytes, headers, end.  Until its first byte has gone out
+# a ProxyError can still become something better; after it, what breaks ends the answer visibly.
 
-TAIL = 4096
-OWN_HEADERS = {"content-length", "content-encoding", "set-cookie"}
-HOP_HEADERS = set(  # RFC 9110, 7.6.1, and what the HTTP library writes itself
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
-    "transfer-encoding upgrade host expect".split()
-)
+TAIL, GZIP = 4096, b"\x1f\x8b"
+HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
+    "te", "trailer", "transfer-encoding", "upgrade", "host", "expect",
+}  # fmt: skip
 
 
-def passing(headers: Any, without: Iterable[str] = ()) -> Headers:
+def passing(headers: Any, *without: str) -> Headers:
     """Headers that travel on: not the hop's own, nor those that Connection names, nor `without`."""
     named = {n.strip().lower() for v in headers.getall("Connection", ()) for n in v.split(",")}
     gone = HOP_HEADERS | named | set(without)
@@ -1331,32 +1227,28 @@ def accepts(request: Request, coding: str) -> bool:
     return coding in [o.partition(";")[0] for o in offered if not o.endswith(";q=0")]
 
 
-class Source:
-    """An upstream's body: `read` gives the next bytes as they came and as they read; b"" at the end."""
+class Relay:
+    """One answer on its way from an upstream to a client, at the client's speed.
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.content = upstream.content
-        coding = upstream.headers.get("Content-Encoding", "").lower()
-        self.coding = "" if coding == "identity" else coding
-        self.unpacker = zlib.decompressobj(47) if self.coding else None
+    `packed`: compressed bytes go out as they came, and are unpacked on the side to be read.
+    """
+
+    def __init__(self, request: Request, upstream: aiohttp.ClientResponse, packed: bool) -> None:
+        self.request, self.content, self.packed = request, upstream.content, packed
+        self.response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
+        self.coding = upstream.headers.get("Content-Encoding", "identity").lower()
+        self.unpacker = None if self.coding == "identity" else zlib.decompressobj(47)
+        self.tail, self.busy, self.loop = b"\n\n", False, asyncio.get_running_loop()
+        self.timer: asyncio.TimerHandle | None = None
 
     async def read(self) -> tuple[bytes, bytes]:
+        """The next bytes as they go out and as they read; b"" at the end."""
         raw = await self.content.readany()
-        return raw, self.unpacker.decompress(raw) if self.unpacker else raw
+        plain = self.unpacker.decompress(raw) if self.unpacker else raw
+        return raw if self.packed or not raw else plain, plain
 
-
-class Reply:
-    """A stream on its way to the client; comments keep it alive while the upstream is silent."""
-
-    def __init__(self, request: Request, response: Answer, every: float) -> None:
-        self.request, self.response, self.every = request, response, every
-        self.tail, self.busy, self.loop = b"\n\n", False, asyncio.get_running_loop()
-        self.last = self.loop.time()
-        self.timer = self.loop.call_later(every, self.pulse) if every else None
-
-    async def write(self, data: bytes, plain: bytes | None = None) -> None:
-        """`plain` is how `data` reads when it goes out packed."""
-        self.tail = (self.tail + (data if plain is None else plain))[-TAIL:]
+    async def write(self, data: bytes, plain: bytes) -> None:
+        self.tail = (self.tail + plain)[-TAIL:]
         self.last, self.busy = self.loop.time(), True
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -1364,37 +1256,48 @@ class Reply:
             await self.response.write(data)
         self.busy = False
 
-    def pulse(self) -> None:
-        """A comment between two events; never inside one, nor while the client is not reading."""
-        silent = self.loop.time() - self.last
-        if silent >= self.every and not self.busy and self.tail.endswith((b"\n\n", b"\r\n\r\n")):
-            comment = self.loop.create_task(self.write(b": keep-alive\n\n"))
-            comment.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self.timer = self.loop.call_later(max(self.every - silent, 0) or self.every, self.pulse)
-
-    async def copy(self, source: Source, packed: bool) -> str:
-        """The rest of a body; returns what broke the upstream off, "" for nothing."""
+    async def copy(self) -> str:
+        """The rest; returns what broke the upstream off, "" for nothing."""
         while True:
             try:
-                raw, plain = await source.read()
+                data, plain = await self.read()
             except NET_ERRORS as error:
                 return why(error)
-            if not raw:
+            if not data and self.content.at_eof():
                 return ""
-            await self.write(raw if packed else plain, plain)
+            await self.write(data, plain)
+
+    def keep_alive(self, every: float) -> None:
+        """Comments between two events while the upstream is silent; none while the client is."""
+        silent = self.loop.time() - self.last if self.timer else 0
+        between = self.tail.endswith((b"\n\n", b"\r\n\r\n")) and not self.packed
+        if silent >= every and between and not self.busy:
+            comment = b": keep-alive\n\n"
+            task = self.loop.create_task(self.write(comment, comment))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            silent = 0
+        if not self.timer:
+            self.last = self.loop.time()
+        self.timer = self.loop.call_later(every - silent, self.keep_alive, every)
+
+    def cut(self) -> NoReturn:
+        """After the first byte the honest way to say that an answer is not whole."""
+        if self.request.transport:
+            self.request.transport.abort()
+        raise ConnectionResetError("the upstream broke off")
 
 
-def cut(request: Request) -> NoReturn:
-    """Cut the connection: after the first byte the honest way to say that an answer is not whole."""
-    if request.transport:
-        request.transport.abort()
-    raise ConnectionResetError("the upstream broke off")
+async def send_whole(request: Request, body: bytes, headers: Headers, status: int = 200) -> Answer:
+    response = web.Response(body=body, headers=headers, status=status)
+    await response.prepare(request)
+    await response.write_eof()
+    return response
 
 
 # == ampcode.com ===================================================================================
 #
-# What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only the
-# credentials change.  Model calls come here when nobody else answers them; that may cost credits.
+# What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only
+# the credentials change.  Model calls that nobody else answers come here too; they may cost credits.
 
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
@@ -1406,155 +1309,135 @@ class Ampcode:
         self.from_file = (0.0, "", "")  # good until, upstream, key
         self.sockets: set[web.WebSocketResponse] = set()
 
-    @property
     def base(self) -> str:
         return str(self.live.config["ampcode"]["upstream-url"]).rstrip("/")
+
+    def address(self, request: Request) -> str:
+        return self.base() + target_without(request, self.live.config["api-keys"])
 
     def upstream_key(self, key: str) -> str:
         """The key for ampcode.com: the client's own row, config, AMP_API_KEY, Amp's secrets file."""
         amp = self.live.config["ampcode"]
-        own = (
-            row["upstream-api-key"] for row in amp["upstream-api-keys"] if key in row["api-keys"]
-        )
-        given = (
-            next(own, "") or amp["upstream-api-key"] or os.environ.get("AMP_API_KEY", "").strip()
-        )
-        return str(given or self.file_key())
+        own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
+        own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
+        return str(next(filter(None, own), "") or self.file_key())
 
     def file_key(self) -> str:
         """The secrets file's entry for this upstream; it, or its lack, is kept for five minutes."""
         until, base, key = self.from_file
-        if base != self.base or until <= self.clock.monotonic():
-            entries, key = Json(), ""
-            with suppress(FileNotFoundError):
-                try:
-                    entries = read_object(SECRETS_FILE.expanduser().read_bytes())
-                except ValueError as error:
-                    log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
-            for name in (f"apiKey@{self.base}/", f"apiKey@{self.base}"):
-                key = key or str(entries.get(name) or "").strip()
-            self.from_file = (self.clock.monotonic() + 5 * MINUTE, self.base, key)
+        if base != self.base() or until <= self.clock.monotonic():
+            entries, base = Json(), self.base()
+            try:
+                path = SECRETS_FILE.expanduser()
+                entries = read_object(path.read_bytes()) if path.exists() else {}
+            except (OSError, ValueError) as error:
+                log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
+            key = str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
+            self.from_file = (self.clock.monotonic() + 5 * MINUTE, base, key)
         return key
-
-    def address(self, request: Request) -> str:
-        return self.base + target_without(request, self.live.config["api-keys"])
 
     def outgoing(self, request: Request, key: str) -> Headers:
         """The client's headers with the upstream key in place of the client's."""
         own = self.upstream_key(key)
-        headers = passing(request.headers, KEY_HEADERS if own or key else ())
-        if own:
-            headers["Authorization"], headers["X-Api-Key"] = f"Bearer {own}", own
+        headers = passing(request.headers, *(KEY_HEADERS if own or key else ()))
+        headers.update({"Authorization": f"Bearer {own}", "X-Api-Key": own} if own else {})
         return headers
 
     async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
-        """One request there, its answer back; the body of a `call` was read already."""
+        """One request there and its answer back; the body of a `call` was read already."""
         headers = self.outgoing(request, key)
         data: Any = call.raw if call else request.content if request.body_exists else None
         if call or data is None:
             headers.popall("Content-Length", None)
-        asked = (request.rel_url.raw_path, request.query_string.partition("=")[0])
-        edits = self.live.config["ampcode"]["client-inference"] and asked == (
-            "/api/internal",
-            "getUserInfo",
-        )
-        if edits:
+        if edits := self.edits(request):
             headers["Accept-Encoding"] = "identity"
         url = URL(self.address(request), encoded=True)
         try:
             async with self.net.ask(request.method, url, headers=headers, data=data) as upstream:
-                return await self.pass_on(request, upstream, call, edits)
+                relay = Relay(request, upstream, True)
+                first = await opened(upstream, edits)
+                relay.response.headers.extend(passing(upstream.headers))
+                relay.response.headers.update(call.marks if call else {})
+                if first is not None and upstream.content.at_eof():
+                    relay.response.headers["Content-Length"] = str(len(first))
+                if edits:
+                    relay.response.headers.popall("Content-Encoding", None)
+                await relay.write(first or b"", b"")
+                if broken := await relay.copy():
+                    log.warning("ampcode.com broke an answer off: %s", broken)
+                    if not call or upstream.content_type != "text/event-stream":
+                        relay.cut()
+                    frame = error_frame(call.dialect, f"ampcode.com broke off: {broken}")
+                    await relay.write(frame, frame)
+                await relay.response.write_eof()
+                return relay.response
         except ProxyError as error:
-            if not call:
-                body = {"error": "amp_upstream_proxy_error", "message": error.message}
-                error.body = compact(body)
+            words = {"error": "amp_upstream_proxy_error", "message": error.message}
+            error.body = b"" if call else compact(words)
             raise
 
-    async def pass_on(
-        self, request: Request, upstream: Upstream, call: Call | None, edits: bool
-    ) -> Answer:
-        headers = passing(upstream.headers)
-        first = await opened(upstream, headers, edits)
-        if call:
-            headers.update(call.marks)
-        response = web.StreamResponse(
-            status=upstream.status, reason=upstream.reason, headers=headers
-        )
-        reply = Reply(request, response, 0)
-        await reply.write(first, b"")
-        if broken := await reply.copy(Source(upstream), True):
-            log.warning("ampcode.com broke an answer off: %s", broken)
-            if not call or upstream.content_type != "text/event-stream":
-                cut(request)
-            await reply.write(error_frame(call.dialect, f"ampcode.com broke off: {broken}"))
-        await response.write_eof()
-        return response
+    def edits(self, request: Request) -> bool:
+        """Whether this is the answer that may hold the flag."""
+        asked = request.rel_url.raw_path, request.query_string.partition("=")[0]
+        on = self.live.config["ampcode"]["client-inference"]
+        return bool(on) and asked == ("/api/internal", "getUserInfo")
 
     async def tunnel(self, request: Request, key: str) -> Answer:
-        """A WebSocket, frame by frame, with the upstream's choice of subprotocol and its close code."""
-        asked = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
+        asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
         headers = self.outgoing(request, key)
         for name in {name for name in headers if name.lower().startswith("sec-websocket-")}:
             headers.popall(name)
         url = URL(self.address(request), encoded=True)
-        options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT, "proxy": self.net.proxy(url)}
+        options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT}
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=headers, protocols=[p for p in asked if p], **options
-            )
+                url, headers=headers, protocols=list(filter(None, asked)),
+                proxy=self.net.proxy(url), **options,
+            )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=error.status, text=error.message)
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
         chosen = [upstream.protocol] if upstream.protocol else []
-        client = web.WebSocketResponse(protocols=chosen, autoping=False, max_msg_size=BODY_LIMIT)
+        client = web.WebSocketResponse(protocols=chosen, **options)
         self.sockets.add(client)
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
         finally:
             self.sockets.discard(client)
-            await upstream.close()
+            await upstream.close(code=client.close_code or aiohttp.WSCloseCode.GOING_AWAY)
         return client
 
 
 async def frames(source: Any, sink: Any) -> None:
-    """Pass frames on until the source closes, then close the sink with the same code and reason."""
-    send = {
-        aiohttp.WSMsgType.TEXT: sink.send_str,
-        aiohttp.WSMsgType.BINARY: sink.send_bytes,
-        aiohttp.WSMsgType.PING: sink.ping,
-        aiohttp.WSMsgType.PONG: sink.pong,
-    }
+    """Pass frames on until the source closes, then close the sink with its code and reason."""
+    kind = aiohttp.WSMsgType
+    send = {kind.TEXT: sink.send_str, kind.BINARY: sink.send_bytes, kind.PING: sink.ping,
+            kind.PONG: sink.pong}  # fmt: skip
     with suppress(ConnectionError, RuntimeError):
-        while (message := await source.receive()).type in send:
-            await send[message.type](message.data)
-        if message.type == aiohttp.WSMsgType.CLOSE:
-            await sink.close(code=message.data or 1000, message=(message.extra or "").encode())
-        else:  # cut off: there is no code to repeat
-            await sink.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)
+        while (frame := await source.receive()).type in send:
+            await send[frame.type](frame.data)
+        if frame.type == kind.CLOSE:
+            await sink.close(code=frame.data or 1000, message=(frame.extra or "").encode())
+        await sink.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)  # cut off: no code to repeat
 
 
-async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
-    """An answer's first bytes, b"" as a rule; all of it, changed, where it must be opened: gzip that no
-    header announces, and getUserInfo with its flag.  No whole gzip, or a very large one, passes as it is."""
-    streams = upstream.content_type == "text/event-stream" or "Content-Encoding" in headers
-    raw = bytearray()
-    while edits or not streams:
-        try:
-            chunk = await upstream.content.readany()
-        except NET_ERRORS as error:
-            raise ProxyError(502, f"ampcode.com broke off: {why(error)}") from error
-        raw += chunk
-        packed = raw.startswith((b"\x1f\x8b", b"\x1f") if len(raw) < 2 else b"\x1f\x8b")
-        if not chunk or len(raw) > 8 * MIB or not (edits or packed):
-            break
-    plain = inflate(bytes(raw)) if raw[:2] == b"\x1f\x8b" and upstream.content.at_eof() else None
-    body = without_flag(plain or bytes(raw)) if edits else plain or bytes(raw)
-    if body != raw:
-        headers.popall("Content-Encoding", None)
-        headers["Content-Length"] = str(len(body))
-    return body
+async def opened(upstream: aiohttp.ClientResponse, edits: bool) -> bytes | None:
+    """An answer's first bytes where they must be looked at, for gzip that no header announces, and
+    for the flag: then, if not very large, all of it, unpacked."""
+    streams = upstream.content_type == "text/event-stream"
+    if not edits and (streams or "Content-Encoding" in upstream.headers):
+        return None
+    raw, content = b"", upstream.content
+    try:
+        while (edits or GZIP.startswith(raw[:2])) and len(raw) < 8 * MIB and not content.at_eof():
+            raw += await content.readany()
+    except NET_ERRORS as error:
+        raise ProxyError(502, f"ampcode.com broke off: {why(error)}") from error
+    plain = (inflate(raw) if content.at_eof() and raw.startswith(GZIP) else None) or raw
+    return without_flag(plain) if edits and content.at_eof() else plain
 
 
 def without_flag(body: bytes) -> bytes:
@@ -1571,16 +1454,12 @@ def without_flag(body: bytes) -> bytes:
 
 # == Forwarding ====================================================================================
 #
-# The story of one model call: read it, find who serves the model, ask their accounts in turn, relay the
-# first good answer.  Same dialect on both sides: bytes pass untouched, but for the model's name.
+# The story of one model call: read it, find who serves the model, ask their accounts in turn, relay
+# the first good answer.  Same dialect on both sides: bytes pass untouched, but for the model's name.
 
-ENDINGS = {
-    "anthropic": (b"message_stop", b"event: error")
-}  # one of them is near a whole stream's end
+ENDINGS = {"anthropic": (b"message_stop", b"event: error")}  # near the end of a whole stream
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
-USAGE = re.compile(
-    rb'"((?:cache_read_|cache_creation_)?input_tokens|output_tokens)"\s*:\s*(\d{1,15})'
-)
+USAGE = re.compile(rb'"((?:cache_\w+_)?input_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
 
 
@@ -1591,14 +1470,13 @@ class Forwarder:
     async def answer(self, call: Call) -> Answer:
         """From the accounts in their order, else from ampcode.com, else a ProxyError."""
         await read_call(call)
-        rows = [row for row in self.live.rows() if serves(row, call.model) and self.pool.of(row)]
-        rows = [row for row in rows if row["dialect"] == call.dialect]
+        rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         for row in rows:
             call.route, call.provider, call.served_model = "local", row["name"], call.model
-            error = self.pool.nobody(row)
             headers, body = worded(call, row)
-            for account in self.pool.ready(row):
+            error = self.pool.nobody(row)
+            for account in self.pool.of(row, "ready"):
                 try:
                     return await self.attempt(call, row, account, headers, body)
                 except ProxyError as failed:
@@ -1607,85 +1485,68 @@ class Forwarder:
                         raise
         fallback = self.live.config["ampcode"]["fallback"]
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
-            return await self.pay(call, error)
+            call.route, call.provider, call.served_model = "amp", "ampcode", call.model
+            call.account, call.trouble = "", error.message
+            return await self.amp.forward(call.request, call.key, call)
         raise error
 
-    async def pay(self, call: Call, error: ProxyError) -> Answer:
-        """The last resort: ampcode.com answers, and may charge for it."""
-        hint = "a row of ampcode.model-mappings or another login would keep it here"
-        log.warning(
-            "AMP_CREDITS %s: %s; ampcode.com may charge; %s", call.model[:100], error.message, hint
-        )
-        call.route, call.provider, call.account, call.served_model = (
-            "amp",
-            "ampcode",
-            "",
-            call.model,
-        )
-        return await self.amp.forward(call.request, call.key, call)
-
     async def attempt(
-        self, call: Call, row: Row, account: Account, headers: Headers, body: bytes
+        self, call: Call, row: Json, account: Account, headers: Headers, body: bytes
     ) -> Answer:
         """One account, as often as `request-retry` says; a token that is refused is renewed once."""
-        left, refused = self.live.config["request-retry"], ""
-        call.account = account.email
+        left, refused, call.account = self.live.config["request-retry"], "", account.email
         account.in_flight += 1
-        account.requests += 1
+        account.counts["requests"] += 1
         try:
             while True:
                 token = await self.pool.bearer(row, account, refused)
                 headers["Authorization"] = f"Bearer {token}"
                 try:
-                    answer = await self.exchange(call, row, headers, body)
-                    account.wakes, account.reason = 0.0, ""
-                    return answer
+                    return await self.exchange(call, row, account, headers, body)
                 except ProxyError as error:
                     left -= error.status in RETRIED
-                    if error.status == 401:
-                        error.needs_login = bool(refused)
-                        refused, token = token, refused
-                    if (
-                        error.needs_login
-                        or (error.status != 401 and error.status not in RETRIED)
-                        or not left
-                    ):
+                    error.needs_login = error.status == 401 and bool(refused)
+                    again = error.status in RETRIED and left
+                    if not again and (error.status != 401 or refused):
                         raise
-                    await self.pool.clock.sleep(0.5 if error.status in RETRIED else 0)
+                    refused = token if error.status == 401 else ""
+                    await self.pool.clock.sleep(0.5 if again else 0)
         finally:
             account.in_flight -= 1
-            account.input_tokens += call.input_tokens
-            account.output_tokens += call.output_tokens
+            account.counts.update(call.tokens)
 
-    async def exchange(self, call: Call, row: Row, headers: Headers, body: bytes) -> Answer:
+    async def exchange(
+        self, call: Call, row: Json, account: Account, headers: Headers, body: bytes
+    ) -> Answer:
         """One request to the provider, its answer to the client; ProxyError before the first byte."""
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-        query = f"?{urlencode(pairs)}" if pairs else ""
-        url = URL(row["base-url"] + row["paths"][call.verb] + query, encoded=True)
+        path = row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
+        url = URL(row["base-url"] + path, encoded=True)
         async with self.net.ask("POST", url, headers=headers, data=body) as upstream:
             if upstream.status != 200:
                 raise await refusal(upstream, row["name"])
+            account.wakes, account.reason = 0.0, ""
+            passed = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
+            passed.update(call.marks)
             if upstream.content_type == "text/event-stream":
                 every = self.live.config["streaming"]["keepalive-seconds"]
-                return await relay_stream(call, upstream, every)
-            return await relay_whole(call, upstream)
+                return await relay_stream(call, upstream, passed, every)
+            return await relay_whole(call, upstream, passed)
 
 
-def worded(call: Call, row: Row) -> tuple[Headers, bytes]:
+def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     """What goes to the provider: its row's headers, those of the client's that may pass, its body."""
     headers, passes = CIMultiDict(row["headers"]), tuple(row["passes"])
     headers.update((n, v) for n, v in call.request.headers.items() if n.lower().startswith(passes))
-    headers["Content-Type"] = "application/json"
-    headers["Accept"] = "text/event-stream" if call.stream else "application/json"
-    packed = not call.stream and accepts(
-        call.request, "gzip"
-    )  # comments have no place in a packed stream
+    packed = not call.stream and accepts(call.request, "gzip")  # a packed stream has no comments
     headers["Accept-Encoding"] = "gzip" if packed else "identity"
+    headers["Accept"] = "text/event-stream" if call.stream else "application/json"
+    headers["Content-Type"] = "application/json"
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif not call.body.get("max_tokens"):
-        limits = (int(n) for pattern, n in row["limits"].items() if matches(call.model, [pattern]))
-        call.body["max_tokens"] = next(limits, 1024)
+        fits = (int(n) for pattern, n in row["limits"].items() if matches(call.model, [pattern]))
+        call.body["max_tokens"] = next(fits, 1024)
     RULES[row["name"]](call.body, headers, row)
     return headers, compact(call.body)
 
@@ -1700,37 +1561,38 @@ def retry_after(headers: Any) -> float:
     return 0.0
 
 
-async def refusal(upstream: Upstream, name: str) -> ProxyError:
-    """A provider's answer that is no success: its own bytes, readable, and what it asks of retries."""
+async def refusal(upstream: aiohttp.ClientResponse, name: str) -> ProxyError:
+    """A provider's answer that is no success: its own bytes, readable, and when to come again."""
     raw, said = b"", ""
     with suppress(*NET_ERRORS):
         raw = await upstream.content.read(MIB)
         raw = inflate(raw) or raw
         said = error_text(read_object(raw))
     status = upstream.status if upstream.status >= 400 else 502
-    kept = ("request-id", "content-type", "x-should-retry", "anthropic-")
-    headers = CIMultiDict((k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept))
-    message = f"{name} answered {upstream.status}: {said or raw[:200].decode(errors='replace')}"
-    error = ProxyError(status, message, retry_after(upstream.headers))
-    error.body, error.headers = (
-        (raw, headers) if said and status == upstream.status else (b"", Headers())
-    )
+    text = said or raw[:200].decode(errors="replace")
+    error = ProxyError(status, f"{name} answered {upstream.status}: {text}")
+    error.retry_after = retry_after(upstream.headers)
+    if said and status == upstream.status:
+        kept = ("request-id", "content-type", "x-should-retry", "anthropic-")
+        error.headers.extend(
+            (k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept)
+        )
+        error.body = raw
     return error
 
 
-def count_usage(call: Call, data: bytes) -> None:
+def count_tokens(call: Call, data: bytes) -> None:
     """Tokens in and out, from the usage in the first and the last events."""
     most: Counter[bytes] = Counter()
     for name, number in USAGE.findall(data) if call.verb != "count_tokens" else ():
         most[name] = max(most[name], int(number))
-    call.output_tokens = most.pop(b"output_tokens", 0)
-    call.input_tokens = sum(most.values())
+    call.tokens["output_tokens"] = most.pop(b"output_tokens", 0)
+    call.tokens["input_tokens"] = sum(most.values())
 
 
 def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
-    """The answer with the model's name as the client gave it; the same bytes when it is that already."""
-    inner = answer.get("message")
-    holder = inner if isinstance(inner, dict) else answer
+    """The answer with the model's name as the client gave it; the same bytes if it is that already."""
+    holder = answer["message"] if isinstance(answer.get("message"), dict) else answer
     name = holder.get("model")
     if not isinstance(name, str) or name == asked:
         return data
@@ -1741,85 +1603,79 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_whole(call: Call, upstream: Upstream) -> Answer:
+async def relay_whole(call: Call, upstream: aiohttp.ClientResponse, headers: Headers) -> Answer:
     """An answer in one piece; packed as it came where the client takes that and nothing changed."""
     try:
         raw = await upstream.read()
-        plain = (inflate(raw) or raw) if raw[:2] == b"\x1f\x8b" else raw
+        plain = (inflate(raw) or raw) if raw.startswith(GZIP) else raw
         answer = read_object(plain)
     except NET_ERRORS as error:
-        raise ProxyError(
-            502, f"{call.provider} answered with no JSON object: {why(error)}"
-        ) from error
-    count_usage(call, plain)
+        problem = f"{call.provider} answered with no JSON object: {why(error)}"
+        raise ProxyError(502, problem) from error
+    count_tokens(call, plain)
     body, coding = (
         renamed(plain, answer, call.model, True),
-        upstream.headers.get("Content-Encoding", ""),
+        upstream.headers.get("Content-Encoding"),
     )
-    headers = passing(upstream.headers, OWN_HEADERS)
     if body is plain and coding and accepts(call.request, coding):
         body, headers["Content-Encoding"] = raw, coding
-    headers.update(call.marks)
-    response = web.Response(body=body, headers=headers)
-    await response.prepare(call.request)
-    await response.write_eof()
-    return response
+    return await send_whole(call.request, body, headers)
 
 
-async def relay_stream(call: Call, upstream: Upstream, every: float) -> Answer:
-    """Events as they come; what breaks after the first byte ends them with the dialect's error event."""
-    source, headers, head = Source(upstream), passing(upstream.headers, OWN_HEADERS), b""
-    headers.update(call.marks)
-    packed = bool(source.coding) and accepts(call.request, source.coding)
-    response = web.StreamResponse(headers=headers)
-    reply = Reply(call.request, response, 0 if packed else every)
+async def relay_stream(
+    call: Call, upstream: aiohttp.ClientResponse, headers: Headers, every: float
+) -> Answer:
+    """Events as they come; what breaks after the first byte ends in the dialect's error event."""
+    relay, head = Relay(call.request, upstream, False), b""
+    relay.packed = bool(relay.unpacker) and accepts(call.request, relay.coding)
+    relay.response.headers.extend(headers)
     try:
-        raw, head, first = await read_head(call, source)
+        if every:
+            relay.keep_alive(every)
+        data, head, first = await read_head(call, relay)
         named = renamed(head, first, call.model, False)
-        packed = packed and named is head
-        if packed:
-            response.headers["Content-Encoding"] = source.coding
-        await reply.write(raw if packed else named, named)
-        call.trouble = await reply.copy(source, packed)
-        if not call.trouble and not any(end in reply.tail for end in ENDINGS[call.dialect]):
+        relay.packed = relay.packed and named is head
+        if relay.packed:
+            relay.response.headers["Content-Encoding"] = relay.coding
+        await relay.write(data if relay.packed else named, named)
+        call.trouble = await relay.copy()
+        if not call.trouble and not any(end in relay.tail for end in ENDINGS[call.dialect]):
             call.trouble = "the stream stopped before its end"
     except ProxyError as error:
-        if not response.prepared:
+        if not relay.response.prepared:
             raise
         call.trouble = error.message
     finally:
-        if reply.timer:
-            reply.timer.cancel()
-        count_usage(call, head + reply.tail)
-    if call.trouble and packed:
-        cut(call.request)
-    if call.trouble:
-        await reply.write(error_frame(call.dialect, f"{call.provider}: {call.trouble}"))
-    await response.write_eof()
-    return response
+        if relay.timer:
+            relay.timer.cancel()
+        count_tokens(call, head + relay.tail)
+    if call.trouble and relay.packed:
+        relay.cut()
+    frame = error_frame(call.dialect, f"{call.provider}: {call.trouble}") if call.trouble else b""
+    await relay.write(frame, frame)
+    await relay.response.write_eof()
+    return relay.response
 
 
-async def read_head(call: Call, source: Source) -> tuple[bytes, bytes, Json]:
-    """A stream up to the end of its first event that is no ping, as it came and as it reads, and that
-    event.  ProxyError when it is an error, or when none comes."""
-    raw = plain = b""
+async def read_head(call: Call, relay: Relay) -> tuple[bytes, bytes, Json]:
+    """A stream up to the end of its first event that is no ping, as it goes out and as it reads,
+    and that event.  ProxyError when it is an error, or when none comes."""
+    data = plain = b""
     while True:
         try:
-            more_raw, more = await source.read()
-            raw, plain = raw + more_raw, plain + more
+            more_data, more = await relay.read()
+            data, plain = data + more_data, plain + more
             events = [read_object(found) for found in EVENT.findall(plain)]
         except NET_ERRORS as error:
             raise ProxyError(502, f"{call.provider} sent a broken stream: {why(error)}") from error
         first = next((event for event in events if event.get("type") != "ping"), None)
         if first and first.get("type") == "error":
-            inner = first.get("error")
-            kind = inner.get("type") if isinstance(inner, dict) else ""
-            raise ProxyError(
-                STREAM_ERRORS.get(str(kind), 502), f"{call.provider}: {error_text(first)}"
-            )
+            inner = first["error"] if isinstance(first.get("error"), dict) else {}
+            status = STREAM_ERRORS.get(str(inner.get("type")), 502)
+            raise ProxyError(status, f"{call.provider}: {error_text(first)}")
         if first:
-            return raw, plain, first
-        if not more_raw or len(plain) > MIB:
+            return data, plain, first
+        if relay.content.at_eof() or len(plain) > MIB:
             raise ProxyError(502, f"{call.provider}'s stream stopped before it began")
 
 
@@ -1827,28 +1683,32 @@ async def read_head(call: Call, source: Source) -> tuple[bytes, bytes, Json]:
 #
 # The one place that takes requests: checks, dispatch, and the one exit for errors.
 
-ROUTE_WORDS = {
-    "local": "LOCAL_PROVIDER",
-    "mapped": "MODEL_MAPPING",
-    "amp": "AMP_CREDITS",
-    "none": "NO_PROVIDER",
-}
+ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
+               "none": "NO_PROVIDER"}  # fmt: skip
+AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
+HINT = "ampcode.com may charge; another login or ampcode.model-mappings would keep it here"
 
 
 class Connection(web.RequestHandler):
     """A client that ends its side in the middle of a body is still told what was wrong with it."""
 
+    body: aiohttp.StreamReader | None = None
+
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        request = self._current_request
-        if request is None or request.content.is_eof():
+        body = next((payload for _, payload in reversed(self._messages)), self.body)
+        if body is None or body.is_eof():
             return None  # it left: the connection closes, the handler is cancelled
-        request.content.set_exception(ConnectionResetError("cut short"))
+        body.set_exception(ConnectionResetError("cut short"))
         return True
 
 
 class Listener(web.Server):
     def __call__(self) -> web.RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
+
+    def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
+        protocol.body = payload
+        return super()._make_request(message, payload, protocol, *more)
 
 
 def json_response(value: Json) -> web.Response:
@@ -1860,8 +1720,7 @@ class Server:
 
     def __init__(self, live: Live, net: Net, clock: Clock) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.pool = Pool(live, net, clock)
-        self.amp = Ampcode(live, net, clock)
+        self.pool, self.amp = Pool(live, net, clock), Ampcode(live, net, clock)
         self.forwarder = Forwarder(live, net, self.pool, self.amp)
         self.began, self.server_side = clock.monotonic(), 0
         self.routes: Counter[str] = Counter(dict.fromkeys(ROUTE_WORDS, 0))
@@ -1875,13 +1734,12 @@ class Server:
                 response = await self.dispatch(request, call)
             except ProxyError as error:
                 response = self.refuse(request, call, error)
-            except (ConnectionError, asyncio.CancelledError):
+            except ConnectionError:
                 raise  # the client is gone, or was cut off on purpose
             except Exception as error:  # a fault of this program: said in a line, survived
                 log.error("internal error: %s", why(error), exc_info=self.live.config["debug"])
-                response = self.refuse(
-                    request, call, ProxyError(500, "internal error of ampproxy, see its log")
-                )
+                fault = ProxyError(500, "internal error of ampproxy, see its log")
+                response = self.refuse(request, call, fault)
             status = response.status
             return response
         finally:
@@ -1889,8 +1747,7 @@ class Server:
                 self.note(call, status, self.clock.monotonic() - began)
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
-        if call:
-            error.headers.update(call.marks)
+        error.headers.update(call.marks if call else {})
         response = error_response(call.dialect if call else "", error)
         if not request.content.is_eof():
             response.force_close()
@@ -1899,23 +1756,22 @@ class Server:
     def note(self, call: Call, status: int, took: float) -> None:
         """One finished model call: a row of the status, a line of the log."""
         self.routes[call.route] += 1
-        names = (
-            "dialect",
-            "model",
-            "route",
-            "provider",
-            "account",
-            "served_model",
-            "input_tokens",
-            "output_tokens",
-        )
-        row = {name: getattr(call, name) for name in names}
-        row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
-        self.requests.append(row | {n: row[n][:200] for n in ("model", "served_model")})
-        level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
-        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
-        told = (ROUTE_WORDS[call.route], call.model[:100] or "-", who, status, took, call.trouble)
-        log.log(level, "%s %s %s %d %.1f s %s", *told)
+        self.requests.append({
+            "time": rfc3339(self.clock.time()), "dialect": call.dialect, "model": call.model[:200],
+            "route": call.route, "provider": call.provider, "account": call.account,
+            "served_model": call.served_model[:200], "status": status, "seconds": round(took, 3),
+            "input_tokens": call.tokens["input_tokens"],
+            "output_tokens": call.tokens["output_tokens"],
+        })  # fmt: skip
+        amp = call.route == "amp"
+        who = mask(call.account) if call.account else "-"
+        told = f"{call.trouble}; {HINT}" if amp else call.trouble
+        log.log(
+            logging.WARNING if amp or told or status >= 400 else logging.INFO,
+            "%s %s %s %s %d %.1fs %s",
+            ROUTE_WORDS[call.route], call.model[:100] or "-", call.provider or "-", who, status,
+            took, told,
+        )  # fmt: skip
 
     async def dispatch(self, request: Request, call: Call | None) -> Answer:
         """Checks first, then whoever the path belongs to."""
@@ -1932,38 +1788,34 @@ class Server:
         key = client_key(request, config["api-keys"]) if config["api-keys"] else ""
         if call and (call.verb == "models" or method == "POST" or not call.amp):
             return await self.model_call(call, key)
-        if config["ampcode"]["restrict-management-to-localhost"] and not path.startswith(
-            "/api/provider/"
-        ):
+        local_only = config["ampcode"]["restrict-management-to-localhost"]
+        if local_only and not path.startswith("/api/provider/"):
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
             return json_response(self.report())
         if path == "/api/thread-actors" and method == "POST":
             self.server_side += 1
-            log.warning(
-                "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, no login of yours answers"
-            )
+            log.warning(AMP_BILLS)
         return await (self.amp.tunnel if is_upgrade(request) else self.amp.forward)(request, key)
 
     async def model_call(self, call: Call, key: str) -> Answer:
-        call.key = key
-        if is_upgrade(call.request):
+        call.key, request = key, call.request
+        if is_upgrade(request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call.verb == "models":
             return json_response(self.models())
-        if call.request.method != "POST":
-            raise ProxyError(405, f"{call.request.method} is not served here: use POST")
-        if call.request.headers.get("Expect", "").lower() == "100-continue":
-            await call.request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if request.method != "POST":
+            raise ProxyError(405, f"{request.method} is not served here: use POST")
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return await self.forwarder.answer(call)
 
     def models(self) -> Json:
         """What the present accounts can serve."""
-        rows = [row for row in self.live.rows() if self.pool.of(row)]
-        ids = [(name, row["name"]) for row in rows for name in row["known"] if serves(row, name)]
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": owner} for name, owner in ids
-        ]
+        rows = [row for row in map(self.live.row, RULES) if row["enabled"] and self.pool.of(row)]
+        ids = [(name, row["name"]) for row in rows for name in row["known"]
+               if row in self.live.rows_for(name, row["dialect"])]  # fmt: skip
+        data = [{"id": id, "object": "model", "created": 0, "owned_by": by} for id, by in ids]
         return {"object": "list", "data": data}
 
     def report(self) -> Json:
@@ -1980,17 +1832,18 @@ class Server:
     def report_account(self, account: Account) -> Json:
         now, ends = self.clock.monotonic(), expiry(account.token)
         state = account.state(now)
-        names = ("in_flight", "requests", "errors", "input_tokens", "output_tokens")
+        counted = ("requests", "errors", "input_tokens", "output_tokens")
         return {
             "provider": account.provider, "account": account.email, "state": state,
-            "reason": account.reason if state != "ready" else "", "plan": account.token.get("plan", ""),
+            "reason": account.reason if state != "ready" else "",
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
-            "expires_in_seconds": None if ends == float("inf") else round(ends - self.clock.time()),
-            "threads": 0, "quota": [], **{name: getattr(account, name) for name in names},
+            "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
+            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "threads": 0,
+            **{name: account.counts[name] for name in counted}, "quota": [],
         }  # fmt: skip
 
     async def watch(self) -> None:
-        """Look, once a second, at the config file, the auth directory and the tokens that end soon."""
+        """Look each second at the config file, the auth directory, and tokens that end soon."""
         while True:
             await self.clock.sleep(1)
             try:
@@ -2006,16 +1859,17 @@ class Server:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
-        """The open port; on the way out running answers get ten seconds, a running refresh all it needs."""
+        """The open port; at the end a running refresh gets all the time it needs."""
         self.pool.scan()
-        options: Any = {"auto_decompress": False, "max_line_size": 65536, "max_field_size": 65536}
-        server = Listener(self.handle, handler_cancellation=True, access_log=None, **options)
+        server = Listener(
+            self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
+            max_line_size=65536, max_field_size=65536,
+        )  # fmt: skip
         hint = "is ampproxy running already? --port takes another one"
+        host, port = self.live.config["host"], self.live.config["port"]
         try:
-            async with listen(
-                server, self.live.config["host"], self.live.config["port"], hint, 10
-            ) as port:
-                yield port
+            async with listen(server, host, port, hint) as bound:
+                yield bound
                 for socket in list(self.amp.sockets):
                     await socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
@@ -2030,9 +1884,7 @@ class Server:
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
                 loop.add_signal_handler(name, stop.set)
         async with self.serving() as port:
-            log.info(
-                "ampproxy %s answers on http://%s:%d", __version__, self.live.config["host"], port
-            )
+            log.info("ampproxy %s: http://%s:%d", __version__, self.live.config["host"], port)
             watcher = asyncio.create_task(self.watch())
             await stop.wait()
             watcher.cancel()
@@ -2040,17 +1892,16 @@ class Server:
 
 
 def set_up_log(live: Live) -> None:
-    """Standard error, and a rotating file where that is asked for; every line is masked on its way."""
+    """Standard error, and a rotating file where that is asked for; every line is masked."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if live.config["logging-to-file"]:
         path = live.auth_dir / "logs" / "ampproxy.log"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        handlers.append(logging.handlers.RotatingFileHandler(path, maxBytes=5 * MIB, backupCount=3))
+        size = 5 * MIB
+        handlers.append(logging.handlers.RotatingFileHandler(path, maxBytes=size, backupCount=3))
     for handler in handlers:
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-        )
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
         handler.addFilter(Redact())
     log.handlers, log.propagate = handlers, False
     log.setLevel(logging.DEBUG if live.config["debug"] else logging.INFO)
@@ -2064,79 +1915,66 @@ def set_up_log(live: Live) -> None:
 #
 # One function a command.  What cannot be done raises Failure, which main says in one sentence.
 
-NAMES = {alias: name for name, row in DEFAULTS["providers"].items() if row["dialect"]
-         for alias in (name, *row["aliases"])}  # fmt: skip
+NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
+def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """The event loop: uvloop's where it is installed."""
     factory = uvloop.new_event_loop if "uvloop" in globals() else None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(work)
+
+        async def begin() -> Any:
+            return await work()
+
+        return runner.run(begin())
 
 
-def command_serve(live: Live, args: argparse.Namespace) -> None:
-    async def serve() -> None:
-        await Server(live, Net(live), Clock()).run()
-
-    set_up_log(live)
-    run(serve())
+def serve(live: Live, args: argparse.Namespace) -> None:
+    run(lambda: Server(live, Net(live), Clock()).run())
 
 
-def command_login(live: Live, args: argparse.Namespace) -> None:
+def login(live: Live, args: argparse.Namespace) -> None:
     if not args.provider:
-        raise Failure(
-            f"say which provider: ampproxy.py login {'|'.join(sorted(set(NAMES.values())))}"
-        )
-    row = live.row(NAMES[args.provider])
-
-    async def login() -> tuple[str, Path]:
-        return await Login(live, row, Clock()).run(has_browser() and not args.no_browser)
-
-    email, path = run(login())
+        raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
+    row, browser = live.row(NAMES[args.provider]), has_browser() and not args.no_browser
+    email, path = run(lambda: Login(live, row).run(browser))
     say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
 
 
-def accounts_of(live: Live) -> list[Account]:
+def accounts_of(live: Live, provider: str = "") -> list[Account]:
     pool = Pool(live)
     pool.scan()
-    return sorted(pool.accounts.values(), key=lambda account: (account.provider, account.path))
+    found = [a for a in pool.accounts.values() if provider in ("", a.provider)]
+    return sorted(found, key=lambda account: (account.provider, account.path))
 
 
-def command_logout(live: Live, args: argparse.Namespace) -> None:
-    name = NAMES[args.provider]
-    there = [a for a in accounts_of(live) if a.provider == name]
+def logout(live: Live, args: argparse.Namespace) -> None:
+    there = accounts_of(live, NAMES[args.provider])
     wanted = [a for a in there if args.account in (None, a.email, a.path.name, a.path.stem)]
-    listed = ", ".join(a.email for a in there) or "none"
     if len(wanted) != 1:
-        problem = "several accounts: say which one" if wanted else "no such account"
-        raise Failure(f"{name}: {problem} (in {live.auth_dir}: {listed})")
+        problem = "several accounts, say which one" if wanted else "no such account"
+        listed = ", ".join(a.email for a in there) or "none"
+        raise Failure(f"{problem} (of {NAMES[args.provider]} in {live.auth_dir}: {listed})")
     wanted[0].path.unlink()
-    say(f"Logged out of {name} as {wanted[0].email}: {wanted[0].path} is deleted")
+    say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
 
-def command_accounts(live: Live, args: argparse.Namespace) -> None:
+def accounts(live: Live, args: argparse.Namespace) -> None:
     rows = [("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE")]
     for a in accounts_of(live):
         left = (expiry(a.token) - time.time()) / HOUR
-        ends = (
-            "never" if left == float("inf") else f"in {left:.1f} h" if left > 0 else "refresh due"
-        )
-        rows.append(
-            (a.provider, a.email, str(a.token.get("plan", "-")), ends, a.state(0), str(a.path))
-        )
-    if len(rows) == 1:
-        return say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
+        ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
+        plan = str(a.token.get("plan") or "-")
+        rows.append((a.provider, a.email, plan, ends, a.state(0), str(a.path)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return None
+    for row in rows if len(rows) > 1 else ():
+        say("  ".join(map(str.ljust, row, widths)).rstrip())
+    if len(rows) == 1:
+        say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 
-def command_check(live: Live, args: argparse.Namespace) -> None:
+def check(live: Live, args: argparse.Namespace) -> None:
     """What is in effect; the file was checked when it was read."""
-    for line in live.warnings:
-        say(f"warning: {line}")
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
 
@@ -2147,60 +1985,57 @@ def masked(value: Any, key: str = "") -> Any:
         return {k: masked(v, f"{key} {k}".lower()) for k, v in value.items()}
     if isinstance(value, list):
         return [masked(v, key) for v in value]
-    secret = re.search(
-        r"api-keys?$|secret$|proxy-url$|authorization$|cookie$|[-_](key|token)$", key
-    )
+    secret = re.search(r"api-keys?$|(secret|proxy-url|authorization|cookie|-key|-token)$", key)
     return mask(value) if secret and value and isinstance(value, str) else value
 
 
-COMMANDS: dict[str, tuple[Callable[[Live, argparse.Namespace], None], str]] = {
-    "serve": (command_serve, "run the proxy; also without a command"),
-    "login": (command_login, "sign in to a provider; several logins are several accounts"),
-    "logout": (command_logout, "delete a login"),
-    "accounts": (command_accounts, "list the accounts"),
-    "check": (command_check, "check the configuration, print what is in effect"),
+COMMANDS = {
+    "serve": (serve, "run the proxy; also without a command"),
+    "login": (login, "sign in to a provider; several logins are several accounts"),
+    "logout": (logout, "delete a login"),
+    "accounts": (accounts, "list the accounts"),
+    "check": (check, "check the configuration and print what is in effect"),
 }
+
+
+def port_number(text: str) -> int:
+    if not 0 <= int(text) <= 65535:
+        raise ValueError
+    return int(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; argparse ends the program with status 2 for one that makes no sense."""
-    options: Any = {"add_help": False, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    common, serve = argparse.ArgumentParser(**options), argparse.ArgumentParser(**options)
+    bare: Any = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    common = argparse.ArgumentParser(add_help=False, **bare)
     common.add_argument("--config", metavar="FILE", help="the configuration file")
-    serve.add_argument("--host", metavar="H", help="listen on this address")
-    serve.add_argument("--port", metavar="N", type=int, help="listen on this port")
-    serve.add_argument("--debug", action="store_true", help="say more in the log")
-    parser = argparse.ArgumentParser(
-        prog="ampproxy.py", allow_abbrev=False, parents=[common, serve],
-        description="The model calls of AI coding clients, answered by your own subscriptions.",
-    )  # fmt: skip
+    serving = argparse.ArgumentParser(add_help=False, parents=[common], **bare)
+    serving.add_argument("--host", metavar="H", help="listen on this address")
+    serving.add_argument("--port", metavar="N", type=port_number, help="listen on this port")
+    serving.add_argument("--debug", action="store_true", help="say more in the log")
+    about = "The model calls of AI coding clients, answered by your own subscriptions."
+    parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], description=about, **bare)
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
-    parser.set_defaults(command="serve")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    made = {
-        name: commands.add_parser(
-            name, help=about, description=about, allow_abbrev=False,
-            parents=[common, serve] if name == "serve" else [common],
-        )
-        for name, (_, about) in COMMANDS.items()
-    }  # fmt: skip
+    made = {}
+    for name, (_, text) in COMMANDS.items():
+        parents = [serving if name == "serve" else common]
+        made[name] = commands.add_parser(name, help=text, description=text, parents=parents)
     made["login"].add_argument("provider", nargs="?", choices=NAMES)
-    made["login"].add_argument(
-        "--no-browser", action="store_true", help="print the address, open nothing"
-    )
+    made["login"].add_argument("--no-browser", action="store_true", help="print the address only")
     made["logout"].add_argument("provider", choices=NAMES)
-    made["logout"].add_argument("account", nargs="?", help="the e-mail address or the file's name")
+    made["logout"].add_argument("account", nargs="?", help="e-mail address or file name")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0 done, 1 failed (one sentence on standard error says what to do), 2 wrong usage."""
-    args = parse(argv)
-    given = {name: getattr(args, name) for name in ("host", "port", "debug") if hasattr(args, name)}
+    args = vars(parse(argv))
+    given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
-        COMMANDS[args.command or "serve"][0](
-            Live(find_config(getattr(args, "config", None)), **given), args
-        )
+        live = Live(find_config(args.get("config")), **given)
+        set_up_log(live)
+        COMMANDS[args.get("command") or "serve"][0](live, argparse.Namespace(**args))
         return 0
     except Failure as error:
         problem = str(error)
