@@ -5,17 +5,13 @@
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
-client     an AI coding tool on this machine, for instance the Amp CLI
 provider   who answers model calls: claude is the first; each is a row of the provider table
 dialect    how bytes are worded: anthropic, chat, responses or gemini
 account    one signed-in subscription of a provider, kept as one token file
 rest       the time during which an account is left alone after an error
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
-One request, from the top: Server.handle checks host, origin and key; a model call goes to
-Forwarder.answer, which asks the accounts in turn and relays the first good answer, byte for byte;
-everything else goes to Ampcode.forward.  config.yaml shows what can be set, README.md how to run it.
-
+Server.handle takes a request; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
 Left out on purpose: TLS, a database, imitation of the official clients beyond what a login needs.
 """
 
@@ -26,8 +22,10 @@ import asyncio
 import base64
 import difflib
 import fnmatch
+import gzip
 import hashlib
 import hmac
+import io
 import ipaddress
 import json
 import logging
@@ -44,13 +42,13 @@ import webbrowser
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, unquote_plus, urlencode, urlsplit
+from urllib.parse import parse_qsl, unquote_plus, urlencode
 
 try:
     import aiohttp
@@ -63,8 +61,10 @@ except ImportError as error:
         f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): start it with "
         "`uv run ampproxy.py`, or install them with `python -m pip install aiohttp pyyaml`"
     )
-with suppress(ImportError):
+try:
     import uvloop
+except ImportError:
+    uvloop = None
 
 __version__ = "0.1.0"
 
@@ -77,7 +77,8 @@ Json = dict[str, Any]
 Headers = CIMultiDict[str]
 Request = web.BaseRequest
 Answer = web.StreamResponse
-MINUTE, HOUR, MIB = 60, 3600, 1 << 20
+Upstream = aiohttp.ClientResponse
+MINUTE, HOUR, DAY, MIB = 60, 3600, 86400, 1 << 20
 log = logging.getLogger("ampproxy")
 
 
@@ -106,11 +107,9 @@ class Clock:
 
 
 def compact(value: Any) -> bytes:
-    """JSON without spaces, as UTF-8; lone surrogates, which UTF-8 lacks, stay escaped."""
-    try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+    """JSON without spaces; lone surrogates, which UTF-8 lacks, stay escaped.  ValueError for NaN."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")
 
 
 def read_object(raw: bytes) -> Json:
@@ -124,17 +123,22 @@ def read_object(raw: bytes) -> Json:
     return value
 
 
+def number(value: Any) -> float:
+    """A number that a file or a client gave; 0 for what is none."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e12 else 0
+
+
 def dicts(value: Any) -> Iterator[Json]:
     """The objects of a list; nothing where a client sent something else."""
     return (v for v in value if isinstance(v, dict)) if isinstance(value, list) else iter(())
 
 
 def inflate(raw: bytes, limit: int = 64 * MIB) -> bytes | None:
-    """Gzip or zlib data unpacked; None when it is cut short, corrupt, or larger than `limit`."""
-    unpacker, plain = zlib.decompressobj(47), b""
-    with suppress(zlib.error):
-        plain = unpacker.decompress(raw, limit + 1)
-    return plain if unpacker.eof and len(plain) <= limit else None
+    """Gzip unpacked; None for what is none, cut short, corrupt, or larger than `limit`."""
+    with suppress(OSError, EOFError, zlib.error):
+        plain = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(limit + 1)
+        return plain if raw and len(plain) <= limit else None
+    return None
 
 
 def why(error: BaseException) -> str:
@@ -150,7 +154,7 @@ def mask(secret: str) -> str:
 class Redact(logging.Filter):
     """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
 
-    secret = re.compile(r"[\w.+-]+@[\w.-]+|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")
+    secret = re.compile(r"[\w.+]+@[\w.-]+|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")
 
     def filter(self, record: logging.LogRecord) -> bool:
         line = self.secret.sub(lambda found: mask(found[0]), record.getMessage())
@@ -204,12 +208,10 @@ def error_frame(dialect: str, message: str) -> bytes:
 
 # == Configuration and provider table ==============================================================
 #
-# One YAML file with CLIProxyAPI's names, read over these defaults; a default's type is the rule for
-# what may stand there.  "a|b" is a choice, "!" what a table cannot do without; a list with "" or a
-# table in it shows one member, and is empty by default.  To add a key, add a row.
-#
-# `providers` is the provider table (facts of providers.md), every field of which can be set.  To add
-# a provider, add a row, and for what is peculiar to it one small function in RULES.
+# One YAML file with CLIProxyAPI's names, read over these defaults, whose types are the rules: "a|b" is
+# a choice, "!" what a table needs, a list with "" or a table in it shows one member and is empty.
+# `providers` is the provider table (facts of providers.md).  To add a key or a provider, add a row;
+# what is peculiar to a provider is one small function, named in RULES.
 
 DEFAULTS: Json = yaml.safe_load(r"""
 host: 127.0.0.1
@@ -273,11 +275,9 @@ providers:
   gemini: *later
   antigravity: *later
 """)
-OLD_NAMES = {  # CLIProxyAPI's, from before it had the table `ampcode`
-    f"amp-{name}": name
-    for name in DEFAULTS["ampcode"].keys()
-    & {"upstream-url", "upstream-api-key", "restrict-management-to-localhost", "model-mappings"}
-}
+OLD_NAMES = (  # of keys of `ampcode` in CLIProxyAPI's files, there with "amp-" in front
+    "upstream-url", "upstream-api-key", "restrict-management-to-localhost", "model-mappings",
+)  # fmt: skip
 TEXT_TABLES = {"headers", "paths", "limits", "authorize-query"}
 LIMITS = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
@@ -292,17 +292,20 @@ def seconds(length: Any) -> float:
 
 def misfit(example: Any, value: Any, name: str) -> str:
     """What should have stood there, in words; "" when `value` fits."""
-    kind = type(example)
-    if kind is str and "|" in example:
-        return "" if value in example.split("|") else f"one of {example.replace('|', ', ')}"
-    if re.fullmatch(r"(\d+[smh])+", str(example)):
-        fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
-        return "" if fits else "a length of time such as 2h, 30m or 90"
-    low, high = LIMITS.get(name, (0, 1e9))
-    fits = type(value) is kind or (kind, type(value)) == (float, int)
+    kind, (low, high) = type(example), LIMITS.get(name, (0, 1e9))
+    fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
+    words = WORDS[kind]
     if kind in (int, float):
-        return "" if fits and low <= value <= high else f"{WORDS[kind]} from {low} to {high:g}"
-    return "" if fits else WORDS[kind]
+        fits, words = fits and low <= value <= high, f"{words} from {low} to {high:g}"
+    elif kind is str and "|" in example:
+        fits, words = value in example.split("|"), f"one of {example.replace('|', ', ')}"
+    elif name.endswith("-url"):
+        fits = fits and re.fullmatch(r"(https?://[^/\s]+\S*)?", value)
+        words = "an address that begins with http:// or https://"
+    elif re.fullmatch(r"(\d+[smh])+", str(example)):
+        fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
+        words = "a length of time such as 2h, 30m or 90"
+    return "" if fits else words
 
 
 def default(example: Any) -> Any:
@@ -315,20 +318,21 @@ def default(example: Any) -> Any:
 
 
 class ConfigFile:
-    """One file, read and checked: `config`, and `warnings` about keys that nobody here knows."""
+    """One file, read and checked: `config`, and `warnings` about keys that are not known."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.warnings = path, list[str]()
         try:
             self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
             node = self.loader.get_single_node()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Failure(f"{path}: cannot be read: {why(error)}") from error
+            self.config: Json = self.read(node, DEFAULTS, "")
+            self.empty = node is None
         except yaml.YAMLError as error:
             line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
             problem = getattr(error, "problem", error)
             raise Failure(f"{path}:{line}: not YAML: {problem}") from error
-        self.config: Json = self.read(node, DEFAULTS, "")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise Failure(f"{path}: cannot be read: {why(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
         place = f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}"
@@ -345,7 +349,10 @@ class ConfigFile:
             return [self.read(n, example[0], f"{key}[{i}]") for i, n in enumerate(node.value)]
         value = self.loader.construct_object(node, deep=True)
         if isinstance(value, str):
-            value = re.sub(r"\$\{(\w+)\}", lambda m: self.variable(node, key, m[1]), value).strip()
+            try:
+                value = re.sub(r"\$\{(\w+)\}", lambda m: os.environ[m[1]], value).strip()
+            except KeyError as error:
+                self.fail(node, key, f"the environment variable {error.args[0]} is not set")
         match example, value:  # short forms: a switch for a row, a text for a list or a model
             case {"enabled": _}, bool():
                 return {**default(example), "enabled": value}
@@ -365,16 +372,18 @@ class ConfigFile:
             names |= dict.fromkeys((str(name.value) for name, _ in node.value), "")
         found, prefix = dict[str, yaml.Node](), f"{key}." if key else ""
         for name_node, value in node.value:
-            if (name := str(name_node.value)) not in {*names, *(OLD_NAMES if not key else ())}:
+            name = str(name_node.value)
+            old = name.removeprefix("amp-") in OLD_NAMES and example is DEFAULTS
+            if name not in names and not old:
                 near = difflib.get_close_matches(name, names, 1, 0)[0]
                 place = f"{self.path}:{name_node.start_mark.line + 1}"
                 self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
             found[name] = value
         table = {name: self.read(found.get(name), names[name], prefix + name) for name in names}
-        for old, new in OLD_NAMES.items() if not key else ():
-            inner = example["ampcode"][new]
-            if old in found and table["ampcode"][new] == default(inner):
-                table["ampcode"][new] = self.read(found[old], inner, old)
+        for name in OLD_NAMES if example is DEFAULTS else ():
+            inner, old_node = example["ampcode"][name], found.get(f"amp-{name}")
+            if old_node and table["ampcode"][name] == default(inner):
+                table["ampcode"][name] = self.read(old_node, inner, f"amp-{name}")
         for name in example:
             if name.endswith("!") and not table[name[:-1]]:
                 self.fail(node, key, f"needs {name[:-1]!r}")
@@ -384,11 +393,6 @@ class ConfigFile:
             except re.error as error:
                 self.fail(found["from"], prefix + "from", f"is no regular expression: {error}")
         return table
-
-    def variable(self, node: yaml.Node, key: str, name: str) -> str:
-        if name not in os.environ:
-            self.fail(node, key, f"the environment variable {name} is not set")
-        return os.environ[name]
 
 
 def find_config(given: str | None) -> Path | None:
@@ -408,9 +412,9 @@ def is_loopback(host: str) -> bool:
 
 def stamp(path: Path | None) -> tuple[int, ...] | None:
     """What changes when a file does; None while there is none."""
-    with suppress(OSError):
-        found = path.stat() if path else None
-        return found and (found.st_mtime_ns, found.st_size, found.st_ino)
+    with suppress(OSError, AttributeError):
+        found = path.stat()  # type: ignore[union-attr]
+        return found.st_mtime_ns, found.st_size, found.st_ino
     return None
 
 
@@ -419,10 +423,10 @@ class Live:
 
     def __init__(self, path: Path | None, **given: Any) -> None:
         self.path, self.given, self.seen = path, given, stamp(path)
-        self.config, self.warnings = self.load()
+        self.load()
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
-    def load(self) -> tuple[Json, list[str]]:
+    def load(self, running: bool = False) -> None:
         """The file over the defaults, the command line over both; Failure for what must not run."""
         file = ConfigFile(self.path) if self.path else None
         config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
@@ -430,7 +434,9 @@ class Live:
         if not is_loopback(config["host"]) and not config["api-keys"]:
             hint = "is open to other machines: set api-keys, or use 127.0.0.1"
             raise Failure(f"host {config['host']!r} {hint}")
-        return config, file.warnings if file else []
+        if running and file and file.empty:
+            raise Failure(f"{self.path}: is empty")
+        self.config, self.warnings = config, file.warnings if file else []
 
     def reload(self) -> bool:
         """Look at the file once; True when a new configuration took effect."""
@@ -439,9 +445,7 @@ class Live:
             return False
         self.seen = now
         try:
-            if not now[1]:
-                raise Failure(f"{self.path}: is empty")
-            self.config, self.warnings = self.load()
+            self.load(running=True)
         except Failure as error:
             log.error("%s; the configuration from before stays in effect", error)
             return False
@@ -460,11 +464,8 @@ class Live:
     def rows_for(self, model: str, dialect: str) -> list[Json]:
         """The providers that are switched on and whose patterns take this model, in this dialect."""
         rows = [self.row(name) for name, row in self.config["providers"].items() if row["enabled"]]
-        return [
-            row for row in rows
-            if row["dialect"] == dialect and matches(model, row["models"])
-            and not matches(model, row["excluded-models"])
-        ]  # fmt: skip
+        rows = [row for row in rows if row["dialect"] == dialect and matches(model, row["models"])]
+        return [row for row in rows if not matches(model, row["excluded-models"])]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -579,17 +580,12 @@ RULES = {"claude": prepare_claude}
 
 # == Token files ===================================================================================
 #
-# One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Only the fields that changed
-# are written, over what the file holds by then, so that nobody else's edit is lost.
+# One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Fields that this program does
+# not know, and edits of others, survive.
 
 
-def save_token(path: Path, changes: Json) -> Json:
-    """The token with `changes`, on disk before it is returned: all of it or nothing, private from
-    the first byte, synced, renamed over the old one."""
-    token: Json = {}
-    with suppress(OSError, ValueError):
-        token = read_object(path.read_bytes())
-    token |= changes
+def save_token(path: Path, token: Json) -> None:
+    """All of it or nothing: private from the first byte, synced, renamed over the old file."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -601,7 +597,21 @@ def save_token(path: Path, changes: Json) -> Json:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_token(path: Path) -> Json:
+    """One token file; OSError or ValueError for what is none."""
+    token = read_object(path.read_bytes())
+    if not isinstance(token.get("type"), str):
+        raise ValueError("it has no 'type'")
     return token
+
+
+def merge_token(path: Path, known: Json, changes: Json) -> Json:
+    """`changes` over what the file holds by now, or over what was `known` if it cannot be read."""
+    with suppress(OSError, ValueError):
+        known = read_token(path)
+    return {**known, **changes}
 
 
 def rfc3339(moment: float) -> str:
@@ -625,12 +635,18 @@ def expiry(token: Json) -> float:
 # One pool of connections for everything.  Bytes come and go as they are: no cookie is kept, no
 # redirect followed, nothing unpacked, no header added.
 
-NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, zlib.error)
+NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
+
+
+async def refuse_redirect(*args: Any) -> None:
+    """For WebSockets, which aiohttp would redirect, keys and all, without asking."""
+    raise aiohttp.ClientConnectionError("it redirects")
 
 
 class Net:
     def __init__(self, live: Live) -> None:
-        self.live = live
+        self.live, trace = live, aiohttp.TraceConfig()
+        trace.on_request_redirect.append(refuse_redirect)
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -638,27 +654,26 @@ class Net:
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             max_line_size=65536,
             max_field_size=65536,
+            trace_configs=[trace],
         )
 
-    def proxy(self, url: URL) -> str | None:
+    def proxy(self, url: str) -> str | None:
         """The outbound proxy for this address: `proxy-url`, else the environment's."""
-        if own := self.live.config["proxy-url"]:
-            return str(own)
-        around = urllib.request.proxy_bypass(url.host or "")
-        return None if around else urllib.request.getproxies().get(url.scheme)
+        scheme, _, rest = url.partition("://")
+        around = urllib.request.proxy_bypass(re.split("[/?]", rest)[0])
+        given = None if around else urllib.request.getproxies().get(scheme)
+        return self.live.config["proxy-url"] or given
 
     @asynccontextmanager
-    async def ask(
-        self, method: str, url: URL, idle: float = 0, **more: Any
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
-        idle = idle or self.live.config["streaming"]["idle-timeout-seconds"]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
         more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
-            response = await self.session.request(method, url, **more)
+            response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
-            raise ProxyError(502, f"{url.host} cannot be reached: {why(error)}") from error
+            host = re.split("[/?]", url.partition("://")[2])[0]
+            raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
         try:
             yield response
         finally:
@@ -668,7 +683,7 @@ class Net:
         """One small call; an answer that is no JSON object comes back as {"error": its text}."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
         headers |= more.pop("headers", {})
-        async with self.ask(method, URL(url), 30, headers=headers, **more) as response:
+        async with self.ask(method, url, 30, headers=headers, **more) as response:
             raw = await response.read()
         try:
             return response.status, read_object(inflate(raw) or raw)
@@ -739,7 +754,7 @@ def read_callback(line: str) -> dict[str, str]:
 def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) -> None:
     """Hand on each line of standard input; by os.read, as a buffered read would block the exit."""
     rest, data = b"", b"..."
-    with suppress(OSError, ValueError, RuntimeError):  # there is no input, or the login is over
+    with suppress(OSError, AttributeError, RuntimeError):  # no input at all, or the login is over
         while data:
             data = os.read(sys.stdin.fileno(), 65536)
             *lines, rest = (rest + data if data else rest + b"\n").split(b"\n")
@@ -753,87 +768,81 @@ def has_browser() -> bool:
     return not far and (bool(shown) or sys.platform in ("darwin", "win32"))
 
 
-class Login:
-    """One login, from the address that the person opens to the token file."""
+async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
+    """A whole login, from the address that the person opens to the token file; returns the e-mail
+    address and the path.  Failure says in one sentence what went wrong."""
+    (verifier, challenge), state = pkce(), secrets.token_urlsafe(24)
+    query = {
+        **row["authorize-query"], "client_id": row["client-id"], "response_type": "code",
+        "scope": row["scope"], "code_challenge": challenge, "code_challenge_method": "S256",
+        "state": state,
+    }  # fmt: skip
+    net = Net(live)
+    try:
+        found, redirect = await await_callback(row, query, browser)
+        if not hmac.compare_digest(found.get("state", "").encode(), state.encode()):
+            raise Failure("the state of that callback belongs to another login: start again")
+        if "error" in found:
+            raise Failure(f"the login was refused: {error_text(found)}")
+        form = {"grant_type": "authorization_code", "code": found["code"], "state": state}
+        form |= {"redirect_uri": redirect, "code_verifier": verifier}
+        answer = await ask_token(net, row, form)
+        email = await email_of(net, row, answer)
+        path = live.auth_dir / f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+        token = {"type": row["name"], "email": email, "refresh_token": "", "id_token": ""}
+        save_token(path, merge_token(path, {}, token | token_fields(answer, time.time())))
+        return email, path
+    except TimeoutError as error:
+        raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes") from error
+    except (ProxyError, *NET_ERRORS) as error:
+        raise Failure(f"the login could not be completed: {why(error)}") from error
+    finally:
+        await net.session.close()
 
-    def __init__(self, live: Live, row: Json) -> None:
-        self.live, self.row, self.loop = live, row, asyncio.get_running_loop()
-        (self.verifier, self.challenge), self.state = pkce(), secrets.token_urlsafe(24)
-        self.redirect, self.found = "", self.loop.create_future()
 
-    async def run(self, browser: bool) -> tuple[str, Path]:
-        """The e-mail address and the file; Failure says in one sentence what went wrong."""
-        hint = f"end what holds it, or set providers.{self.row['name']}.callback-port"
-        server, net = web.Server(self.handle), Net(self.live)
-        try:
-            async with listen(server, "127.0.0.1", self.row["callback-port"], hint) as port:
-                self.show(browser, port)
-                threading.Thread(
-                    target=read_lines, args=(self.loop, self.paste), daemon=True
-                ).start()
-                found = await asyncio.wait_for(self.found, LOGIN_WAIT)
-            if not hmac.compare_digest(found.get("state", "").encode(), self.state.encode()):
-                raise Failure("the state of that callback belongs to another login: start again")
-            if "error" in found:
-                raise Failure(f"the login was refused: {error_text(found)}")
-            return await self.redeem(net, found["code"])
-        except TimeoutError as error:
-            raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes") from error
-        except (ProxyError, *NET_ERRORS) as error:
-            raise Failure(f"the login could not be completed: {why(error)}") from error
-        finally:
-            await net.session.close()
+async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
+    """Show the way, and wait at the port and at standard input; the parameters that came, and the
+    redirect address, which the exchange must repeat."""
+    loop = asyncio.get_running_loop()
+    callback: asyncio.Future[dict[str, str]] = loop.create_future()
 
-    def show(self, browser: bool, port: int) -> None:
-        """The address, and what else a person on a machine without a browser needs."""
-        self.redirect = f"http://localhost:{port}{self.row['callback-path']}"
-        query = {
-            **self.row["authorize-query"], "client_id": self.row["client-id"],
-            "response_type": "code", "scope": self.row["scope"], "redirect_uri": self.redirect,
-            "code_challenge": self.challenge, "code_challenge_method": "S256", "state": self.state,
-        }  # fmt: skip
-        url = f"{self.row['authorize-url']}?{urlencode(query)}"
-        say(f"Open this address in a browser to sign in to {self.row['name']}:\n\n{url}\n")
-        if browser:
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        else:
-            say("If the browser runs on another machine, run this there first:\n")
-            say(f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
-        say(f"Or paste the address that the browser ends at ({self.redirect}?code=...) here:")
+    def take(found: dict[str, str]) -> bool:
+        fits = bool(found.keys() & {"code", "error"})
+        if fits and not callback.done():
+            callback.set_result(found)
+        return fits
 
-    async def handle(self, request: Request) -> Answer:
-        found = dict(request.rel_url.query)
-        if request.path != self.row["callback-path"] or not found.keys() & {"code", "error"}:
+    async def handle(request: Request) -> Answer:
+        if request.path != row["callback-path"] or not take(dict(request.query)):
             return web.Response(status=404, text="This is not the callback.\n")
-        self.take(found)
-        said = "The login was refused." if "error" in found else "Done: back to the terminal."
-        return web.Response(text=f"{said} You can close this page.\n")
+        said = "The login was refused" if "error" in request.query else "Done, back to the terminal"
+        return web.Response(text=f"{said}. You can close this page.\n")
 
-    def paste(self, line: str) -> None:
-        if found := read_callback(line):
-            self.take(found)
-        elif line.strip():
+    def paste(line: str) -> None:
+        if not take(read_callback(line)) and line.strip():
             say("That is no callback: it has neither a code nor an error. Still waiting.")
 
-    def take(self, found: dict[str, str]) -> None:
-        if not self.found.done():
-            self.found.set_result(found)
+    hint = f"end what holds it, or set providers.{row['name']}.callback-port"
+    async with listen(web.Server(handle), "127.0.0.1", row["callback-port"], hint) as port:
+        redirect = f"http://localhost:{port}{row['callback-path']}"
+        show_way(
+            row,
+            f"{row['authorize-url']}?{urlencode(query | {'redirect_uri': redirect})}",
+            port,
+            browser,
+        )
+        say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
+        threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
+        return await asyncio.wait_for(callback, LOGIN_WAIT), redirect
 
-    async def redeem(self, net: Net, code: str) -> tuple[str, Path]:
-        """The code for a token, the token for a file."""
-        form = {
-            "grant_type": "authorization_code", "code": code, "state": self.state,
-            "redirect_uri": self.redirect, "code_verifier": self.verifier,
-        }  # fmt: skip
-        answer = await ask_token(net, self.row, form)
-        account = answer.get("account")
-        email = account.get("email_address") if isinstance(account, dict) else ""
-        email = str(email or await ask_email(net, self.row, answer["access_token"]))
-        safe = re.sub(r"[^A-Za-z0-9.@+_-]", "_", email)
-        path = self.live.auth_dir / f"{self.row['name']}-{safe}.json"
-        token = {"type": self.row["name"], "email": email, "refresh_token": "", "id_token": ""}
-        save_token(path, token | token_fields(answer, time.time()))
-        return email, path
+
+def show_way(row: Json, url: str, port: int, browser: bool) -> None:
+    say(f"Open this address in a browser to sign in to {row['name']}:\n\n{url}\n")
+    if browser:
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+    else:
+        say("If the browser runs on another machine, run this there first:\n")
+        say(f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
@@ -853,20 +862,20 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
 def token_fields(answer: Json, now: float) -> Json:
     """What a token answer changes in the file; a refresh token that it does not name stays."""
     named = {name: answer[name] for name in ("refresh_token", "id_token") if answer.get(name)}
-    life = answer.get("expires_in")
-    ends = now + (life if isinstance(life, (int, float)) else HOUR)
+    ends = now + (number(answer.get("expires_in")) or HOUR)
     times = {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
     return {"access_token": answer["access_token"], **named, **times}
 
 
-async def ask_email(net: Net, row: Json, token: str) -> str:
-    """The address from the profile; a token that may not read it is named by its hash."""
+async def email_of(net: Net, row: Json, answer: Json) -> str:
+    """From the token answer, else the profile; a token that may not read it is named by its hash."""
+    token, account = str(answer["access_token"]), answer.get("account")
     with suppress(ProxyError, *NET_ERRORS):
-        bearer = {"Authorization": f"Bearer {token}"}
-        _, profile = await net.ask_json("GET", row["profile-url"], headers=bearer)
-        account = profile["account"] if isinstance(profile.get("account"), dict) else profile
-        if email := account.get("email") or account.get("email_address"):
-            return str(email)
+        if not isinstance(account, dict):
+            bearer = {"Authorization": f"Bearer {token}"}
+            _, profile = await net.ask_json("GET", row["profile-url"], headers=bearer)
+            account = profile.get("account", profile)
+        return str(account.get("email_address") or account["email"])
     return "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
@@ -909,29 +918,25 @@ class Account:
     retry: float = 0.0  # no refresh before this
     reason: str = ""
     needs_login: bool = False
+    unsaved: bool = False
     refreshing: asyncio.Task[None] | None = None
     in_flight: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
-    @property
-    def provider(self) -> str:
-        return str(self.token["type"])
+    def __getattr__(self, name: str) -> str:
+        """`type`, `email` and `plan` as the file has them."""
+        return str(self.token.get(name) or (self.path.stem if name == "email" else ""))
 
-    @property
-    def email(self) -> str:
-        return str(self.token.get("email") or self.path.stem)
-
-    @property
-    def hint(self) -> str:
-        return f": run `ampproxy.py login {self.provider}`" if self.needs_login else ""
+    def __str__(self) -> str:
+        return f"{self.type} {mask(self.email)}"
 
     def state(self, now: float) -> str:
         if self.token.get("disabled") is True:
             return "disabled"
         return "needs-login" if self.needs_login else "resting" if self.wakes > now else "ready"
 
-    def __str__(self) -> str:
-        return f"{self.provider} {mask(self.email)}"
+    def hint(self) -> str:
+        return f": run `ampproxy.py login {self.type}`" if self.needs_login else ""
 
 
 class Pool:
@@ -956,9 +961,7 @@ class Pool:
     def read(self, path: Path) -> None:
         """One file; what cannot be used is named and left alone, what was known of it stays."""
         try:
-            token = read_object(path.read_bytes())
-            if not isinstance(token.get("type"), str):
-                raise ValueError("it has no 'type'")
+            token = read_token(path)
         except (OSError, ValueError) as error:
             log.error("%s is no token file: %s", path, why(error))
             return
@@ -971,14 +974,14 @@ class Pool:
         """A provider's accounts, those in `state` or all that are not disabled, best first: by
         priority, then the least busy, then by name."""
         now = self.clock.monotonic()
-        mine = [(a, a.state(now)) for a in self.accounts.values() if a.provider == row["name"]]
+        mine = [(a, a.state(now)) for a in self.accounts.values() if a.type == row["name"]]
         fit = [a for a, its in mine if its == state or (not state and its != "disabled")]
-        return sorted(fit, key=lambda a: (-int(a.token.get("priority") or 0), a.in_flight, a.path))
+        return sorted(fit, key=lambda a: (-number(a.token.get("priority")), a.in_flight, a.path))
 
     def nobody(self, row: Json) -> ProxyError:
         """Why none of a provider's accounts can be asked, and when the first one wakes."""
         now = self.clock.monotonic()
-        told = [f"{a} {a.state(now)} ({a.reason}){a.hint}" for a in self.of(row)]
+        told = [f"{a} {a.state(now)} ({a.reason}){a.hint()}" for a in self.of(row)]
         waits = [a.wakes - now for a in self.of(row, "resting")]
         message = "no account can answer: " + "; ".join(told)
         return ProxyError(429 if waits else 401, message, min(waits, default=0))
@@ -1001,7 +1004,7 @@ class Pool:
         if refused == account.token.get("access_token") or expiry(account.token) < soon:
             await asyncio.wait([account.refreshing or self.begin_refresh(row, account, refused)])
         if account.needs_login or not account.token.get("access_token"):
-            message = f"the login has ended ({account.reason}){account.hint}"
+            message = f"the login has ended ({account.reason}){account.hint()}"
             raise ProxyError(401, message, needs_login=True)
         if account.retry > self.clock.monotonic() and (refused or expiry(account.token) < soon):
             raise ProxyError(503, account.reason)
@@ -1015,7 +1018,8 @@ class Pool:
 
     async def refresh(self, row: Json, account: Account, refused: str) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
-        self.read(account.path)
+        if not account.unsaved:
+            self.read(account.path)
         old = account.token
         fresh = expiry(old) > self.clock.time() + MINUTE and old.get("access_token") != refused
         if fresh or account.retry > self.clock.monotonic() or not self.net:
@@ -1027,11 +1031,21 @@ class Pool:
         try:
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, row, form)
-            account.token = save_token(account.path, token_fields(answer, self.clock.time()))
-            account.reason = ""
+            account.token = merge_token(account.path, old, token_fields(answer, self.clock.time()))
+            account.reason, account.unsaved = "", True
+            self.save(account)
             log.info("%s: token refreshed", account)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, old, error)
+
+    def save(self, account: Account) -> None:
+        """On disk before it is used; where that fails, kept here and tried again each second."""
+        try:
+            if account.path.exists():  # else the person has logged out meanwhile
+                save_token(account.path, account.token)
+            account.unsaved = False
+        except OSError as error:
+            log.error("%s: the new token is not saved yet: %s", account, why(error))
 
     def refresh_failed(self, account: Account, old: Json, error: Exception) -> None:
         """Another program may have been faster: its token is in the file by now, and adopted."""
@@ -1040,10 +1054,13 @@ class Pool:
             account.needs_login = isinstance(error, ProxyError) and error.needs_login
             account.reason = f"refresh failed: {why(error)}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
-            log.error("%s: %s%s", account, account.reason, account.hint)
+            log.error("%s: %s%s", account, account.reason, account.hint())
 
     def refresh_ahead(self) -> None:
         """Begin the refreshes that are due: `refresh-lead` ahead, but not in a token's first half."""
+        for account in self.accounts.values():
+            if account.unsaved:
+                self.save(account)
         for row in (self.live.row(name) for name in RULES):
             for account in self.of(row):
                 ends = expiry(account.token)
@@ -1088,6 +1105,8 @@ class Call:
     stream: bool = False
     raw: bytes = b""
     body: Json = field(default_factory=dict)
+    headers: Headers = field(default_factory=CIMultiDict)  # as they go to the provider
+    worded: bytes = b""  # the body as it goes there
     route: str = "none"
     provider: str = ""
     account: str = ""
@@ -1162,8 +1181,9 @@ def refuse_strangers(request: Request, config: Json) -> None:
     own = name and (is_loopback(name) or name == config["host"].lower())
     if not own and not config["api-keys"]:
         raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
-    foreign = re.match("https?://|null", origin) and urlsplit(origin).netloc != host
-    if foreign or request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+    foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
+    site = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+    if foreign or (site and not origin.startswith("vscode-webview://")):
         navigates = request.headers.get("Sec-Fetch-Mode") == "navigate"
         if not (navigates and is_browser_path(request)):
             raise ProxyError(403, "requests on behalf of another web site are refused")
@@ -1216,39 +1236,37 @@ HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
 
 
 def passing(headers: Any, *without: str) -> Headers:
-    """Headers that travel on: not the hop's own, nor those that Connection names, nor `without`."""
+    """Headers that travel on: not the hop's own, what Connection names, CORS, nor `without`."""
     named = {n.strip().lower() for v in headers.getall("Connection", ()) for n in v.split(",")}
     gone = HOP_HEADERS | named | set(without)
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in gone)
+    pairs = ((name, value) for name, value in headers.items() if name.lower() not in gone)
+    return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
 
 
 def accepts(request: Request, coding: str) -> bool:
     offered = request.headers.get("Accept-Encoding", "").lower().replace(" ", "").split(",")
-    return coding in [o.partition(";")[0] for o in offered if not o.endswith(";q=0")]
+    return coding in [o.partition(";")[0] for o in offered if not re.search(r";q=0(\.0*)?$", o)]
 
 
 class Relay:
-    """One answer on its way from an upstream to a client, at the client's speed.
+    """One answer on its way to the client, at the client's speed."""
 
-    `packed`: compressed bytes go out as they came, and are unpacked on the side to be read.
-    """
-
-    def __init__(self, request: Request, upstream: aiohttp.ClientResponse, packed: bool) -> None:
-        self.request, self.content, self.packed = request, upstream.content, packed
-        self.response = web.StreamResponse(status=upstream.status, reason=upstream.reason)
-        self.coding = upstream.headers.get("Content-Encoding", "identity").lower()
-        self.unpacker = None if self.coding == "identity" else zlib.decompressobj(47)
+    def __init__(self, request: Request, upstream: Upstream, headers: Headers) -> None:
+        status, reason = upstream.status, upstream.reason
+        self.request, self.content = request, upstream.content
+        self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
+        self.packed = "Content-Encoding" in headers  # what goes out is not what it reads
+        self.unpacker: Any = None  # for bytes that are packed and must be read
         self.tail, self.busy, self.loop = b"\n\n", False, asyncio.get_running_loop()
-        self.timer: asyncio.TimerHandle | None = None
 
     async def read(self) -> tuple[bytes, bytes]:
-        """The next bytes as they go out and as they read; b"" at the end."""
+        """The next bytes as they go out, and as they read."""
         raw = await self.content.readany()
         plain = self.unpacker.decompress(raw) if self.unpacker else raw
-        return raw if self.packed or not raw else plain, plain
+        return raw if self.packed else plain, plain
 
-    async def write(self, data: bytes, plain: bytes) -> None:
-        self.tail = (self.tail + plain)[-TAIL:]
+    async def write(self, data: bytes, plain: bytes | None = None) -> None:
+        self.tail = (self.tail + (data if plain is None else plain))[-TAIL:]
         self.last, self.busy = self.loop.time(), True
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -1267,31 +1285,34 @@ class Relay:
                 return ""
             await self.write(data, plain)
 
-    def keep_alive(self, every: float) -> None:
+    @contextmanager
+    def kept_alive(self, every: float) -> Iterator[None]:
         """Comments between two events while the upstream is silent; none while the client is."""
-        silent = self.loop.time() - self.last if self.timer else 0
-        between = self.tail.endswith((b"\n\n", b"\r\n\r\n")) and not self.packed
-        if silent >= every and between and not self.busy:
-            comment = b": keep-alive\n\n"
-            task = self.loop.create_task(self.write(comment, comment))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            silent = 0
-        if not self.timer:
-            self.last = self.loop.time()
-        self.timer = self.loop.call_later(every - silent, self.keep_alive, every)
 
-    def cut(self) -> NoReturn:
-        """After the first byte the honest way to say that an answer is not whole."""
-        if self.request.transport:
-            self.request.transport.abort()
-        raise ConnectionResetError("the upstream broke off")
+        def pulse() -> None:
+            silent = self.loop.time() - self.last
+            if silent >= every and self.tail.endswith((b"\n\n", b"\r\n\r\n")) and not self.busy:
+                task = self.loop.create_task(self.write(b": keep-alive\n\n"))
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self.timer = self.loop.call_later(max(every - silent, 0) or every, pulse)
 
+        self.last = self.loop.time()
+        self.timer = self.loop.call_later(every or DAY, pulse)
+        try:
+            yield
+        finally:
+            self.timer.cancel()
 
-async def send_whole(request: Request, body: bytes, headers: Headers, status: int = 200) -> Answer:
-    response = web.Response(body=body, headers=headers, status=status)
-    await response.prepare(request)
-    await response.write_eof()
-    return response
+    async def finish(self, dialect: str, broken: str) -> Answer:
+        """The end; of a broken stream the dialect's error event, of anything else that broke a cut."""
+        if broken and (self.packed or not dialect):
+            if self.request.transport:
+                self.request.transport.abort()
+            raise ConnectionResetError(broken)
+        if broken:
+            await self.write(error_frame(dialect, broken))
+        await self.response.write_eof()
+        return self.response
 
 
 # == ampcode.com ===================================================================================
@@ -1345,58 +1366,43 @@ class Ampcode:
 
     async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
         """One request there and its answer back; the body of a `call` was read already."""
-        headers = self.outgoing(request, key)
+        headers, streaming = self.outgoing(request, key), self.live.config["streaming"]
         data: Any = call.raw if call else request.content if request.body_exists else None
         if call or data is None:
             headers.popall("Content-Length", None)
-        if edits := self.edits(request):
-            headers["Accept-Encoding"] = "identity"
-        url = URL(self.address(request), encoded=True)
-        try:
-            async with self.net.ask(request.method, url, headers=headers, data=data) as upstream:
-                relay = Relay(request, upstream, True)
-                first = await opened(upstream, edits)
-                relay.response.headers.extend(passing(upstream.headers))
-                relay.response.headers.update(call.marks if call else {})
-                if first is not None and upstream.content.at_eof():
-                    relay.response.headers["Content-Length"] = str(len(first))
-                if edits:
-                    relay.response.headers.popall("Content-Encoding", None)
-                await relay.write(first or b"", b"")
-                if broken := await relay.copy():
-                    log.warning("ampcode.com broke an answer off: %s", broken)
-                    if not call or upstream.content_type != "text/event-stream":
-                        relay.cut()
-                    frame = error_frame(call.dialect, f"ampcode.com broke off: {broken}")
-                    await relay.write(frame, frame)
-                await relay.response.write_eof()
-                return relay.response
-        except ProxyError as error:
-            words = {"error": "amp_upstream_proxy_error", "message": error.message}
-            error.body = b"" if call else compact(words)
-            raise
-
-    def edits(self, request: Request) -> bool:
-        """Whether this is the answer that may hold the flag."""
         asked = request.rel_url.raw_path, request.query_string.partition("=")[0]
-        on = self.live.config["ampcode"]["client-inference"]
-        return bool(on) and asked == ("/api/internal", "getUserInfo")
+        edits = asked == ("/api/internal", "getUserInfo")
+        if edits := edits and self.live.config["ampcode"]["client-inference"]:
+            headers["Accept-Encoding"] = "identity"
+        url, idle = self.address(request), streaming["idle-timeout-seconds"] if call else 0
+        async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
+            headers = passing(upstream.headers)
+            first = await opened(upstream, headers, edits)
+            headers.update(call.marks if call else {})
+            relay = Relay(request, upstream, headers)
+            events = call if upstream.content_type == "text/event-stream" else None
+            quiet = 0 if relay.packed or not events else streaming["keepalive-seconds"]
+            with relay.kept_alive(quiet):
+                if first or not events:
+                    await relay.write(first)
+                broken = await relay.copy()
+            return await relay.finish(events.dialect if events else "", broken)
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
-        headers = self.outgoing(request, key)
-        for name in {name for name in headers if name.lower().startswith("sec-websocket-")}:
-            headers.popall(name)
-        url = URL(self.address(request), encoded=True)
+        own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
+        headers = passing(self.outgoing(request, key), *own)
         options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT}
+        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
+        protocols = list(filter(None, asked))
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=headers, protocols=list(filter(None, asked)),
-                proxy=self.net.proxy(url), **options,
-            )  # fmt: skip
+                url, headers=headers, protocols=protocols, proxy=proxy, **options
+            )
         except aiohttp.WSServerHandshakeError as error:
-            return web.Response(status=error.status, text=error.message)
+            status = error.status if error.status >= 300 else 502
+            return web.Response(status=status, text=f"ampcode.com answered {error.status}\n")
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
         chosen = [upstream.protocol] if upstream.protocol else []
@@ -1424,20 +1430,27 @@ async def frames(source: Any, sink: Any) -> None:
         await sink.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)  # cut off: no code to repeat
 
 
-async def opened(upstream: aiohttp.ClientResponse, edits: bool) -> bytes | None:
-    """An answer's first bytes where they must be looked at, for gzip that no header announces, and
-    for the flag: then, if not very large, all of it, unpacked."""
-    streams = upstream.content_type == "text/event-stream"
-    if not edits and (streams or "Content-Encoding" in upstream.headers):
-        return None
-    raw, content = b"", upstream.content
+async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
+    """An answer's first bytes, b"" as a rule; all of it, changed, where it must be opened: gzip that
+    no header announces, and the flag.  What is no whole gzip, or a file of that kind, stays."""
+    kind = upstream.content_type
+    if not edits and ("Content-Encoding" in headers or "event-stream" in kind or "zip" in kind):
+        return b""
+    raw, content = bytearray(), upstream.content
     try:
-        while (edits or GZIP.startswith(raw[:2])) and len(raw) < 8 * MIB and not content.at_eof():
-            raw += await content.readany()
+        while (edits or GZIP.startswith(raw[:2])) and len(raw) < BODY_LIMIT:
+            if not (chunk := await content.readany()):
+                break
+            raw += chunk
     except NET_ERRORS as error:
         raise ProxyError(502, f"ampcode.com broke off: {why(error)}") from error
-    plain = (inflate(raw) if content.at_eof() and raw.startswith(GZIP) else None) or raw
-    return without_flag(plain) if edits and content.at_eof() else plain
+    whole = content.at_eof()
+    body = (inflate(bytes(raw)) if whole and raw.startswith(GZIP) else None) or bytes(raw)
+    body = without_flag(body) if edits and whole else body
+    if body != raw:
+        headers.popall("Content-Encoding", None)
+        headers["Content-Length"] = str(len(body))
+    return body
 
 
 def without_flag(body: bytes) -> bytes:
@@ -1457,7 +1470,7 @@ def without_flag(body: bytes) -> bytes:
 # The story of one model call: read it, find who serves the model, ask their accounts in turn, relay
 # the first good answer.  Same dialect on both sides: bytes pass untouched, but for the model's name.
 
-ENDINGS = {"anthropic": (b"message_stop", b"event: error")}  # near the end of a whole stream
+ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
 USAGE = re.compile(rb'"((?:cache_\w+_)?input_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
@@ -1474,11 +1487,11 @@ class Forwarder:
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         for row in rows:
             call.route, call.provider, call.served_model = "local", row["name"], call.model
-            headers, body = worded(call, row)
+            call.headers, call.worded = worded(call, row)
             error = self.pool.nobody(row)
             for account in self.pool.of(row, "ready"):
                 try:
-                    return await self.attempt(call, row, account, headers, body)
+                    return await self.attempt(call, row, account)
                 except ProxyError as failed:
                     error = failed
                     if not self.pool.rest(account, failed):
@@ -1490,9 +1503,7 @@ class Forwarder:
             return await self.amp.forward(call.request, call.key, call)
         raise error
 
-    async def attempt(
-        self, call: Call, row: Json, account: Account, headers: Headers, body: bytes
-    ) -> Answer:
+    async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
         """One account, as often as `request-retry` says; a token that is refused is renewed once."""
         left, refused, call.account = self.live.config["request-retry"], "", account.email
         account.in_flight += 1
@@ -1500,44 +1511,52 @@ class Forwarder:
         try:
             while True:
                 token = await self.pool.bearer(row, account, refused)
-                headers["Authorization"] = f"Bearer {token}"
+                call.headers["Authorization"] = f"Bearer {token}"
                 try:
-                    return await self.exchange(call, row, account, headers, body)
+                    return await self.exchange(call, row, account)
                 except ProxyError as error:
                     left -= error.status in RETRIED
                     error.needs_login = error.status == 401 and bool(refused)
-                    again = error.status in RETRIED and left
-                    if not again and (error.status != 401 or refused):
+                    if error.status == 401 and not refused:
+                        refused = token
+                    elif error.status in RETRIED and left:
+                        refused = ""
+                        await self.pool.clock.sleep(0.5)
+                    else:
                         raise
-                    refused = token if error.status == 401 else ""
-                    await self.pool.clock.sleep(0.5 if again else 0)
         finally:
             account.in_flight -= 1
             account.counts.update(call.tokens)
 
-    async def exchange(
-        self, call: Call, row: Json, account: Account, headers: Headers, body: bytes
-    ) -> Answer:
+    async def exchange(self, call: Call, row: Json, account: Account) -> Answer:
         """One request to the provider, its answer to the client; ProxyError before the first byte."""
+        streaming = self.live.config["streaming"]
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-        path = row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
-        url = URL(row["base-url"] + path, encoded=True)
-        async with self.net.ask("POST", url, headers=headers, data=body) as upstream:
+        url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
+        more = {"headers": call.headers, "data": call.worded}
+        async with self.net.ask("POST", url, streaming["idle-timeout-seconds"], **more) as upstream:
             if upstream.status != 200:
                 raise await refusal(upstream, row["name"])
             account.wakes, account.reason = 0.0, ""
-            passed = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
-            passed.update(call.marks)
-            if upstream.content_type == "text/event-stream":
-                every = self.live.config["streaming"]["keepalive-seconds"]
-                return await relay_stream(call, upstream, passed, every)
-            return await relay_whole(call, upstream, passed)
+            headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
+            headers.update(call.marks)
+            coding = upstream.headers.get("Content-Encoding", "identity").lower()
+            if upstream.content_type != "text/event-stream":
+                return await relay_whole(call, upstream, headers, coding)
+            relay = Relay(call.request, upstream, headers)
+            if coding != "identity":
+                relay.unpacker = zlib.decompressobj(47)
+                relay.packed = accepts(call.request, coding)
+            with relay.kept_alive(0 if relay.packed else streaming["keepalive-seconds"]):
+                await relay_stream(call, relay, coding)
+            return await relay.finish(call.dialect, call.trouble)
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     """What goes to the provider: its row's headers, those of the client's that may pass, its body."""
-    headers, passes = CIMultiDict(row["headers"]), tuple(row["passes"])
-    headers.update((n, v) for n, v in call.request.headers.items() if n.lower().startswith(passes))
+    headers, given = CIMultiDict(row["headers"]), call.request.headers
+    for name in {n.lower() for n in given if n.lower().startswith(tuple(row["passes"]))}:
+        headers[name] = ",".join(given.getall(name))
     packed = not call.stream and accepts(call.request, "gzip")  # a packed stream has no comments
     headers["Accept-Encoding"] = "gzip" if packed else "identity"
     headers["Accept"] = "text/event-stream" if call.stream else "application/json"
@@ -1555,30 +1574,33 @@ def retry_after(headers: Any) -> float:
     """Seconds of Retry-After, in either of its forms; 0 when there is none."""
     value = headers.get("Retry-After", "")
     with suppress(ValueError):
-        return max(0.0, float(value))
+        return min(max(0.0, float(value)), 1e8)
     with suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
 
-async def refusal(upstream: aiohttp.ClientResponse, name: str) -> ProxyError:
-    """A provider's answer that is no success: its own bytes, readable, and when to come again."""
-    raw, said = b"", ""
+async def refusal(upstream: Upstream, name: str) -> ProxyError:
+    """A provider's answer that is no success.  Its words go to the client alone: they may quote the
+    prompt, so the message, which is logged, has only the kind of error."""
+    raw, answer = b"", Json()
     with suppress(*NET_ERRORS):
         raw = await upstream.content.read(MIB)
         raw = inflate(raw) or raw
-        said = error_text(read_object(raw))
+        answer = read_object(raw)
     status = upstream.status if upstream.status >= 400 else 502
-    text = said or raw[:200].decode(errors="replace")
-    error = ProxyError(status, f"{name} answered {upstream.status}: {text}")
+    error = ProxyError(status, f"{name} answered {upstream.status}{error_kind(answer)}")
     error.retry_after = retry_after(upstream.headers)
-    if said and status == upstream.status:
+    if answer and status == upstream.status:
         kept = ("request-id", "content-type", "x-should-retry", "anthropic-")
-        error.headers.extend(
-            (k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept)
-        )
-        error.body = raw
+        pairs = ((k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept))
+        error.body, error.headers = raw, CIMultiDict(pairs)
     return error
+
+
+def error_kind(answer: Json) -> str:
+    inner = answer["error"] if isinstance(answer.get("error"), dict) else {}
+    return f" {str(inner['type'])[:60]}" if inner.get("type") else ""
 
 
 def count_tokens(call: Call, data: bytes) -> None:
@@ -1603,40 +1625,34 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_whole(call: Call, upstream: aiohttp.ClientResponse, headers: Headers) -> Answer:
+async def relay_whole(call: Call, upstream: Upstream, headers: Headers, coding: str) -> Answer:
     """An answer in one piece; packed as it came where the client takes that and nothing changed."""
     try:
         raw = await upstream.read()
         plain = (inflate(raw) or raw) if raw.startswith(GZIP) else raw
         answer = read_object(plain)
     except NET_ERRORS as error:
-        problem = f"{call.provider} answered with no JSON object: {why(error)}"
+        problem = f"{call.provider} answered with no JSON object: {type(error).__name__}"
         raise ProxyError(502, problem) from error
     count_tokens(call, plain)
-    body, coding = (
-        renamed(plain, answer, call.model, True),
-        upstream.headers.get("Content-Encoding"),
-    )
-    if body is plain and coding and accepts(call.request, coding):
+    body = renamed(plain, answer, call.model, True)
+    if body is plain and coding != "identity" and accepts(call.request, coding):
         body, headers["Content-Encoding"] = raw, coding
-    return await send_whole(call.request, body, headers)
+    response = web.Response(body=body, headers=headers)
+    await response.prepare(call.request)
+    await response.write_eof()
+    return response
 
 
-async def relay_stream(
-    call: Call, upstream: aiohttp.ClientResponse, headers: Headers, every: float
-) -> Answer:
-    """Events as they come; what breaks after the first byte ends in the dialect's error event."""
-    relay, head = Relay(call.request, upstream, False), b""
-    relay.packed = bool(relay.unpacker) and accepts(call.request, relay.coding)
-    relay.response.headers.extend(headers)
+async def relay_stream(call: Call, relay: Relay, coding: str) -> None:
+    """Events as they come; `call.trouble` says what broke them off after the first byte."""
+    head = b""
     try:
-        if every:
-            relay.keep_alive(every)
         data, head, first = await read_head(call, relay)
         named = renamed(head, first, call.model, False)
         relay.packed = relay.packed and named is head
         if relay.packed:
-            relay.response.headers["Content-Encoding"] = relay.coding
+            relay.response.headers["Content-Encoding"] = coding
         await relay.write(data if relay.packed else named, named)
         call.trouble = await relay.copy()
         if not call.trouble and not any(end in relay.tail for end in ENDINGS[call.dialect]):
@@ -1646,15 +1662,7 @@ async def relay_stream(
             raise
         call.trouble = error.message
     finally:
-        if relay.timer:
-            relay.timer.cancel()
         count_tokens(call, head + relay.tail)
-    if call.trouble and relay.packed:
-        relay.cut()
-    frame = error_frame(call.dialect, f"{call.provider}: {call.trouble}") if call.trouble else b""
-    await relay.write(frame, frame)
-    await relay.response.write_eof()
-    return relay.response
 
 
 async def read_head(call: Call, relay: Relay) -> tuple[bytes, bytes, Json]:
@@ -1667,12 +1675,13 @@ async def read_head(call: Call, relay: Relay) -> tuple[bytes, bytes, Json]:
             data, plain = data + more_data, plain + more
             events = [read_object(found) for found in EVENT.findall(plain)]
         except NET_ERRORS as error:
-            raise ProxyError(502, f"{call.provider} sent a broken stream: {why(error)}") from error
+            problem = f"{call.provider} sent a broken stream: {type(error).__name__}"
+            raise ProxyError(502, problem) from error
         first = next((event for event in events if event.get("type") != "ping"), None)
         if first and first.get("type") == "error":
-            inner = first["error"] if isinstance(first.get("error"), dict) else {}
-            status = STREAM_ERRORS.get(str(inner.get("type")), 502)
-            raise ProxyError(status, f"{call.provider}: {error_text(first)}")
+            status = STREAM_ERRORS.get(error_kind(first).strip(), 502)
+            message = f"{call.provider} answered with an error{error_kind(first)}"
+            raise ProxyError(status, message, body=compact(first))
         if first:
             return data, plain, first
         if relay.content.at_eof() or len(plain) > MIB:
@@ -1730,18 +1739,17 @@ class Server:
         """Any request; errors leave here, worded in the path's dialect."""
         call, began, status = find_call(request), self.clock.monotonic(), 499
         try:
-            try:
-                response = await self.dispatch(request, call)
-            except ProxyError as error:
-                response = self.refuse(request, call, error)
-            except ConnectionError:
-                raise  # the client is gone, or was cut off on purpose
-            except Exception as error:  # a fault of this program: said in a line, survived
-                log.error("internal error: %s", why(error), exc_info=self.live.config["debug"])
-                fault = ProxyError(500, "internal error of ampproxy, see its log")
-                response = self.refuse(request, call, fault)
+            response = await self.dispatch(request, call)
             status = response.status
             return response
+        except ConnectionError:
+            raise  # the client is gone, or was cut off on purpose
+        except Exception as error:  # a ProxyError, or a fault of this program, which survives it
+            if not isinstance(error, ProxyError):
+                log.error("internal error: %s", why(error), exc_info=self.live.config["debug"])
+                error = ProxyError(500, "internal error of ampproxy, see its log")
+            status = error.status
+            return self.refuse(request, call, error)
         finally:
             if call and call.raw:
                 self.note(call, status, self.clock.monotonic() - began)
@@ -1756,22 +1764,17 @@ class Server:
     def note(self, call: Call, status: int, took: float) -> None:
         """One finished model call: a row of the status, a line of the log."""
         self.routes[call.route] += 1
-        self.requests.append({
-            "time": rfc3339(self.clock.time()), "dialect": call.dialect, "model": call.model[:200],
-            "route": call.route, "provider": call.provider, "account": call.account,
-            "served_model": call.served_model[:200], "status": status, "seconds": round(took, 3),
-            "input_tokens": call.tokens["input_tokens"],
-            "output_tokens": call.tokens["output_tokens"],
-        })  # fmt: skip
-        amp = call.route == "amp"
-        who = mask(call.account) if call.account else "-"
-        told = f"{call.trouble}; {HINT}" if amp else call.trouble
-        log.log(
-            logging.WARNING if amp or told or status >= 400 else logging.INFO,
-            "%s %s %s %s %d %.1fs %s",
-            ROUTE_WORDS[call.route], call.model[:100] or "-", call.provider or "-", who, status,
-            took, told,
-        )  # fmt: skip
+        names = ("dialect", "model", "route", "provider", "account", "served_model")
+        row = {name: getattr(call, name)[:200] for name in names}
+        row |= {name: call.tokens[name] for name in ("input_tokens", "output_tokens")}
+        row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
+        self.requests.append(row)
+        paid, told = call.route == "amp", call.trouble
+        told += f"; {HINT}" if paid else ""
+        level = logging.WARNING if told or status >= 400 else logging.INFO
+        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
+        word, model = ROUTE_WORDS[call.route], call.model[:100] or "-"
+        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, told)
 
     async def dispatch(self, request: Request, call: Call | None) -> Answer:
         """Checks first, then whoever the path belongs to."""
@@ -1786,17 +1789,25 @@ class Server:
         if is_browser_path(request):
             return web.Response(status=302, headers={"Location": self.amp.address(request)})
         key = client_key(request, config["api-keys"]) if config["api-keys"] else ""
-        if call and (call.verb == "models" or method == "POST" or not call.amp):
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        posted = method == "POST" or is_upgrade(request)
+        if call and (call.verb == "models" or posted or not call.amp):
             return await self.model_call(call, key)
         local_only = config["ampcode"]["restrict-management-to-localhost"]
         if local_only and not path.startswith("/api/provider/"):
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
             return json_response(self.report())
-        if path == "/api/thread-actors" and method == "POST":
-            self.server_side += 1
+        if path.startswith(("/api/thread-actors", "/actors/")) and posted:
+            self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
-        return await (self.amp.tunnel if is_upgrade(request) else self.amp.forward)(request, key)
+        try:
+            pass_on = self.amp.tunnel if is_upgrade(request) else self.amp.forward
+            return await pass_on(request, key)
+        except ProxyError as error:
+            words = {"error": "amp_upstream_proxy_error", "message": error.message}
+            raise ProxyError(error.status, error.message, body=compact(words)) from error
 
     async def model_call(self, call: Call, key: str) -> Answer:
         call.key, request = key, call.request
@@ -1806,8 +1817,6 @@ class Server:
             return json_response(self.models())
         if request.method != "POST":
             raise ProxyError(405, f"{request.method} is not served here: use POST")
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return await self.forwarder.answer(call)
 
     def models(self) -> Json:
@@ -1821,24 +1830,21 @@ class Server:
     def report(self) -> Json:
         """GET /status: names, counts and times; never a secret, never a prompt."""
         return {
-            "version": __version__,
-            "uptime_seconds": round(self.clock.monotonic() - self.began),
-            "routes": dict(self.routes),
-            "server_side_threads": self.server_side,
+            "version": __version__, "uptime_seconds": round(self.clock.monotonic() - self.began),
+            "routes": dict(self.routes), "server_side_threads": self.server_side,
             "accounts": [self.report_account(account) for account in self.pool.accounts.values()],
             "requests": list(self.requests),
-        }
+        }  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
         now, ends = self.clock.monotonic(), expiry(account.token)
-        state = account.state(now)
-        counted = ("requests", "errors", "input_tokens", "output_tokens")
+        state, counted = account.state(now), ("requests", "errors", "input_tokens", "output_tokens")
         return {
-            "provider": account.provider, "account": account.email, "state": state,
+            "provider": account.type, "account": account.email, "state": state,
             "reason": account.reason if state != "ready" else "",
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
             "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
-            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "threads": 0,
+            "plan": account.plan, "in_flight": account.in_flight, "threads": 0,
             **{name: account.counts[name] for name in counted}, "quota": [],
         }  # fmt: skip
 
@@ -1848,7 +1854,7 @@ class Server:
             await self.clock.sleep(1)
             try:
                 self.tick()
-            except OSError as error:
+            except Exception as error:  # whatever is in the files: the watch goes on
                 log.error("watching the files failed: %s", why(error))
 
     def tick(self) -> None:
@@ -1877,15 +1883,16 @@ class Server:
         finally:
             await self.net.session.close()
 
-    async def run(self) -> None:
+    @classmethod
+    async def run(cls, live: Live) -> None:
         """Serve until SIGINT or SIGTERM."""
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        server, stop = cls(live, Net(live), Clock()), asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
-                loop.add_signal_handler(name, stop.set)
-        async with self.serving() as port:
-            log.info("ampproxy %s: http://%s:%d", __version__, self.live.config["host"], port)
-            watcher = asyncio.create_task(self.watch())
+                asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        async with server.serving() as port:
+            log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
+            watcher = asyncio.create_task(server.watch())
             await stop.wait()
             watcher.cancel()
             log.info("stopping: running answers get 10 seconds")
@@ -1896,7 +1903,8 @@ def set_up_log(live: Live) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if live.config["logging-to-file"]:
         path = live.auth_dir / "logs" / "ampproxy.log"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (live.auth_dir, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
         size = 5 * MIB
         handlers.append(logging.handlers.RotatingFileHandler(path, maxBytes=size, backupCount=3))
@@ -1918,34 +1926,29 @@ def set_up_log(live: Live) -> None:
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
 
-def run(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+def run(work: Coroutine[Any, Any, Any]) -> Any:
     """The event loop: uvloop's where it is installed."""
-    factory = uvloop.new_event_loop if "uvloop" in globals() else None
-    with asyncio.Runner(loop_factory=factory) as runner:
-
-        async def begin() -> Any:
-            return await work()
-
-        return runner.run(begin())
+    with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
+        return runner.run(work)
 
 
 def serve(live: Live, args: argparse.Namespace) -> None:
-    run(lambda: Server(live, Net(live), Clock()).run())
+    run(Server.run(live))
 
 
 def login(live: Live, args: argparse.Namespace) -> None:
     if not args.provider:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
     row, browser = live.row(NAMES[args.provider]), has_browser() and not args.no_browser
-    email, path = run(lambda: Login(live, row).run(browser))
+    email, path = run(sign_in(live, row, browser))
     say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
 
 
 def accounts_of(live: Live, provider: str = "") -> list[Account]:
     pool = Pool(live)
     pool.scan()
-    found = [a for a in pool.accounts.values() if provider in ("", a.provider)]
-    return sorted(found, key=lambda account: (account.provider, account.path))
+    found = [a for a in pool.accounts.values() if provider in ("", a.type)]
+    return sorted(found, key=lambda account: (account.type, account.path))
 
 
 def logout(live: Live, args: argparse.Namespace) -> None:
@@ -1965,7 +1968,7 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
         plan = str(a.token.get("plan") or "-")
-        rows.append((a.provider, a.email, plan, ends, a.state(0), str(a.path)))
+        rows.append((a.type, a.email, plan, ends, a.state(0), str(a.path)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows if len(rows) > 1 else ():
         say("  ".join(map(str.ljust, row, widths)).rstrip())

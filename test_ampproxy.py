@@ -557,7 +557,7 @@ def test_token_is_private_whole_and_keeps_foreign_keys(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     first = path.stat().st_ino
-    assert ampproxy.save_token(path, {"access_token": "two"}) == json.loads(path.read_text())
+    ampproxy.save_token(path, ampproxy.merge_token(path, {}, {"access_token": "two"}))
     assert json.loads(path.read_text()) == {
         "type": "claude",
         "access_token": "two",
@@ -1432,7 +1432,7 @@ async def test_after_a_comment_a_failure_is_an_error_event(tmp_path):
         async with w.http.post(w.url + PATH, json=STREAM) as response:
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
             gate.set()
-            assert "busy" in error_in(await response.content.read())["message"]
+            assert "overloaded_error" in error_in(await response.content.read())["message"]
         assert len(w.claude.requests) == 1
 
 
@@ -1769,7 +1769,7 @@ async def test_websockets_pass_whole(tmp_path):
 
     async with world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
         w.amp.usual = actor
-        url = w.url.replace("http", "ws") + "/actors/gateway/threadActor/websocket/?rvt-key=T%2F1"
+        url = URL(w.url + "/actors/gateway/threadActor/websocket/?rvt-key=T%2F1", encoded=True)
         protocols = ["a", "rivet", "rivet_conn_params.%7B%22a%22%3A1%7D"]
         async with w.http.ws_connect(
             url, protocols=protocols, autoping=False, max_msg_size=0
