@@ -69,7 +69,6 @@ except ImportError:
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
-#
 # Small words that the other sections use.  Errors are of two kinds: a Failure is one sentence for
 # the person at the terminal, a ProxyError one for the client, worded in the client's dialect.
 
@@ -163,7 +162,6 @@ class Redact(logging.Filter):
 
 
 # == Errors in each dialect ========================================================================
-#
 # The words that each dialect's SDK looks for (clients.md, "Errors").  To add a status, add a row.
 
 KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
@@ -207,7 +205,6 @@ def error_frame(dialect: str, message: str) -> bytes:
 
 
 # == Configuration and provider table ==============================================================
-#
 # One YAML file with CLIProxyAPI's names, read over these defaults, whose types are the rules: "a|b" is
 # a choice, "!" what a table needs, a list with "" or a table in it shows one member and is empty.
 # `providers` is the provider table (facts of providers.md).  To add a key or a provider, add a row;
@@ -227,14 +224,10 @@ max-cooldown: 1800.0
 routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h}
 streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0}
 ampcode:
-  upstream-url: https://ampcode.com
-  upstream-api-key: ''
-  upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}]
-  restrict-management-to-localhost: false
-  fallback: always|unserved|never
-  client-inference: true
-  force-model-mappings: false
-  model-mappings: [{from!: '', to!: [''], regex: false}]
+  {upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
+   upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], client-inference: true,
+   restrict-management-to-localhost: false, force-model-mappings: false,
+   model-mappings: [{from!: '', to!: [''], regex: false}]}
 claude-api-key: [&key {api-key!: '', base-url: '', models: [&model {name!: '', alias: ''}],
                        excluded-models: [''], headers: {}}]
 codex-api-key: [*key]
@@ -279,7 +272,7 @@ OLD_NAMES = (  # of keys of `ampcode` in CLIProxyAPI's files, there with "amp-" 
     "upstream-url", "upstream-api-key", "restrict-management-to-localhost", "model-mappings",
 )  # fmt: skip
 TEXT_TABLES = {"headers", "paths", "limits", "authorize-query"}
-LIMITS = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
+RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, where it looks like something else)"}  # fmt: skip
 
@@ -292,7 +285,7 @@ def seconds(length: Any) -> float:
 
 def misfit(example: Any, value: Any, name: str) -> str:
     """What should have stood there, in words; "" when `value` fits."""
-    kind, (low, high) = type(example), LIMITS.get(name, (0, 1e9))
+    kind, (low, high) = type(example), RANGES.get(name, (0, 1e9))
     fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
     words = WORDS[kind]
     if kind in (int, float):
@@ -324,9 +317,8 @@ class ConfigFile:
         self.path, self.warnings = path, list[str]()
         try:
             self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-            node = self.loader.get_single_node()
-            self.config: Json = self.read(node, DEFAULTS, "")
-            self.empty = node is None
+            self.node = self.loader.get_single_node()
+            self.config: Json = self.read(self.node, DEFAULTS, "")
         except yaml.YAMLError as error:
             line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
             problem = getattr(error, "problem", error)
@@ -335,24 +327,22 @@ class ConfigFile:
             raise Failure(f"{path}: cannot be read: {why(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
-        place = f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}"
-        raise Failure(f"{place}: {reason}")
+        line = node.start_mark.line + 1
+        raise Failure(f"{self.path}:{line}: {key or 'the file'}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
         """What `node` holds, checked; `key` is its dotted name for messages."""
-        name = key.rpartition(".")[2]
         if node is None or node.tag.endswith(":null"):
             return default(example)
         if isinstance(node, yaml.MappingNode) and isinstance(example, dict):
             return self.read_table(node, example, key)
         if isinstance(node, yaml.SequenceNode) and isinstance(example, list):
             return [self.read(n, example[0], f"{key}[{i}]") for i, n in enumerate(node.value)]
-        value = self.loader.construct_object(node, deep=True)
-        if isinstance(value, str):
-            try:
-                value = re.sub(r"\$\{(\w+)\}", lambda m: os.environ[m[1]], value).strip()
-            except KeyError as error:
-                self.fail(node, key, f"the environment variable {error.args[0]} is not set")
+        value, name = self.loader.construct_object(node, deep=True), key.rpartition(".")[2]
+        for variable in re.findall(r"\$\{(\w+)\}", value) if isinstance(value, str) else ():
+            if variable not in os.environ:
+                self.fail(node, key, f"the environment variable {variable} is not set")
+            value = value.replace(f"${{{variable}}}", os.environ[variable])
         match example, value:  # short forms: a switch for a row, a text for a list or a model
             case {"enabled": _}, bool():
                 return {**default(example), "enabled": value}
@@ -362,58 +352,56 @@ class ConfigFile:
                 return {"name": value, "alias": ""}
         if expected := misfit(example, value, name):
             self.fail(node, key, f"expected {expected}")
-        return value
+        return value.strip() if isinstance(value, str) else value
 
     def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
         """A table's keys; old names move to their place, unknown ones are named with the nearest."""
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
+        given = {str(name.value): value for name, value in node.value}
+        prefix, lines = (
+            f"{key}." if key else "",
+            {n.value: n.start_mark.line for n, _ in node.value},
+        )
         if key.rpartition(".")[2] in TEXT_TABLES:
-            names |= dict.fromkeys((str(name.value) for name, _ in node.value), "")
-        found, prefix = dict[str, yaml.Node](), f"{key}." if key else ""
-        for name_node, value in node.value:
-            name = str(name_node.value)
-            old = name.removeprefix("amp-") in OLD_NAMES and example is DEFAULTS
-            if name not in names and not old:
-                near = difflib.get_close_matches(name, names, 1, 0)[0]
-                place = f"{self.path}:{name_node.start_mark.line + 1}"
-                self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
-            found[name] = value
-        table = {name: self.read(found.get(name), names[name], prefix + name) for name in names}
+            names |= dict.fromkeys(given, "")
+        table = {name: self.read(given.get(name), names[name], prefix + name) for name in names}
         for name in OLD_NAMES if example is DEFAULTS else ():
-            inner, old_node = example["ampcode"][name], found.get(f"amp-{name}")
-            if old_node and table["ampcode"][name] == default(inner):
-                table["ampcode"][name] = self.read(old_node, inner, f"amp-{name}")
+            inner, old = example["ampcode"][name], given.pop(f"amp-{name}", None)
+            if old and table["ampcode"][name] == default(inner):
+                table["ampcode"][name] = self.read(old, inner, f"amp-{name}")
+        for name in given.keys() - names.keys():
+            near = difflib.get_close_matches(name, names, 1, 0)[0]
+            place = f"{self.path}:{lines[name] + 1}"
+            self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
         for name in example:
             if name.endswith("!") and not table[name[:-1]]:
                 self.fail(node, key, f"needs {name[:-1]!r}")
-        if table.get("regex"):
-            try:
-                re.compile(table["from"])
-            except re.error as error:
-                self.fail(found["from"], prefix + "from", f"is no regular expression: {error}")
+        try:
+            re.compile(table["from"] if table.get("regex") else "")
+        except re.error as error:
+            self.fail(given["from"], prefix + "from", f"is no regular expression: {error}")
         return table
 
 
 def find_config(given: str | None) -> Path | None:
     """--config, else the folder, beside the script, the user's own; None when there is none."""
-    if given:
-        return Path(given).expanduser()
     folders = (Path.cwd(), Path(__file__).resolve().parent, Path("~/.config/ampproxy").expanduser())
-    return next((d / "config.yaml" for d in folders if (d / "config.yaml").is_file()), None)
+    found = (d / "config.yaml" for d in folders if (d / "config.yaml").is_file())
+    return Path(given).expanduser() if given else next(found, None)
 
 
 def is_loopback(host: str) -> bool:
     with suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        address = ipaddress.ip_address(host.removeprefix("::ffff:"))
+        return address.is_loopback
     return host.lower() == "localhost"
 
 
-def stamp(path: Path | None) -> tuple[int, ...] | None:
+def stamp(path: Path) -> tuple[int, ...] | None:
     """What changes when a file does; None while there is none."""
-    with suppress(OSError, AttributeError):
-        found = path.stat()  # type: ignore[union-attr]
+    with suppress(OSError):
+        found = path.stat()
         return found.st_mtime_ns, found.st_size, found.st_ino
     return None
 
@@ -422,7 +410,7 @@ class Live:
     """The configuration in effect; a changed file is taken up whole, or not at all."""
 
     def __init__(self, path: Path | None, **given: Any) -> None:
-        self.path, self.given, self.seen = path, given, stamp(path)
+        self.path, self.given, self.seen = path, given, path and stamp(path)
         self.load()
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
@@ -434,14 +422,14 @@ class Live:
         if not is_loopback(config["host"]) and not config["api-keys"]:
             hint = "is open to other machines: set api-keys, or use 127.0.0.1"
             raise Failure(f"host {config['host']!r} {hint}")
-        if running and file and file.empty:
+        if running and file and file.node is None:
             raise Failure(f"{self.path}: is empty")
         self.config, self.warnings = config, file.warnings if file else []
 
     def reload(self) -> bool:
         """Look at the file once; True when a new configuration took effect."""
-        now = stamp(self.path)
-        if now is None or now == self.seen:
+        now = stamp(self.path) if self.path else None
+        if now in (None, self.seen):
             return False
         self.seen = now
         try:
@@ -473,16 +461,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 # == Claude's rules ================================================================================
-#
 # What api.anthropic.com asks of a request that carries a plan's login (providers.md 1.2 and 1.3,
 # whose numbers stand here).  Pure: changes body and headers in place.  No tool is renamed.
 
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
-WITH_THINKING = {  # what a sampling value must keep beside thinking, or be dropped (2)
-    "temperature": lambda t: t == 1, "top_p": lambda p: p >= 0.95, "top_k": lambda k: False,
-}  # fmt: skip
 
 
 def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
@@ -495,12 +479,8 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     if "fast-mode" not in headers["anthropic-beta"]:
         body.pop("speed", None)
     settle_thinking(body)
-    for message in dicts(body.get("messages")):
-        if isinstance(message.get("content"), list) and message["content"]:
-            message["content"] = [b for b in message["content"] if clean_block(b)] or None
     if isinstance(body.get("messages"), list):
-        empty = {"role": "assistant", "content": None}, {"role": "user", "content": None}
-        body["messages"] = [message for message in body["messages"] if message not in empty]
+        body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
     limit_markers(body)
@@ -521,15 +501,23 @@ def settle_thinking(body: Json) -> None:
             if limit <= 1024:
                 body["thinking"] = thinking = {"type": "disabled"}
         if thinking.get("type") in ("enabled", "adaptive"):
-            for key, fits in WITH_THINKING.items():
-                if isinstance(body.get(key), (int, float)) and not fits(body[key]):
+            for key, least in (("temperature", 1), ("top_p", 0.95), ("top_k", float("inf"))):
+                if key in body and number(body[key]) < least:
                     del body[key]
     if "temperature" in body:
         body.pop("top_p", None)
 
 
-def clean_block(block: Any) -> bool:
-    """Rules 10 to 13; False for empty text and for thinking that no Claude model has signed."""
+def clean_blocks(holder: Any) -> bool:
+    """Rules 10 to 13 on the blocks of a message or a tool result; False when none of them is left."""
+    content = holder.get("content") if isinstance(holder, dict) else None
+    if isinstance(content, list):
+        holder["content"] = [block for block in content if is_clean(block)]
+    return not content or bool(holder["content"])
+
+
+def is_clean(block: Any) -> bool:
+    """A block after cleaning; False for empty text and thinking that no Claude model has signed."""
     match block:
         case {"type": "text", "text": ""}:
             return False
@@ -541,21 +529,19 @@ def clean_block(block: Any) -> bool:
                 del block[key]
         case {"type": "tool_result", "tool_use_id": str(name)}:
             block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            if isinstance(block.get("content"), list):
-                block["content"] = [part for part in block["content"] if clean_block(part)]
+            clean_blocks(block)
     return True
 
 
 def with_identity(system: Any) -> list[Any]:
-    """The client's system blocks behind the sentence without which a plan's login is refused.
-
-    Claude Code's billing line may stand before its own identity: that pair stays as it is.
-    """
+    """The client's system blocks behind the sentence without which a plan's login is refused; the
+    billing line that Claude Code puts before its own identity stays where it is."""
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
-    blocks = [block for block in blocks if clean_block(block)]
+    blocks = [block for block in blocks if is_clean(block)]
     texts = [str(block.get("text")) for block in dicts(blocks[:2])]
-    own = texts[1:] if texts and texts[0].startswith("x-anthropic-billing-header") else texts
-    there = bool(own) and own[0].startswith(IDENTITY)
+    if texts and texts[0].startswith("x-anthropic-billing-header"):
+        texts.pop(0)
+    there = bool(texts) and texts[0].startswith(IDENTITY)
     return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
 
 
@@ -569,17 +555,15 @@ def limit_markers(body: Json) -> None:
     for block in surplus[: max(0, len(surplus) - 4)]:
         del block["cache_control"]
     short = False
-    for block in (b for b in tools + system + messages if isinstance(b.get("cache_control"), dict)):
-        long = block["cache_control"].get("ttl") == "1h"
-        if long and short:
-            del block["cache_control"]["ttl"]
-        short = short or not long
+    for marker in (b.get("cache_control") for b in tools + system + messages):
+        if isinstance(marker, dict) and short:
+            marker.pop("ttl", None)
+        short = short or (isinstance(marker, dict) and marker.get("ttl") != "1h")
 
 
 RULES = {"claude": prepare_claude}
 
 # == Token files ===================================================================================
-#
 # One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Fields that this program does
 # not know, and edits of others, survive.
 
@@ -630,10 +614,9 @@ def expiry(token: Json) -> float:
     return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
 
 
-# == The way out ===================================================================================
-#
-# One pool of connections for everything.  Bytes come and go as they are: no cookie is kept, no
-# redirect followed, nothing unpacked, no header added.
+# == The network ===================================================================================
+# One pool of connections for everything that goes out.  Bytes come and go as they are: no cookie is
+# kept, no redirect followed, nothing unpacked, no header added.
 
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
@@ -649,13 +632,10 @@ class Net:
         trace.on_request_redirect.append(refuse_redirect)
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
+            max_line_size=65536, max_field_size=65536,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_line_size=65536,
-            max_field_size=65536,
-            trace_configs=[trace],
-        )
+        )  # fmt: skip
 
     def proxy(self, url: str) -> str | None:
         """The outbound proxy for this address: `proxy-url`, else the environment's."""
@@ -692,7 +672,7 @@ class Net:
 
 
 def error_text(answer: Json) -> str:
-    """What a provider said went wrong, in any of the shapes in use."""
+    """What a token endpoint said went wrong, in any of the shapes in use."""
     parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
     keys = ("type", "code", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
@@ -715,7 +695,6 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
 
 
 # == Signing in ====================================================================================
-#
 # OAuth with PKCE (RFC 7636) and a callback on this machine.  The address that the browser ends at
 # can also be pasted, for a browser that runs elsewhere; whichever comes first wins.
 
@@ -735,11 +714,8 @@ def pkce() -> tuple[str, str]:
 
 
 def read_callback(line: str) -> dict[str, str]:
-    """code, state, error of a callback however it was copied; {} when it makes no sense.
-
-    Taken: the whole URL, without its scheme, from the `?` on, `code=...&state=...`, parameters in
-    the fragment, `code#state`.
-    """
+    """code, state, error of a callback however it was copied: a URL or its end from the `?` on, with
+    the parameters in its query or fragment, or `code#state`; {} when it makes no sense."""
     line = line.strip().strip("'\"<>")
     found = dict(pair for part in re.split(r"[?#]", line) for pair in parse_qsl(part))
     first, mark, last = line.rpartition("#")
@@ -825,24 +801,16 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
     hint = f"end what holds it, or set providers.{row['name']}.callback-port"
     async with listen(web.Server(handle), "127.0.0.1", row["callback-port"], hint) as port:
         redirect = f"http://localhost:{port}{row['callback-path']}"
-        show_way(
-            row,
-            f"{row['authorize-url']}?{urlencode(query | {'redirect_uri': redirect})}",
-            port,
-            browser,
-        )
+        url = f"{row['authorize-url']}?{urlencode(query | {'redirect_uri': redirect})}"
+        say(f"Open this address in a browser to sign in to {row['name']}:\n\n{url}\n")
+        if browser:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        else:
+            tunnel = f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n"
+            say(f"If the browser runs on another machine, run this there first:\n\n{tunnel}")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
         return await asyncio.wait_for(callback, LOGIN_WAIT), redirect
-
-
-def show_way(row: Json, url: str, port: int, browser: bool) -> None:
-    say(f"Open this address in a browser to sign in to {row['name']}:\n\n{url}\n")
-    if browser:
-        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-    else:
-        say("If the browser runs on another machine, run this there first:\n")
-        say(f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
@@ -880,7 +848,6 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 
 # == Accounts ======================================================================================
-#
 # Who may answer, and with which token.  Knows no dialect; all time comes from the clock it is given.
 # What an error means for an account stands in RESTS: to add a case, add a row above a wider one.
 
@@ -892,8 +859,7 @@ RESTS: tuple[tuple[set[int], str, float | None, bool], ...] = (
     ({403},      "",                         24 * HOUR,                  True),
     ({404},      "",                         0,                          True),
     ({429},      "",                         None,                       True),
-    ({529},      "",                         30,                         True),
-    ({408},      "",                         5,                          True),
+    ({408, 529}, "",                         30,                         True),
 )  # fmt: skip
 RETRIED = {408, 500, 502, 503, 504, 529}  # worth another try on the same account
 REFRESH_WAIT, REFRESH_PAUSE = 30, 30
@@ -1072,7 +1038,6 @@ class Pool:
 
 
 # == Who asks, and what? ===========================================================================
-#
 # A request's head, before a byte of its body is read: may it (design.md, "Security"), and is it a
 # model call?  The path's ending names the dialect; the model, not the path, names the provider.
 
@@ -1102,7 +1067,6 @@ class Call:
     amp: bool  # under /api/provider, where ampcode.com may answer
     model: str
     key: str = ""  # the client's
-    stream: bool = False
     raw: bytes = b""
     body: Json = field(default_factory=dict)
     headers: Headers = field(default_factory=CIMultiDict)  # as they go to the provider
@@ -1121,6 +1085,19 @@ class Call:
         clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
         return {f"x-ampproxy-{name}": value for name, value in clean if value}
 
+    async def read(self) -> None:
+        """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
+        self.raw = await read_body(self.request)
+        packed = self.request.headers.get("Content-Encoding", "identity").lower() != "identity"
+        try:
+            self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
+        except ValueError as error:
+            raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
+        model = self.model or self.body.get("model")
+        if not isinstance(model, str) or not model:
+            raise ProxyError(400, "The request names no model")
+        self.model = model
+
 
 def find_call(request: Request) -> Call | None:
     """The call that a path means; None for what is no model call."""
@@ -1130,24 +1107,6 @@ def find_call(request: Request) -> Call | None:
             model = unquote_plus(parts["model"])
             return Call(request, dialect, parts["verb"], bool(parts["amp"]), model)
     return None
-
-
-async def read_call(call: Call) -> None:
-    """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
-    call.raw = await read_body(call.request)
-    packed = call.request.headers.get("Content-Encoding", "identity").lower() != "identity"
-    try:
-        call.body = read_object((inflate(call.raw) or b"") if packed else call.raw)
-    except ValueError as error:
-        raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
-    streams = (
-        call.verb.startswith("stream") if call.dialect == "gemini" else call.body.get("stream")
-    )
-    call.stream = streams is True
-    model = call.model or call.body.get("model")
-    if not isinstance(model, str) or not model:
-        raise ProxyError(400, "The request names no model")
-    call.model = model
 
 
 async def read_body(request: Request) -> bytes:
@@ -1199,9 +1158,9 @@ def client_key(request: Request, keys: list[str]) -> str:
     shown += [request.query.get(name, "") for name in KEY_PARAMETERS]
     shown = [re.sub(r"(?i)^bearer\s+", "", value.strip()) for value in shown if value.strip()]
     right = [key for key in keys for value in shown if same(key, value)]
-    if not right:
+    if keys and not right:
         raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
-    return right[0]
+    return right[0] if right else ""
 
 
 def check_local(request: Request) -> None:
@@ -1214,17 +1173,13 @@ def check_local(request: Request) -> None:
 def target_without(request: Request, keys: list[str]) -> str:
     """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
     path, mark, query = request.raw_path.partition("?")
-
-    def carries(pair: str) -> bool:
-        name, _, value = pair.partition("=")
-        return name in KEY_PARAMETERS and any(same(unquote_plus(value), key) for key in keys)
-
-    kept = [pair for pair in query.split("&") if not carries(pair)]
+    pairs = ((pair, *pair.partition("=")[::2]) for pair in query.split("&"))
+    kept = [pair for pair, name, value in pairs if name not in KEY_PARAMETERS
+            or not any(same(unquote_plus(value), key) for key in keys)]  # fmt: skip
     return path + (mark + "&".join(kept) if kept else "")
 
 
 # == Passing answers on ============================================================================
-#
 # From an upstream to the client as it comes: bytes, headers, end.  Until its first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
 
@@ -1257,22 +1212,30 @@ class Relay:
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
         self.packed = "Content-Encoding" in headers  # what goes out is not what it reads
         self.unpacker: Any = None  # for bytes that are packed and must be read
-        self.tail, self.busy, self.loop = b"\n\n", False, asyncio.get_running_loop()
+        self.silence: float | None = None  # seconds after which a comment goes out
+        self.tail = b"\n\n"
 
     async def read(self) -> tuple[bytes, bytes]:
-        """The next bytes as they go out, and as they read."""
-        raw = await self.content.readany()
-        plain = self.unpacker.decompress(raw) if self.unpacker else raw
-        return raw if self.packed else plain, plain
+        """The next bytes as they go out, and as they read; comments go out while none come, though
+        never in the middle of an event."""
+        while True:
+            try:
+                async with asyncio.timeout(self.silence) as silence:
+                    raw = await self.content.readany()
+                plain = self.unpacker.decompress(raw) if self.unpacker else raw
+                return raw if self.packed else plain, plain
+            except TimeoutError:
+                if not silence.expired():
+                    raise
+                if self.tail.endswith((b"\n\n", b"\r\n\r\n")):
+                    await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes, plain: bytes | None = None) -> None:
         self.tail = (self.tail + (data if plain is None else plain))[-TAIL:]
-        self.last, self.busy = self.loop.time(), True
         if not self.response.prepared:
             await self.response.prepare(self.request)
         if data:
             await self.response.write(data)
-        self.busy = False
 
     async def copy(self) -> str:
         """The rest; returns what broke the upstream off, "" for nothing."""
@@ -1284,24 +1247,6 @@ class Relay:
             if not data and self.content.at_eof():
                 return ""
             await self.write(data, plain)
-
-    @contextmanager
-    def kept_alive(self, every: float) -> Iterator[None]:
-        """Comments between two events while the upstream is silent; none while the client is."""
-
-        def pulse() -> None:
-            silent = self.loop.time() - self.last
-            if silent >= every and self.tail.endswith((b"\n\n", b"\r\n\r\n")) and not self.busy:
-                task = self.loop.create_task(self.write(b": keep-alive\n\n"))
-                task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self.timer = self.loop.call_later(max(every - silent, 0) or every, pulse)
-
-        self.last = self.loop.time()
-        self.timer = self.loop.call_later(every or DAY, pulse)
-        try:
-            yield
-        finally:
-            self.timer.cancel()
 
     async def finish(self, dialect: str, broken: str) -> Answer:
         """The end; of a broken stream the dialect's error event, of anything else that broke a cut."""
@@ -1316,7 +1261,6 @@ class Relay:
 
 
 # == ampcode.com ===================================================================================
-#
 # What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only
 # the credentials change.  Model calls that nobody else answers come here too; they may cost credits.
 
@@ -1381,25 +1325,22 @@ class Ampcode:
             headers.update(call.marks if call else {})
             relay = Relay(request, upstream, headers)
             events = call if upstream.content_type == "text/event-stream" else None
-            quiet = 0 if relay.packed or not events else streaming["keepalive-seconds"]
-            with relay.kept_alive(quiet):
-                if first or not events:
-                    await relay.write(first)
-                broken = await relay.copy()
-            return await relay.finish(events.dialect if events else "", broken)
+            if events and not relay.packed:
+                relay.silence = streaming["keepalive-seconds"] or None
+            if first or not events:
+                await relay.write(first)
+            return await relay.finish(events.dialect if events else "", await relay.copy())
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
         own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
-        headers = passing(self.outgoing(request, key), *own)
+        url = URL(self.address(request), encoded=True)
         options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT}
-        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
-        protocols = list(filter(None, asked))
+        more: Any = {"proxy": self.net.proxy(self.base()), "protocols": list(filter(None, asked))}
+        more |= {"headers": passing(self.outgoing(request, key), *own), **options}
         try:
-            upstream = await self.net.session.ws_connect(
-                url, headers=headers, protocols=protocols, proxy=proxy, **options
-            )
+            upstream = await self.net.session.ws_connect(url, **more)
         except aiohttp.WSServerHandshakeError as error:
             status = error.status if error.status >= 300 else 502
             return web.Response(status=status, text=f"ampcode.com answered {error.status}\n")
@@ -1466,7 +1407,6 @@ def without_flag(body: bytes) -> bytes:
 
 
 # == Forwarding ====================================================================================
-#
 # The story of one model call: read it, find who serves the model, ask their accounts in turn, relay
 # the first good answer.  Same dialect on both sides: bytes pass untouched, but for the model's name.
 
@@ -1482,7 +1422,7 @@ class Forwarder:
 
     async def answer(self, call: Call) -> Answer:
         """From the accounts in their order, else from ampcode.com, else a ProxyError."""
-        await read_call(call)
+        await call.read()
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         for row in rows:
@@ -1547,8 +1487,9 @@ class Forwarder:
             if coding != "identity":
                 relay.unpacker = zlib.decompressobj(47)
                 relay.packed = accepts(call.request, coding)
-            with relay.kept_alive(0 if relay.packed else streaming["keepalive-seconds"]):
-                await relay_stream(call, relay, coding)
+            if not relay.packed:
+                relay.silence = streaming["keepalive-seconds"] or None
+            await relay_stream(call, relay, coding)
             return await relay.finish(call.dialect, call.trouble)
 
 
@@ -1557,9 +1498,10 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     headers, given = CIMultiDict(row["headers"]), call.request.headers
     for name in {n.lower() for n in given if n.lower().startswith(tuple(row["passes"]))}:
         headers[name] = ",".join(given.getall(name))
-    packed = not call.stream and accepts(call.request, "gzip")  # a packed stream has no comments
+    stream = call.body.get("stream") is True
+    packed = not stream and accepts(call.request, "gzip")  # a packed stream has no comments
     headers["Accept-Encoding"] = "gzip" if packed else "identity"
-    headers["Accept"] = "text/event-stream" if call.stream else "application/json"
+    headers["Accept"] = "text/event-stream" if stream else "application/json"
     headers["Content-Type"] = "application/json"
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
@@ -1567,7 +1509,10 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
         fits = (int(n) for pattern, n in row["limits"].items() if matches(call.model, [pattern]))
         call.body["max_tokens"] = next(fits, 1024)
     RULES[row["name"]](call.body, headers, row)
-    return headers, compact(call.body)
+    try:
+        return headers, compact(call.body)
+    except ValueError as error:
+        raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
 
 
 def retry_after(headers: Any) -> float:
@@ -1689,7 +1634,6 @@ async def read_head(call: Call, relay: Relay) -> tuple[bytes, bytes, Json]:
 
 
 # == The server ====================================================================================
-#
 # The one place that takes requests: checks, dispatch, and the one exit for errors.
 
 ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
@@ -1788,7 +1732,7 @@ class Server:
             return web.Response(status=200 if path == "/" else 404)
         if is_browser_path(request):
             return web.Response(status=302, headers={"Location": self.amp.address(request)})
-        key = client_key(request, config["api-keys"]) if config["api-keys"] else ""
+        key = client_key(request, config["api-keys"])
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         posted = method == "POST" or is_upgrade(request)
@@ -1920,7 +1864,6 @@ def set_up_log(live: Live) -> None:
 
 
 # == Command line ==================================================================================
-#
 # One function a command.  What cannot be done raises Failure, which main says in one sentence.
 
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
