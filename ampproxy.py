@@ -22,14 +22,14 @@ import asyncio
 import base64
 import difflib
 import fnmatch
+import functools
 import gzip
 import hashlib
 import hmac
+import importlib
 import io
-import ipaddress
 import json
 import logging
-import logging.handlers
 import os
 import re
 import secrets
@@ -42,10 +42,9 @@ import webbrowser
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_plus, urlencode
@@ -57,14 +56,8 @@ try:
     from multidict import CIMultiDict
     from yarl import URL
 except ImportError as error:
-    sys.exit(
-        f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): start it with "
-        "`uv run ampproxy.py`, or install them with `python -m pip install aiohttp pyyaml`"
-    )
-try:
-    import uvloop
-except ImportError:
-    uvloop = None
+    hint = "start it with `uv run ampproxy.py`, or `python -m pip install aiohttp pyyaml` first"
+    sys.exit(f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): {hint}")
 
 __version__ = "0.1.0"
 
@@ -95,14 +88,6 @@ class ProxyError(Exception):
     needs_login: bool = False
     body: bytes = b""
     headers: Headers = field(default_factory=CIMultiDict)
-
-
-class Clock:
-    """Time as the program sees it; a test hands in one that it moves by hand."""
-
-    monotonic = staticmethod(time.monotonic)  # never steps back: rests and durations
-    time = staticmethod(time.time)  # seconds since 1970: when tokens end
-    sleep = staticmethod(asyncio.sleep)
 
 
 def compact(value: Any) -> bytes:
@@ -236,32 +221,22 @@ openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
                         excluded-models: [''], api-key-entries: [{api-key!: ''}]}]
 providers:
   claude:
-    enabled: true
-    aliases: [anthropic]
-    dialect: anthropic
-    base-url: https://api.anthropic.com
-    paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}
-    headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}
-    passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent]  # of a client's headers
-    identity: true
-    models: [claude-*]
-    excluded-models: ['']
-    known: [claude-fable-5, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
-            claude-opus-4-5-20251101, claude-haiku-4-5-20251001, claude-sonnet-4-5-20250929,
-            claude-opus-4-1-20250805, claude-sonnet-4-20250514]
-    limits: {claude-3-7-*: '8192', 'claude-opus-4-[678]*': '128000', claude-fable-*: '128000',
-             claude-opus-4-5*: '64000', claude-opus-4-*: '32000', claude-*-4-*: '64000'}
-    authorize-url: https://claude.ai/oauth/authorize
-    authorize-query: {code: 'true'}
-    token-url: https://api.anthropic.com/v1/oauth/token
-    token-url-2: https://platform.claude.com/v1/oauth/token  # asked when the first answers 404
-    profile-url: https://api.anthropic.com/api/oauth/profile
-    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e
-    client-secret: ''
-    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload
-    callback-port: 54545
-    callback-path: /callback
-    refresh-lead: 4h  # before a token ends, though never in its first half
+    {enabled: true, aliases: [anthropic], dialect: anthropic, base-url: https://api.anthropic.com,
+     paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
+     headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
+     passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent],  # of a client's headers
+     models: [claude-*], excluded-models: [''],
+     known: [claude-fable-5, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
+             claude-opus-4-5-20251101, claude-haiku-4-5-20251001, claude-sonnet-4-5-20250929,
+             claude-opus-4-1-20250805, claude-sonnet-4-20250514],
+     limits: {claude-3-7-*: '8192', 'claude-opus-4-[678]*': '128000', claude-fable-*: '128000',
+              claude-opus-4-5*: '64000', claude-opus-4-*: '32000', claude-*-4-*: '64000'},
+     authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
+     token-url: https://api.anthropic.com/v1/oauth/token,
+     profile-url: https://api.anthropic.com/api/oauth/profile,
+     client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
+     scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
+     callback-port: 54545, callback-path: /callback, refresh-lead: 300}
   codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '',
     profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
     client-id: '', client-secret: ''}
@@ -275,12 +250,6 @@ TEXT_TABLES = {"headers", "paths", "limits", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, where it looks like something else)"}  # fmt: skip
-
-
-def seconds(length: Any) -> float:
-    """A length of time: 90, "90s" or "1h30m"."""
-    parts = re.findall(r"(\d+)([smh]?)", str(length))
-    return float(sum(int(n) * {"": 1, "s": 1, "m": MINUTE, "h": HOUR}[unit] for n, unit in parts))
 
 
 def misfit(example: Any, value: Any, name: str) -> str:
@@ -319,12 +288,10 @@ class ConfigFile:
             self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
             self.node = self.loader.get_single_node()
             self.config: Json = self.read(self.node, DEFAULTS, "")
-        except yaml.YAMLError as error:
-            line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-            problem = getattr(error, "problem", error)
-            raise Failure(f"{path}:{line}: not YAML: {problem}") from error
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise Failure(f"{path}: cannot be read: {why(error)}") from error
+        except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            place = f"{path}:{mark.line + 1}" if mark else f"{path}"
+            raise Failure(f"{place}: cannot be read: {problem or why(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
         line = node.start_mark.line + 1
@@ -392,10 +359,7 @@ def find_config(given: str | None) -> Path | None:
 
 
 def is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        address = ipaddress.ip_address(host.removeprefix("::ffff:"))
-        return address.is_loopback
-    return host.lower() == "localhost"
+    return bool(re.fullmatch(r"(::ffff:)?127(\.\d+){3}|::1|localhost", host.lower()))
 
 
 def stamp(path: Path) -> tuple[int, ...] | None:
@@ -702,8 +666,7 @@ LOGIN_WAIT = 10 * MINUTE
 FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+say = functools.partial(print, flush=True)
 
 
 def pkce() -> tuple[str, str]:
@@ -717,14 +680,10 @@ def read_callback(line: str) -> dict[str, str]:
     """code, state, error of a callback however it was copied: a URL or its end from the `?` on, with
     the parameters in its query or fragment, or `code#state`; {} when it makes no sense."""
     line = line.strip().strip("'\"<>")
-    found = dict(pair for part in re.split(r"[?#]", line) for pair in parse_qsl(part))
-    first, mark, last = line.rpartition("#")
-    if not found and mark and re.fullmatch(r"[^\s/?=&]+", first):
-        found["code"] = first
-    code, _, state = found.get("code", "").partition("#")
-    if not code and "error" not in found:
-        return {}
-    return {"state": state or (last if mark and "=" not in last else ""), **found, "code": code}
+    found = dict(parse_qsl(re.sub("[?#]", "&", line)))
+    pair = re.fullmatch(r"(?:\S*code=)?([^\s#=&?/]+)#([^\s#=&?/]+)", unquote_plus(line))
+    found |= {"code": pair[1], "state": pair[2]} if pair else {}
+    return found if found.get("code") or "error" in found else {}
 
 
 def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) -> None:
@@ -817,9 +776,6 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, `needs_login` when they are final."""
     form = {"client_id": row["client-id"], **form}
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
-    own = row["token-url"] == DEFAULTS["providers"][row["name"]]["token-url"]
-    if status == 404 and own and row["token-url-2"]:
-        status, answer = await net.ask_json("POST", row["token-url-2"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
     said = error_text(answer)
@@ -849,49 +805,38 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 # == Accounts ======================================================================================
 # Who may answer, and with which token.  Knows no dialect; all time comes from the clock it is given.
-# What an error means for an account stands in RESTS: to add a case, add a row above a wider one.
+# What an error means for an account stands in RESTS.
 
-RESTS: tuple[tuple[set[int], str, float | None, bool], ...] = (
-    # status    words in it                 seconds; None: Retry-After   ask somebody else?
-    ({400, 429}, "extra usage|long context", 0,                          False),  # it is about money
-    ({401},      "",                         5 * MINUTE,                 True),
-    ({402},      "",                         30 * MINUTE,                True),
-    ({403},      "",                         24 * HOUR,                  True),
-    ({404},      "",                         0,                          True),
-    ({429},      "",                         None,                       True),
-    ({408, 529}, "",                         30,                         True),
-)  # fmt: skip
+RESTS = {  # seconds, None for what Retry-After asks; any other 4xx is the request's own fault
+    401: 5 * MINUTE, 402: 30 * MINUTE, 403: DAY, 404: 0, 408: 30, 429: None, 529: 30,
+}  # fmt: skip
+ABOUT_MONEY = (
+    "extra usage|long context"  # in a 400 or 429: the account can go on with other requests
+)
 RETRIED = {408, 500, 502, 503, 504, 529}  # worth another try on the same account
-REFRESH_WAIT, REFRESH_PAUSE = 30, 30
+REFRESH_WAIT, REFRESH_PAUSE, RETRY_PAUSE = 30, 30, 0.3
 
 
 def verdict(error: ProxyError) -> tuple[float, bool]:
     """Seconds for which the account is left alone, and whether somebody else should be asked."""
-    said = f"{error.message} {error.body[:2000].decode(errors='replace')}".lower()
-    for statuses, words, rest, others in RESTS:
-        if error.status in statuses and re.search(words, said):
-            return error.retry_after or MINUTE if rest is None else rest, others
-    return (5, True) if error.status >= 500 else (0, False)
+    said = error.body[:2000].decode(errors="replace").lower()
+    if error.status in (400, 429) and re.search(ABOUT_MONEY, said):
+        return 0, False
+    rest = RESTS.get(error.status, 5 if error.status >= 500 else 0)
+    others = error.status in RESTS or error.status >= 500
+    return error.retry_after or MINUTE if rest is None else rest, others
 
 
-@dataclass(eq=False)
 class Account:
     """One token file and what this process knows of it; `wakes` and `retry` are monotonic."""
 
-    path: Path
-    token: Json
-    wakes: float = 0.0
-    retry: float = 0.0  # no refresh before this
-    reason: str = ""
-    needs_login: bool = False
-    unsaved: bool = False
-    refreshing: asyncio.Task[None] | None = None
-    in_flight: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def __getattr__(self, name: str) -> str:
-        """`type`, `email` and `plan` as the file has them."""
-        return str(self.token.get(name) or (self.path.stem if name == "email" else ""))
+    def __init__(self, path: Path, token: Json) -> None:
+        self.path, self.token, self.type = path, token, str(token["type"])
+        self.email = str(token.get("email") or path.stem)
+        self.wakes, self.retry, self.reason = 0.0, 0.0, ""  # no refresh before `retry`
+        self.needs_login = self.unsaved = False
+        self.refreshing: asyncio.Task[None] | None = None
+        self.in_flight, self.counts = 0, Counter[str]()
 
     def __str__(self) -> str:
         return f"{self.type} {mask(self.email)}"
@@ -908,8 +853,8 @@ class Account:
 class Pool:
     """The accounts of the auth directory."""
 
-    def __init__(self, live: Live, net: Net | None = None, clock: Clock | None = None) -> None:
-        self.live, self.net, self.clock = live, net, clock or Clock()
+    def __init__(self, live: Live, net: Net | None = None, clock: Any = time) -> None:
+        self.live, self.net, self.clock = live, net, clock
         self.accounts: dict[Path, Account] = {}
         self.stamps: dict[Path, Any] = {}
 
@@ -987,8 +932,9 @@ class Pool:
         if not account.unsaved:
             self.read(account.path)
         old = account.token
-        fresh = expiry(old) > self.clock.time() + MINUTE and old.get("access_token") != refused
-        if fresh or account.retry > self.clock.monotonic() or not self.net:
+        if old.get("access_token") != refused and expiry(old) > self.clock.time() + MINUTE:
+            return
+        if account.retry > self.clock.monotonic() or not self.net:
             return
         if not old.get("refresh_token"):
             account.needs_login, account.reason = True, "refused, and there is no refresh token"
@@ -1023,17 +969,16 @@ class Pool:
             log.error("%s: %s%s", account, account.reason, account.hint())
 
     def refresh_ahead(self) -> None:
-        """Begin the refreshes that are due: `refresh-lead` ahead, but not in a token's first half."""
-        for account in self.accounts.values():
-            if account.unsaved:
-                self.save(account)
-        for row in (self.live.row(name) for name in RULES):
+        """Begin the refreshes that are due, and save what could not be saved."""
+        now = self.clock.time()
+        for row in map(self.live.row, RULES):
             for account in self.of(row):
-                ends = expiry(account.token)
-                began = moment(account.token.get("last_refresh")) or ends - 10 * MINUTE
-                lead = min(seconds(row["refresh-lead"]), max(0.0, ends - began) / 2)
-                free = not account.refreshing and account.retry <= self.clock.monotonic()
-                if ends - lead <= self.clock.time() and free and not account.needs_login:
+                if account.unsaved:
+                    self.save(account)
+                due = expiry(account.token) - row["refresh-lead"] <= now
+                done = moment(account.token.get("last_refresh")) + MINUTE > now
+                free = not (account.refreshing or account.needs_login)
+                if due and free and not done and account.retry <= self.clock.monotonic():
                     self.begin_refresh(row, account, str(account.token.get("access_token")))
 
 
@@ -1057,26 +1002,19 @@ BODY_LIMIT = 64 * MIB
 BODY_WAIT = 60  # seconds for the next piece of a body
 
 
-@dataclass(eq=False)
 class Call:
-    """One model call: what was asked (`raw` as it came, `body` as it reads), and who answered."""
+    """One model call: what was asked (`raw` as it came, `body` as it reads), and who answered.
 
-    request: Request
-    dialect: str
-    verb: str
-    amp: bool  # under /api/provider, where ampcode.com may answer
-    model: str
-    key: str = ""  # the client's
-    raw: bytes = b""
-    body: Json = field(default_factory=dict)
-    headers: Headers = field(default_factory=CIMultiDict)  # as they go to the provider
-    worded: bytes = b""  # the body as it goes there
-    route: str = "none"
-    provider: str = ""
-    account: str = ""
-    served_model: str = ""
-    trouble: str = ""  # what broke the answer off, or sent it to ampcode.com
-    tokens: Counter[str] = field(default_factory=Counter)
+    `amp`: it is under /api/provider, where ampcode.com may answer.  `worded`: the body as it goes to
+    the provider, with `headers`.  `trouble`: what broke the answer off, or sent it to ampcode.com.
+    """
+
+    def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
+        self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
+        self.model, self.key, self.raw, self.worded = model, "", b"", b""
+        self.body, self.headers = Json(), Headers()
+        self.route, self.provider, self.account, self.served_model = "none", "", "", ""
+        self.trouble, self.tokens = "", Counter[str]()
 
     @property
     def marks(self) -> dict[str, str]:
@@ -1248,6 +1186,17 @@ class Relay:
                 return ""
             await self.write(data, plain)
 
+    async def head(self, enough: Callable[[bytes], object]) -> tuple[bytes, bytes]:
+        """The first bytes, as `read` gives them, until they are enough, the end, or very many."""
+        data = plain = b""
+        try:
+            while not (enough(plain) or self.content.at_eof() or len(plain) > BODY_LIMIT):
+                more_data, more = await self.read()
+                data, plain = data + more_data, plain + more
+        except NET_ERRORS as error:
+            raise ProxyError(502, f"the upstream sent no whole answer: {why(error)}") from error
+        return data, plain
+
     async def finish(self, dialect: str, broken: str) -> Answer:
         """The end; of a broken stream the dialect's error event, of anything else that broke a cut."""
         if broken and (self.packed or not dialect):
@@ -1269,7 +1218,7 @@ FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy 
 
 
 class Ampcode:
-    def __init__(self, live: Live, net: Net, clock: Clock) -> None:
+    def __init__(self, live: Live, net: Net, clock: Any) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.from_file = (0.0, "", "")  # good until, upstream, key
         self.sockets: set[web.WebSocketResponse] = set()
@@ -1320,10 +1269,9 @@ class Ampcode:
             headers["Accept-Encoding"] = "identity"
         url, idle = self.address(request), streaming["idle-timeout-seconds"] if call else 0
         async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
-            headers = passing(upstream.headers)
-            first = await opened(upstream, headers, edits)
-            headers.update(call.marks if call else {})
-            relay = Relay(request, upstream, headers)
+            relay = Relay(request, upstream, passing(upstream.headers))
+            relay.response.headers.update(call.marks if call else {})
+            first = await opened(relay, edits)
             events = call if upstream.content_type == "text/event-stream" else None
             if events and not relay.packed:
                 relay.silence = streaming["keepalive-seconds"] or None
@@ -1371,22 +1319,16 @@ async def frames(source: Any, sink: Any) -> None:
         await sink.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)  # cut off: no code to repeat
 
 
-async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
+async def opened(relay: Relay, edits: bool) -> bytes:
     """An answer's first bytes, b"" as a rule; all of it, changed, where it must be opened: gzip that
     no header announces, and the flag.  What is no whole gzip, or a file of that kind, stays."""
-    kind = upstream.content_type
-    if not edits and ("Content-Encoding" in headers or "event-stream" in kind or "zip" in kind):
+    headers = relay.response.headers
+    kind = headers.get("Content-Type", "")
+    if not edits and (relay.packed or "event-stream" in kind or "zip" in kind):
         return b""
-    raw, content = bytearray(), upstream.content
-    try:
-        while (edits or GZIP.startswith(raw[:2])) and len(raw) < BODY_LIMIT:
-            if not (chunk := await content.readany()):
-                break
-            raw += chunk
-    except NET_ERRORS as error:
-        raise ProxyError(502, f"ampcode.com broke off: {why(error)}") from error
-    whole = content.at_eof()
-    body = (inflate(bytes(raw)) if whole and raw.startswith(GZIP) else None) or bytes(raw)
+    raw, _ = await relay.head(lambda raw: not edits and not GZIP.startswith(raw[:2]))
+    whole = relay.content.at_eof()
+    body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
     if body != raw:
         headers.popall("Content-Encoding", None)
@@ -1461,7 +1403,7 @@ class Forwarder:
                         refused = token
                     elif error.status in RETRIED and left:
                         refused = ""
-                        await self.pool.clock.sleep(0.5)
+                        await asyncio.sleep(RETRY_PAUSE)
                     else:
                         raise
         finally:
@@ -1480,17 +1422,16 @@ class Forwarder:
             account.wakes, account.reason = 0.0, ""
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update(call.marks)
-            coding = upstream.headers.get("Content-Encoding", "identity").lower()
-            if upstream.content_type != "text/event-stream":
-                return await relay_whole(call, upstream, headers, coding)
             relay = Relay(call.request, upstream, headers)
+            coding = upstream.headers.get("Content-Encoding", "identity").lower()
             if coding != "identity":
                 relay.unpacker = zlib.decompressobj(47)
                 relay.packed = accepts(call.request, coding)
-            if not relay.packed:
+            events = upstream.content_type == "text/event-stream"
+            if events and not relay.packed:
                 relay.silence = streaming["keepalive-seconds"] or None
-            await relay_stream(call, relay, coding)
-            return await relay.finish(call.dialect, call.trouble)
+            await relay_answer(call, relay, coding, events)
+            return await relay.finish(call.dialect if events else "", call.trouble)
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
@@ -1515,16 +1456,6 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
         raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
 
 
-def retry_after(headers: Any) -> float:
-    """Seconds of Retry-After, in either of its forms; 0 when there is none."""
-    value = headers.get("Retry-After", "")
-    with suppress(ValueError):
-        return min(max(0.0, float(value)), 1e8)
-    with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return 0.0
-
-
 async def refusal(upstream: Upstream, name: str) -> ProxyError:
     """A provider's answer that is no success.  Its words go to the client alone: they may quote the
     prompt, so the message, which is logged, has only the kind of error."""
@@ -1535,7 +1466,8 @@ async def refusal(upstream: Upstream, name: str) -> ProxyError:
         answer = read_object(raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status}{error_kind(answer)}")
-    error.retry_after = retry_after(upstream.headers)
+    with suppress(ValueError):
+        error.retry_after = number(float(upstream.headers.get("Retry-After", "")))
     if answer and status == upstream.status:
         kept = ("request-id", "content-type", "x-should-retry", "anthropic-")
         pairs = ((k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept))
@@ -1570,38 +1502,22 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_whole(call: Call, upstream: Upstream, headers: Headers, coding: str) -> Answer:
-    """An answer in one piece; packed as it came where the client takes that and nothing changed."""
-    try:
-        raw = await upstream.read()
-        plain = (inflate(raw) or raw) if raw.startswith(GZIP) else raw
-        answer = read_object(plain)
-    except NET_ERRORS as error:
-        problem = f"{call.provider} answered with no JSON object: {type(error).__name__}"
-        raise ProxyError(502, problem) from error
-    count_tokens(call, plain)
-    body = renamed(plain, answer, call.model, True)
-    if body is plain and coding != "identity" and accepts(call.request, coding):
-        body, headers["Content-Encoding"] = raw, coding
-    response = web.Response(body=body, headers=headers)
-    await response.prepare(call.request)
-    await response.write_eof()
-    return response
-
-
-async def relay_stream(call: Call, relay: Relay, coding: str) -> None:
-    """Events as they come; `call.trouble` says what broke them off after the first byte."""
+async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> None:
+    """An answer as it comes; `call.trouble` says what broke it off after the first byte."""
     head = b""
     try:
-        data, head, first = await read_head(call, relay)
-        named = renamed(head, first, call.model, False)
+        data, head, first = await read_head(call, relay, events)
+        named = renamed(head, first, call.model, not events)
         relay.packed = relay.packed and named is head
         if relay.packed:
             relay.response.headers["Content-Encoding"] = coding
+        if not events:
+            relay.response.content_length = len(data if relay.packed else named)
         await relay.write(data if relay.packed else named, named)
         call.trouble = await relay.copy()
-        if not call.trouble and not any(end in relay.tail for end in ENDINGS[call.dialect]):
-            call.trouble = "the stream stopped before its end"
+        if events and not call.trouble:
+            whole = any(end in relay.tail for end in ENDINGS[call.dialect])
+            call.trouble = "" if whole else "the stream stopped before its end"
     except ProxyError as error:
         if not relay.response.prepared:
             raise
@@ -1610,27 +1526,24 @@ async def relay_stream(call: Call, relay: Relay, coding: str) -> None:
         count_tokens(call, head + relay.tail)
 
 
-async def read_head(call: Call, relay: Relay) -> tuple[bytes, bytes, Json]:
-    """A stream up to the end of its first event that is no ping, as it goes out and as it reads,
-    and that event.  ProxyError when it is an error, or when none comes."""
-    data = plain = b""
-    while True:
-        try:
-            more_data, more = await relay.read()
-            data, plain = data + more_data, plain + more
-            events = [read_object(found) for found in EVENT.findall(plain)]
-        except NET_ERRORS as error:
-            problem = f"{call.provider} sent a broken stream: {type(error).__name__}"
-            raise ProxyError(502, problem) from error
-        first = next((event for event in events if event.get("type") != "ping"), None)
-        if first and first.get("type") == "error":
-            status = STREAM_ERRORS.get(error_kind(first).strip(), 502)
-            message = f"{call.provider} answered with an error{error_kind(first)}"
-            raise ProxyError(status, message, body=compact(first))
-        if first:
-            return data, plain, first
-        if relay.content.at_eof() or len(plain) > MIB:
-            raise ProxyError(502, f"{call.provider}'s stream stopped before it began")
+async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, bytes, Json]:
+    """A whole JSON answer, or a stream up to the end of its first event that is no ping: as it goes
+    out, as it reads, and what it says.  ProxyError when that is an error, or nothing."""
+
+    def first(plain: bytes) -> Json | None:
+        texts = EVENT.findall(plain) if events else [plain] if relay.content.at_eof() else []
+        return next((e for e in map(read_object, texts) if e.get("type") != "ping"), None)
+
+    data, plain = await relay.head(first)
+    try:
+        answer = first(plain) or read_object(b"")
+    except ValueError as error:
+        raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
+    if answer.get("type") == "error":
+        status = STREAM_ERRORS.get(error_kind(answer).strip(), 502)
+        message = f"{call.provider} answered with an error{error_kind(answer)}"
+        raise ProxyError(status, message, body=compact(answer))
+    return data, plain, answer
 
 
 # == The server ====================================================================================
@@ -1664,14 +1577,10 @@ class Listener(web.Server):
         return super()._make_request(message, payload, protocol, *more)
 
 
-def json_response(value: Json) -> web.Response:
-    return web.Response(body=compact(value), content_type="application/json")
-
-
 class Server:
     """Everything that one running proxy consists of."""
 
-    def __init__(self, live: Live, net: Net, clock: Clock) -> None:
+    def __init__(self, live: Live, net: Net, clock: Any) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.pool, self.amp = Pool(live, net, clock), Ampcode(live, net, clock)
         self.forwarder = Forwarder(live, net, self.pool, self.amp)
@@ -1700,6 +1609,9 @@ class Server:
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
         error.headers.update(call.marks if call else {})
+        if error.status == 502 and not call:
+            words = {"error": "amp_upstream_proxy_error", "message": error.message}
+            error.body = compact(words)
         response = error_response(call.dialect if call else "", error)
         if not request.content.is_eof():
             response.force_close()
@@ -1727,7 +1639,7 @@ class Server:
             raise ProxyError(400, "only targets that begin with / are served")
         refuse_strangers(request, config)
         if method in ("GET", "HEAD") and path == "/healthz":
-            return json_response({"status": "ok"})
+            return web.json_response({"status": "ok"})
         if method == "HEAD" and path in ("/", "/api/hello"):
             return web.Response(status=200 if path == "/" else 404)
         if is_browser_path(request):
@@ -1742,26 +1654,24 @@ class Server:
         if local_only and not path.startswith("/api/provider/"):
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
-            return json_response(self.report())
+            return web.json_response(self.report())
         if path.startswith(("/api/thread-actors", "/actors/")) and posted:
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
-        try:
-            pass_on = self.amp.tunnel if is_upgrade(request) else self.amp.forward
-            return await pass_on(request, key)
-        except ProxyError as error:
-            words = {"error": "amp_upstream_proxy_error", "message": error.message}
-            raise ProxyError(error.status, error.message, body=compact(words)) from error
+        pass_on = self.amp.tunnel if is_upgrade(request) else self.amp.forward
+        return await pass_on(request, key)
 
     async def model_call(self, call: Call, key: str) -> Answer:
-        call.key, request = key, call.request
-        if is_upgrade(request):
+        call.key, method = key, call.request.method
+        if is_upgrade(call.request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
-        if call.verb == "models":
-            return json_response(self.models())
-        if request.method != "POST":
-            raise ProxyError(405, f"{request.method} is not served here: use POST")
-        return await self.forwarder.answer(call)
+        if call.verb != "models" and method != "POST":
+            raise ProxyError(405, f"{method} is not served here: use POST")
+        return (
+            web.json_response(self.models())
+            if call.verb == "models"
+            else await self.forwarder.answer(call)
+        )
 
     def models(self) -> Json:
         """What the present accounts can serve."""
@@ -1788,14 +1698,14 @@ class Server:
             "reason": account.reason if state != "ready" else "",
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
             "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
-            "plan": account.plan, "in_flight": account.in_flight, "threads": 0,
+            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "threads": 0,
             **{name: account.counts[name] for name in counted}, "quota": [],
         }  # fmt: skip
 
     async def watch(self) -> None:
         """Look each second at the config file, the auth directory, and tokens that end soon."""
         while True:
-            await self.clock.sleep(1)
+            await asyncio.sleep(1)
             try:
                 self.tick()
             except Exception as error:  # whatever is in the files: the watch goes on
@@ -1830,7 +1740,7 @@ class Server:
     @classmethod
     async def run(cls, live: Live) -> None:
         """Serve until SIGINT or SIGTERM."""
-        server, stop = cls(live, Net(live), Clock()), asyncio.Event()
+        server, stop = cls(live, Net(live), time), asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
                 asyncio.get_running_loop().add_signal_handler(name, stop.set)
@@ -1843,19 +1753,11 @@ class Server:
 
 
 def set_up_log(live: Live) -> None:
-    """Standard error, and a rotating file where that is asked for; every line is masked."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if live.config["logging-to-file"]:
-        path = live.auth_dir / "logs" / "ampproxy.log"
-        for folder in (live.auth_dir, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        size = 5 * MIB
-        handlers.append(logging.handlers.RotatingFileHandler(path, maxBytes=size, backupCount=3))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
-        handler.addFilter(Redact())
-    log.handlers, log.propagate = handlers, False
+    """To standard error, every line masked on its way; the libraries' own logs stay silent."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
+    handler.addFilter(Redact())
+    log.handlers, log.propagate = [handler], False
     log.setLevel(logging.DEBUG if live.config["debug"] else logging.INFO)
     for name in ("aiohttp", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -1871,7 +1773,10 @@ NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     """The event loop: uvloop's where it is installed."""
-    with asyncio.Runner(loop_factory=uvloop and uvloop.new_event_loop) as runner:
+    factory = None
+    with suppress(ImportError):
+        factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(work)
 
 
@@ -1906,16 +1811,13 @@ def logout(live: Live, args: argparse.Namespace) -> None:
 
 
 def accounts(live: Live, args: argparse.Namespace) -> None:
-    rows = [("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE")]
-    for a in accounts_of(live):
+    line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
+    say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
+    for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        plan = str(a.token.get("plan") or "-")
-        rows.append((a.type, a.email, plan, ends, a.state(0), str(a.path)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if len(rows) > 1 else ():
-        say("  ".join(map(str.ljust, row, widths)).rstrip())
-    if len(rows) == 1:
+        say(line.format(a.type, a.email, a.token.get("plan") or "-", ends, a.state(0), a.path))
+    if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 

@@ -1357,7 +1357,7 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(tmp_path):
             w.server.requests[0]["status"],
             account.in_flight,
             account.wakes,
-            account.errors,
+            account.counts["errors"],
         ) == (499, 0, 0, 0)
 
 
@@ -2335,9 +2335,6 @@ async def test_serve_and_stop(tmp_path):
                 assert rest.endswith(events()[-1])
             status, _, _ = await cli.end()
     assert status == 0
-    log = tmp_path / "auth/logs/ampproxy.log"
-    assert "LOCAL_PROVIDER" in log.read_text()
-    assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
 
 if __name__ == "__main__":
