@@ -12,7 +12,6 @@ rest       the time during which an account is left alone after an error
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
 Server.handle takes a request; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
-Left out on purpose: TLS, a database, imitation of the official clients beyond what a login needs.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ except ImportError as error:
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
-# Small words that the other sections use.  Errors are of two kinds: a Failure is one sentence for
-# the person at the terminal, a ProxyError one for the client, worded in the client's dialect.
+# Small words.  A Failure is one sentence for the person at the terminal, a ProxyError one for the client.
 
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
@@ -91,15 +89,15 @@ class ProxyError(Exception):
 
 
 def compact(value: Any) -> bytes:
-    """JSON without spaces; lone surrogates, which UTF-8 lacks, stay escaped.  ValueError for NaN."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON without spaces; lone surrogates, which UTF-8 lacks, stay escaped."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return text.encode(errors="backslashreplace")
 
 
 def read_object(raw: bytes) -> Json:
     """The JSON object in `raw`; ValueError with a plain reason for anything else."""
     try:
-        value = json.loads(raw.decode())
+        value = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN and Infinity
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
@@ -126,7 +124,6 @@ def inflate(raw: bytes, limit: int = 64 * MIB) -> bytes | None:
 
 
 def why(error: BaseException) -> str:
-    """An exception in one line, never empty."""
     return error.message if isinstance(error, ProxyError) else str(error) or type(error).__name__
 
 
@@ -147,12 +144,11 @@ class Redact(logging.Filter):
 
 
 # == Errors in each dialect ========================================================================
-# The words that each dialect's SDK looks for (clients.md, "Errors").  To add a status, add a row.
+# The words that each dialect's SDK looks for.  To add a status, add a row.
 
 KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
     400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
     401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
-    402: ("billing_error", "insufficient_quota", "FAILED_PRECONDITION"),
     403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
     404: ("not_found_error", "not_found_error", "NOT_FOUND"),
     413: ("request_too_large", "invalid_request_error", "INVALID_ARGUMENT"),
@@ -226,11 +222,7 @@ providers:
      headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
      passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent],  # of a client's headers
      models: [claude-*], excluded-models: [''],
-     known: [claude-fable-5, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
-             claude-opus-4-5-20251101, claude-haiku-4-5-20251001, claude-sonnet-4-5-20250929,
-             claude-opus-4-1-20250805, claude-sonnet-4-20250514],
-     limits: {claude-3-7-*: '8192', 'claude-opus-4-[678]*': '128000', claude-fable-*: '128000',
-              claude-opus-4-5*: '64000', claude-opus-4-*: '32000', claude-*-4-*: '64000'},
+     max-tokens: 32000,  # for a client that sets none
      authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
      token-url: https://api.anthropic.com/v1/oauth/token,
      profile-url: https://api.anthropic.com/api/oauth/profile,
@@ -243,10 +235,9 @@ providers:
   gemini: *later
   antigravity: *later
 """)
-OLD_NAMES = (  # of keys of `ampcode` in CLIProxyAPI's files, there with "amp-" in front
-    "upstream-url", "upstream-api-key", "restrict-management-to-localhost", "model-mappings",
-)  # fmt: skip
-TEXT_TABLES = {"headers", "paths", "limits", "authorize-query"}
+OLD_NAMES = {"upstream-url", "upstream-api-key", "restrict-management-to-localhost",
+             "model-mappings"}  # in CLIProxyAPI's older files, with "amp-" in front  # fmt: skip
+TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, where it looks like something else)"}  # fmt: skip
@@ -271,7 +262,6 @@ def misfit(example: Any, value: Any, name: str) -> str:
 
 
 def default(example: Any) -> Any:
-    """What holds when a key is not given."""
     if isinstance(example, dict):
         return {name.rstrip("!"): default(inner) for name, inner in example.items()}
     if isinstance(example, list):
@@ -326,10 +316,8 @@ class ConfigFile:
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
-        prefix, lines = (
-            f"{key}." if key else "",
-            {n.value: n.start_mark.line for n, _ in node.value},
-        )
+        lines = {name.value: name.start_mark.line for name, _ in node.value}
+        prefix = f"{key}." if key else ""
         if key.rpartition(".")[2] in TEXT_TABLES:
             names |= dict.fromkeys(given, "")
         table = {name: self.read(given.get(name), names[name], prefix + name) for name in names}
@@ -384,14 +372,12 @@ class Live:
         config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
         config["api-keys"] = [key for key in config["api-keys"] if key]
         if not is_loopback(config["host"]) and not config["api-keys"]:
-            hint = "is open to other machines: set api-keys, or use 127.0.0.1"
-            raise Failure(f"host {config['host']!r} {hint}")
+            raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
         if running and file and file.node is None:
             raise Failure(f"{self.path}: is empty")
         self.config, self.warnings = config, file.warnings if file else []
 
     def reload(self) -> bool:
-        """Look at the file once; True when a new configuration took effect."""
         now = stamp(self.path) if self.path else None
         if now in (None, self.seen):
             return False
@@ -498,8 +484,7 @@ def is_clean(block: Any) -> bool:
 
 
 def with_identity(system: Any) -> list[Any]:
-    """The client's system blocks behind the sentence without which a plan's login is refused; the
-    billing line that Claude Code puts before its own identity stays where it is."""
+    """The system blocks behind the sentence that a login needs; Claude Code's own are right as is."""
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = [block for block in blocks if is_clean(block)]
     texts = [str(block.get("text")) for block in dicts(blocks[:2])]
@@ -528,8 +513,7 @@ def limit_markers(body: Json) -> None:
 RULES = {"claude": prepare_claude}
 
 # == Token files ===================================================================================
-# One JSON file an account, in CLIProxyAPI's format (peers.md 1.12).  Fields that this program does
-# not know, and edits of others, survive.
+# One JSON file an account, in CLIProxyAPI's format; fields of others, and their edits, survive.
 
 
 def save_token(path: Path, token: Json) -> None:
@@ -579,8 +563,7 @@ def expiry(token: Json) -> float:
 
 
 # == The network ===================================================================================
-# One pool of connections for everything that goes out.  Bytes come and go as they are: no cookie is
-# kept, no redirect followed, nothing unpacked, no header added.
+# No cookie is kept, no redirect followed, nothing unpacked, no header added.
 
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
@@ -603,10 +586,9 @@ class Net:
 
     def proxy(self, url: str) -> str | None:
         """The outbound proxy for this address: `proxy-url`, else the environment's."""
-        scheme, _, rest = url.partition("://")
-        around = urllib.request.proxy_bypass(re.split("[/?]", rest)[0])
-        given = None if around else urllib.request.getproxies().get(scheme)
-        return self.live.config["proxy-url"] or given
+        given = urllib.request.getproxies().get(url.partition(":")[0])
+        around = urllib.request.proxy_bypass(URL(url).host or "")
+        return self.live.config["proxy-url"] or (None if around else given)
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
@@ -616,8 +598,7 @@ class Net:
         try:
             response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
-            host = re.split("[/?]", url.partition("://")[2])[0]
-            raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
+            raise ProxyError(502, f"{url.split('/')[2]} cannot be reached: {why(error)}") from error
         try:
             yield response
         finally:
@@ -635,10 +616,10 @@ class Net:
             return response.status, {"error": raw[:300].decode(errors="replace")}
 
 
-def error_text(answer: Json) -> str:
-    """What a token endpoint said went wrong, in any of the shapes in use."""
+def error_text(answer: Json, *keys: str) -> str:
+    """What an upstream said went wrong, in any of the shapes in use."""
     parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
-    keys = ("type", "code", "error", "message", "error_description", "detail")
+    keys = keys or ("type", "code", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
     return ": ".join(dict.fromkeys(said))[:300]
 
@@ -652,15 +633,13 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
         await web.TCPSite(runner, host or None, port).start()
         yield runner.addresses[0][1]
     except OSError as error:
-        reason = error.strerror or error
-        raise Failure(f"cannot listen on {host}:{port} ({reason}): {hint}") from error
+        raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
     finally:
         await runner.cleanup()
 
 
 # == Signing in ====================================================================================
-# OAuth with PKCE (RFC 7636) and a callback on this machine.  The address that the browser ends at
-# can also be pasted, for a browser that runs elsewhere; whichever comes first wins.
+# OAuth with PKCE (RFC 7636); the callback comes to this machine, or is pasted, whichever is first.
 
 LOGIN_WAIT = 10 * MINUTE
 FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
@@ -670,7 +649,6 @@ say = functools.partial(print, flush=True)
 
 
 def pkce() -> tuple[str, str]:
-    """A verifier and its S256 challenge."""
     verifier = secrets.token_urlsafe(64)
     digest = hashlib.sha256(verifier.encode()).digest()
     return verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -704,14 +682,11 @@ def has_browser() -> bool:
 
 
 async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
-    """A whole login, from the address that the person opens to the token file; returns the e-mail
-    address and the path.  Failure says in one sentence what went wrong."""
+    """From the address that the person opens to the token file; the e-mail address and the path."""
     (verifier, challenge), state = pkce(), secrets.token_urlsafe(24)
-    query = {
-        **row["authorize-query"], "client_id": row["client-id"], "response_type": "code",
-        "scope": row["scope"], "code_challenge": challenge, "code_challenge_method": "S256",
-        "state": state,
-    }  # fmt: skip
+    query = {name: row[name.replace("_", "-")] for name in ("client_id", "scope")}
+    query |= {**row["authorize-query"], "response_type": "code", "state": state}
+    query |= {"code_challenge": challenge, "code_challenge_method": "S256"}
     net = Net(live)
     try:
         found, redirect = await await_callback(row, query, browser)
@@ -736,8 +711,7 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
 
 
 async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
-    """Show the way, and wait at the port and at standard input; the parameters that came, and the
-    redirect address, which the exchange must repeat."""
+    """Show the way, wait at the port and at standard input: what came, and the redirect address."""
     loop = asyncio.get_running_loop()
     callback: asyncio.Future[dict[str, str]] = loop.create_future()
 
@@ -778,9 +752,8 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
-    said = error_text(answer)
-    message = f"{row['name']}'s token endpoint answered {status}: {said}"
-    raise ProxyError(status, message, needs_login=bool(re.search(FATAL, said)))
+    message = f"{row['name']}'s token endpoint answered {status}: {error_text(answer)}"
+    raise ProxyError(status, message, needs_login=bool(re.search(FATAL, message)))
 
 
 def token_fields(answer: Json, now: float) -> Json:
@@ -793,35 +766,28 @@ def token_fields(answer: Json, now: float) -> Json:
 
 async def email_of(net: Net, row: Json, answer: Json) -> str:
     """From the token answer, else the profile; a token that may not read it is named by its hash."""
-    token, account = str(answer["access_token"]), answer.get("account")
-    with suppress(ProxyError, *NET_ERRORS):
-        if not isinstance(account, dict):
+    token = str(answer["access_token"])
+    with suppress(ProxyError, AttributeError, *NET_ERRORS):
+        if not answer.get("account"):
             bearer = {"Authorization": f"Bearer {token}"}
-            _, profile = await net.ask_json("GET", row["profile-url"], headers=bearer)
-            account = profile.get("account", profile)
+            _, answer = await net.ask_json("GET", row["profile-url"], headers=bearer)
+        account = answer.get("account", answer)
         return str(account.get("email_address") or account["email"])
     return "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
 # == Accounts ======================================================================================
-# Who may answer, and with which token.  Knows no dialect; all time comes from the clock it is given.
-# What an error means for an account stands in RESTS.
+# Who may answer, and with which token.  Knows no dialect; what an error means stands in RESTS.
 
 RESTS = {  # seconds, None for what Retry-After asks; any other 4xx is the request's own fault
     401: 5 * MINUTE, 402: 30 * MINUTE, 403: DAY, 404: 0, 408: 30, 429: None, 529: 30,
 }  # fmt: skip
-ABOUT_MONEY = (
-    "extra usage|long context"  # in a 400 or 429: the account can go on with other requests
-)
 RETRIED = {408, 500, 502, 503, 504, 529}  # worth another try on the same account
 REFRESH_WAIT, REFRESH_PAUSE, RETRY_PAUSE = 30, 30, 0.3
 
 
 def verdict(error: ProxyError) -> tuple[float, bool]:
     """Seconds for which the account is left alone, and whether somebody else should be asked."""
-    said = error.body[:2000].decode(errors="replace").lower()
-    if error.status in (400, 429) and re.search(ABOUT_MONEY, said):
-        return 0, False
     rest = RESTS.get(error.status, 5 if error.status >= 500 else 0)
     others = error.status in RESTS or error.status >= 500
     return error.retry_after or MINUTE if rest is None else rest, others
@@ -834,9 +800,8 @@ class Account:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.wakes, self.retry, self.reason = 0.0, 0.0, ""  # no refresh before `retry`
-        self.needs_login = self.unsaved = False
+        self.needs_login, self.in_flight, self.counts = False, 0, Counter[str]()
         self.refreshing: asyncio.Task[None] | None = None
-        self.in_flight, self.counts = 0, Counter[str]()
 
     def __str__(self) -> str:
         return f"{self.type} {mask(self.email)}"
@@ -851,15 +816,12 @@ class Account:
 
 
 class Pool:
-    """The accounts of the auth directory."""
-
     def __init__(self, live: Live, net: Net | None = None, clock: Any = time) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.accounts: dict[Path, Account] = {}
         self.stamps: dict[Path, Any] = {}
 
     def scan(self) -> None:
-        """Take up files that are new, changed or gone."""
         files = sorted(p for p in self.live.auth_dir.glob("*.json") if not p.name.startswith("."))
         stamps = {path: stamp(path) for path in files}
         for path in self.accounts.keys() - stamps.keys():
@@ -882,8 +844,7 @@ class Pool:
         account.token = token
 
     def of(self, row: Json, state: str = "") -> list[Account]:
-        """A provider's accounts, those in `state` or all that are not disabled, best first: by
-        priority, then the least busy, then by name."""
+        """A provider's accounts, in `state` or all but the disabled, best first."""
         now = self.clock.monotonic()
         mine = [(a, a.state(now)) for a in self.accounts.values() if a.type == row["name"]]
         fit = [a for a, its in mine if its == state or (not state and its != "disabled")]
@@ -894,8 +855,8 @@ class Pool:
         now = self.clock.monotonic()
         told = [f"{a} {a.state(now)} ({a.reason}){a.hint()}" for a in self.of(row)]
         waits = [a.wakes - now for a in self.of(row, "resting")]
-        message = "no account can answer: " + "; ".join(told)
-        return ProxyError(429 if waits else 401, message, min(waits, default=0))
+        status, message = 429 if waits else 401, f"no account can answer: {'; '.join(told)}"
+        return ProxyError(status, message, min(waits, default=0))
 
     def rest(self, account: Account, error: ProxyError) -> bool:
         """Leave the account alone as long as the error asks; True when others should be asked."""
@@ -913,7 +874,8 @@ class Pool:
         """An access token that is good for another minute and is not the one that was `refused`."""
         soon = self.clock.time() + MINUTE
         if refused == account.token.get("access_token") or expiry(account.token) < soon:
-            await asyncio.wait([account.refreshing or self.begin_refresh(row, account, refused)])
+            task = account.refreshing or self.begin_refresh(row, account, refused)
+            await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
         if account.needs_login or not account.token.get("access_token"):
             message = f"the login has ended ({account.reason}){account.hint()}"
             raise ProxyError(401, message, needs_login=True)
@@ -929,8 +891,7 @@ class Pool:
 
     async def refresh(self, row: Json, account: Account, refused: str) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
-        if not account.unsaved:
-            self.read(account.path)
+        self.read(account.path)
         old = account.token
         if old.get("access_token") != refused and expiry(old) > self.clock.time() + MINUTE:
             return
@@ -944,20 +905,21 @@ class Pool:
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, row, form)
             account.token = merge_token(account.path, old, token_fields(answer, self.clock.time()))
-            account.reason, account.unsaved = "", True
-            self.save(account)
+            account.reason = ""
             log.info("%s: token refreshed", account)
+            await self.save(account)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, old, error)
 
-    def save(self, account: Account) -> None:
-        """On disk before it is used; where that fails, kept here and tried again each second."""
-        try:
-            if account.path.exists():  # else the person has logged out meanwhile
+    async def save(self, account: Account) -> None:
+        """On disk before it is used; where that fails, tried again each second."""
+        while account.path.exists():  # else the person has logged out meanwhile
+            try:
                 save_token(account.path, account.token)
-            account.unsaved = False
-        except OSError as error:
-            log.error("%s: the new token is not saved yet: %s", account, why(error))
+                break
+            except OSError as error:
+                log.error("%s: the new token cannot be saved: %s", account, why(error))
+            await asyncio.sleep(1)
 
     def refresh_failed(self, account: Account, old: Json, error: Exception) -> None:
         """Another program may have been faster: its token is in the file by now, and adopted."""
@@ -969,12 +931,10 @@ class Pool:
             log.error("%s: %s%s", account, account.reason, account.hint())
 
     def refresh_ahead(self) -> None:
-        """Begin the refreshes that are due, and save what could not be saved."""
+        """Begin the refreshes that are due."""
         now = self.clock.time()
         for row in map(self.live.row, RULES):
             for account in self.of(row):
-                if account.unsaved:
-                    self.save(account)
                 due = expiry(account.token) - row["refresh-lead"] <= now
                 done = moment(account.token.get("last_refresh")) + MINUTE > now
                 free = not (account.refreshing or account.needs_login)
@@ -996,25 +956,20 @@ ROUTES = (  # path behind the prefix, dialect, verb
     (r"/chat/completions", "chat", "completions"),
     (r"/responses", "responses", "responses"),
     (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
-    (r"/models", "", "models"),
 )
 BODY_LIMIT = 64 * MIB
-BODY_WAIT = 60  # seconds for the next piece of a body
+BODY_WAIT = 10 * MINUTE
 
 
 class Call:
-    """One model call: what was asked (`raw` as it came, `body` as it reads), and who answered.
-
-    `amp`: it is under /api/provider, where ampcode.com may answer.  `worded`: the body as it goes to
-    the provider, with `headers`.  `trouble`: what broke the answer off, or sent it to ampcode.com.
-    """
+    """One model call: what was asked, what goes to the provider, who answered, what went wrong."""
 
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.key, self.raw, self.worded = model, "", b"", b""
         self.body, self.headers = Json(), Headers()
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
-        self.trouble, self.tokens = "", Counter[str]()
+        self.trouble = ""
 
     @property
     def marks(self) -> dict[str, str]:
@@ -1038,7 +993,6 @@ class Call:
 
 
 def find_call(request: Request) -> Call | None:
-    """The call that a path means; None for what is no model call."""
     for path, dialect, verb in ROUTES:
         if found := re.fullmatch(PREFIX + path, request.rel_url.raw_path):
             parts = {"model": "", "verb": verb, **found.groupdict()}
@@ -1048,17 +1002,13 @@ def find_call(request: Request) -> Call | None:
 
 
 async def read_body(request: Request) -> bytes:
-    """All of it, at most 64 MiB."""
-    body = bytearray()
     try:
-        while len(body) <= BODY_LIMIT >= (request.content_length or 0):
-            chunk = await asyncio.wait_for(request.content.readany(), BODY_WAIT)
-            if not chunk:
-                return bytes(body)
-            body += chunk
+        async with asyncio.timeout(BODY_WAIT):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise ProxyError(413, "The request body is larger than 64 MiB") from error
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise ProxyError(400, "The request body was cut short") from error
-    raise ProxyError(413, f"The request body is larger than {BODY_LIMIT // MIB} MiB")
 
 
 def is_upgrade(request: Request) -> bool:
@@ -1080,10 +1030,10 @@ def refuse_strangers(request: Request, config: Json) -> None:
         raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
     foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
     site = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
-    if foreign or (site and not origin.startswith("vscode-webview://")):
-        navigates = request.headers.get("Sec-Fetch-Mode") == "navigate"
-        if not (navigates and is_browser_path(request)):
-            raise ProxyError(403, "requests on behalf of another web site are refused")
+    foreign = foreign or (site and not origin.startswith("vscode-webview://"))
+    navigates = request.headers.get("Sec-Fetch-Mode") == "navigate" and is_browser_path(request)
+    if foreign and not navigates:
+        raise ProxyError(403, "requests on behalf of another web site are refused")
 
 
 def same(one: str, other: str) -> bool:
@@ -1154,8 +1104,7 @@ class Relay:
         self.tail = b"\n\n"
 
     async def read(self) -> tuple[bytes, bytes]:
-        """The next bytes as they go out, and as they read; comments go out while none come, though
-        never in the middle of an event."""
+        """The next bytes as they go out, and as they read; comments go out while none come."""
         while True:
             try:
                 async with asyncio.timeout(self.silence) as silence:
@@ -1251,7 +1200,6 @@ class Ampcode:
         return key
 
     def outgoing(self, request: Request, key: str) -> Headers:
-        """The client's headers with the upstream key in place of the client's."""
         own = self.upstream_key(key)
         headers = passing(request.headers, *(KEY_HEADERS if own or key else ()))
         headers.update({"Authorization": f"Bearer {own}", "X-Api-Key": own} if own else {})
@@ -1275,8 +1223,7 @@ class Ampcode:
             events = call if upstream.content_type == "text/event-stream" else None
             if events and not relay.packed:
                 relay.silence = streaming["keepalive-seconds"] or None
-            if first or not events:
-                await relay.write(first)
+            await relay.write(first)
             return await relay.finish(events.dialect if events else "", await relay.copy())
 
     async def tunnel(self, request: Request, key: str) -> Answer:
@@ -1286,9 +1233,9 @@ class Ampcode:
         url = URL(self.address(request), encoded=True)
         options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT}
         more: Any = {"proxy": self.net.proxy(self.base()), "protocols": list(filter(None, asked))}
-        more |= {"headers": passing(self.outgoing(request, key), *own), **options}
+        headers = passing(self.outgoing(request, key), *own)
         try:
-            upstream = await self.net.session.ws_connect(url, **more)
+            upstream = await self.net.session.ws_connect(url, headers=headers, **more, **options)
         except aiohttp.WSServerHandshakeError as error:
             status = error.status if error.status >= 300 else 502
             return web.Response(status=status, text=f"ampcode.com answered {error.status}\n")
@@ -1320,8 +1267,7 @@ async def frames(source: Any, sink: Any) -> None:
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
-    """An answer's first bytes, b"" as a rule; all of it, changed, where it must be opened: gzip that
-    no header announces, and the flag.  What is no whole gzip, or a file of that kind, stays."""
+    """First bytes; all, changed, of gzip that no header announces, and of what may hold the flag."""
     headers = relay.response.headers
     kind = headers.get("Content-Type", "")
     if not edits and (relay.packed or "event-stream" in kind or "zip" in kind):
@@ -1349,12 +1295,11 @@ def without_flag(body: bytes) -> bytes:
 
 
 # == Forwarding ====================================================================================
-# The story of one model call: read it, find who serves the model, ask their accounts in turn, relay
-# the first good answer.  Same dialect on both sides: bytes pass untouched, but for the model's name.
+# One model call: who serves the model, each account in turn, the first good answer.  Its bytes pass
+# untouched, but for the model's name.
 
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
-USAGE = re.compile(rb'"((?:cache_\w+_)?input_tokens|output_tokens)"\s*:\s*(\d{1,15})')
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
 
 
@@ -1402,13 +1347,11 @@ class Forwarder:
                     if error.status == 401 and not refused:
                         refused = token
                     elif error.status in RETRIED and left:
-                        refused = ""
                         await asyncio.sleep(RETRY_PAUSE)
                     else:
                         raise
         finally:
             account.in_flight -= 1
-            account.counts.update(call.tokens)
 
     async def exchange(self, call: Call, row: Json, account: Account) -> Answer:
         """One request to the provider, its answer to the client; ProxyError before the first byte."""
@@ -1435,7 +1378,7 @@ class Forwarder:
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
-    """What goes to the provider: its row's headers, those of the client's that may pass, its body."""
+    """What goes to the provider: the row's headers and those of the client's that may pass, the body."""
     headers, given = CIMultiDict(row["headers"]), call.request.headers
     for name in {n.lower() for n in given if n.lower().startswith(tuple(row["passes"]))}:
         headers[name] = ",".join(given.getall(name))
@@ -1447,25 +1390,20 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif not call.body.get("max_tokens"):
-        fits = (int(n) for pattern, n in row["limits"].items() if matches(call.model, [pattern]))
-        call.body["max_tokens"] = next(fits, 1024)
+        call.body["max_tokens"] = row["max-tokens"]
     RULES[row["name"]](call.body, headers, row)
-    try:
-        return headers, compact(call.body)
-    except ValueError as error:
-        raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
+    return headers, compact(call.body)
 
 
 async def refusal(upstream: Upstream, name: str) -> ProxyError:
-    """A provider's answer that is no success.  Its words go to the client alone: they may quote the
-    prompt, so the message, which is logged, has only the kind of error."""
+    """An answer that is no success; its words may quote the prompt: no message, so no log, has them."""
     raw, answer = b"", Json()
     with suppress(*NET_ERRORS):
-        raw = await upstream.content.read(MIB)
+        raw = await upstream.read()
         raw = inflate(raw) or raw
         answer = read_object(raw)
     status = upstream.status if upstream.status >= 400 else 502
-    error = ProxyError(status, f"{name} answered {upstream.status}{error_kind(answer)}")
+    error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
     with suppress(ValueError):
         error.retry_after = number(float(upstream.headers.get("Retry-After", "")))
     if answer and status == upstream.status:
@@ -1473,20 +1411,6 @@ async def refusal(upstream: Upstream, name: str) -> ProxyError:
         pairs = ((k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept))
         error.body, error.headers = raw, CIMultiDict(pairs)
     return error
-
-
-def error_kind(answer: Json) -> str:
-    inner = answer["error"] if isinstance(answer.get("error"), dict) else {}
-    return f" {str(inner['type'])[:60]}" if inner.get("type") else ""
-
-
-def count_tokens(call: Call, data: bytes) -> None:
-    """Tokens in and out, from the usage in the first and the last events."""
-    most: Counter[bytes] = Counter()
-    for name, number in USAGE.findall(data) if call.verb != "count_tokens" else ():
-        most[name] = max(most[name], int(number))
-    call.tokens["output_tokens"] = most.pop(b"output_tokens", 0)
-    call.tokens["input_tokens"] = sum(most.values())
 
 
 def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
@@ -1504,7 +1428,6 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
 
 async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> None:
     """An answer as it comes; `call.trouble` says what broke it off after the first byte."""
-    head = b""
     try:
         data, head, first = await read_head(call, relay, events)
         named = renamed(head, first, call.model, not events)
@@ -1522,13 +1445,10 @@ async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> N
         if not relay.response.prepared:
             raise
         call.trouble = error.message
-    finally:
-        count_tokens(call, head + relay.tail)
 
 
 async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, bytes, Json]:
-    """A whole JSON answer, or a stream up to the end of its first event that is no ping: as it goes
-    out, as it reads, and what it says.  ProxyError when that is an error, or nothing."""
+    """JSON, or a stream to the end of an event that is no ping: as it goes out, reads, and says."""
 
     def first(plain: bytes) -> Json | None:
         texts = EVENT.findall(plain) if events else [plain] if relay.content.at_eof() else []
@@ -1540,8 +1460,8 @@ async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, byte
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
     if answer.get("type") == "error":
-        status = STREAM_ERRORS.get(error_kind(answer).strip(), 502)
-        message = f"{call.provider} answered with an error{error_kind(answer)}"
+        status = STREAM_ERRORS.get(error_text(answer, "type"), 502)
+        message = f"{call.provider} answered with an error: {error_text(answer, 'type')}"
         raise ProxyError(status, message, body=compact(answer))
     return data, plain, answer
 
@@ -1574,12 +1494,12 @@ class Listener(web.Server):
 
     def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
         protocol.body = payload
-        return super()._make_request(message, payload, protocol, *more)
+        request = super()._make_request(message, payload, protocol, *more)
+        request._client_max_size = BODY_LIMIT
+        return request
 
 
 class Server:
-    """Everything that one running proxy consists of."""
-
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.pool, self.amp = Pool(live, net, clock), Ampcode(live, net, clock)
@@ -1590,22 +1510,22 @@ class Server:
 
     async def handle(self, request: Request) -> Answer:
         """Any request; errors leave here, worded in the path's dialect."""
-        call, began, status = find_call(request), self.clock.monotonic(), 499
+        call, began = find_call(request), self.clock.monotonic()
+        response: Answer | None = None
         try:
             response = await self.dispatch(request, call)
-            status = response.status
-            return response
         except ConnectionError:
             raise  # the client is gone, or was cut off on purpose
         except Exception as error:  # a ProxyError, or a fault of this program, which survives it
             if not isinstance(error, ProxyError):
                 log.error("internal error: %s", why(error), exc_info=self.live.config["debug"])
                 error = ProxyError(500, "internal error of ampproxy, see its log")
-            status = error.status
-            return self.refuse(request, call, error)
+            response = self.refuse(request, call, error)
         finally:
             if call and call.raw:
+                status = response.status if response else 499  # the client left
                 self.note(call, status, self.clock.monotonic() - began)
+        return response
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
         error.headers.update(call.marks if call else {})
@@ -1622,18 +1542,16 @@ class Server:
         self.routes[call.route] += 1
         names = ("dialect", "model", "route", "provider", "account", "served_model")
         row = {name: getattr(call, name)[:200] for name in names}
-        row |= {name: call.tokens[name] for name in ("input_tokens", "output_tokens")}
+        row |= {"input_tokens": 0, "output_tokens": 0}  # not counted yet
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
         self.requests.append(row)
-        paid, told = call.route == "amp", call.trouble
-        told += f"; {HINT}" if paid else ""
+        told = f"{call.trouble}; {HINT}" if call.route == "amp" else call.trouble
         level = logging.WARNING if told or status >= 400 else logging.INFO
         who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
         word, model = ROUTE_WORDS[call.route], call.model[:100] or "-"
         log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, told)
 
     async def dispatch(self, request: Request, call: Call | None) -> Answer:
-        """Checks first, then whoever the path belongs to."""
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
         if not request.raw_path.startswith("/"):
             raise ProxyError(400, "only targets that begin with / are served")
@@ -1648,8 +1566,11 @@ class Server:
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         posted = method == "POST" or is_upgrade(request)
-        if call and (call.verb == "models" or posted or not call.amp):
-            return await self.model_call(call, key)
+        if call and is_upgrade(request):
+            raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
+        if call and posted:
+            call.key = key
+            return await self.forwarder.answer(call)
         local_only = config["ampcode"]["restrict-management-to-localhost"]
         if local_only and not path.startswith("/api/provider/"):
             check_local(request)
@@ -1660,26 +1581,6 @@ class Server:
             log.warning(AMP_BILLS)
         pass_on = self.amp.tunnel if is_upgrade(request) else self.amp.forward
         return await pass_on(request, key)
-
-    async def model_call(self, call: Call, key: str) -> Answer:
-        call.key, method = key, call.request.method
-        if is_upgrade(call.request):
-            raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
-        if call.verb != "models" and method != "POST":
-            raise ProxyError(405, f"{method} is not served here: use POST")
-        return (
-            web.json_response(self.models())
-            if call.verb == "models"
-            else await self.forwarder.answer(call)
-        )
-
-    def models(self) -> Json:
-        """What the present accounts can serve."""
-        rows = [row for row in map(self.live.row, RULES) if row["enabled"] and self.pool.of(row)]
-        ids = [(name, row["name"]) for row in rows for name in row["known"]
-               if row in self.live.rows_for(name, row["dialect"])]  # fmt: skip
-        data = [{"id": id, "object": "model", "created": 0, "owned_by": by} for id, by in ids]
-        return {"object": "list", "data": data}
 
     def report(self) -> Json:
         """GET /status: names, counts and times; never a secret, never a prompt."""
@@ -1692,14 +1593,15 @@ class Server:
 
     def report_account(self, account: Account) -> Json:
         now, ends = self.clock.monotonic(), expiry(account.token)
-        state, counted = account.state(now), ("requests", "errors", "input_tokens", "output_tokens")
+        state, counts = account.state(now), account.counts
         return {
             "provider": account.type, "account": account.email, "state": state,
             "reason": account.reason if state != "ready" else "",
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
             "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
             "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "threads": 0,
-            **{name: account.counts[name] for name in counted}, "quota": [],
+            "requests": counts["requests"], "errors": counts["errors"], "quota": [],
+            "input_tokens": 0, "output_tokens": 0,
         }  # fmt: skip
 
     async def watch(self) -> None:
@@ -1739,7 +1641,6 @@ class Server:
 
     @classmethod
     async def run(cls, live: Live) -> None:
-        """Serve until SIGINT or SIGTERM."""
         server, stop = cls(live, Net(live), time), asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
@@ -1766,7 +1667,7 @@ def set_up_log(live: Live) -> None:
 
 
 # == Command line ==================================================================================
-# One function a command.  What cannot be done raises Failure, which main says in one sentence.
+# One function a command, its help the docstring.  Failure is what main says in one sentence.
 
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
@@ -1781,10 +1682,12 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 def serve(live: Live, args: argparse.Namespace) -> None:
+    """Run the proxy; also without a command."""
     run(Server.run(live))
 
 
 def login(live: Live, args: argparse.Namespace) -> None:
+    """Sign in to a provider; several logins are several accounts."""
     if not args.provider:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
     row, browser = live.row(NAMES[args.provider]), has_browser() and not args.no_browser
@@ -1800,6 +1703,7 @@ def accounts_of(live: Live, provider: str = "") -> list[Account]:
 
 
 def logout(live: Live, args: argparse.Namespace) -> None:
+    """Delete a login."""
     there = accounts_of(live, NAMES[args.provider])
     wanted = [a for a in there if args.account in (None, a.email, a.path.name, a.path.stem)]
     if len(wanted) != 1:
@@ -1811,6 +1715,7 @@ def logout(live: Live, args: argparse.Namespace) -> None:
 
 
 def accounts(live: Live, args: argparse.Namespace) -> None:
+    """List the accounts."""
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := accounts_of(live)):
@@ -1822,7 +1727,7 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
 
 
 def check(live: Live, args: argparse.Namespace) -> None:
-    """What is in effect; the file was checked when it was read."""
+    """Check the configuration and print what is in effect."""
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
 
@@ -1837,13 +1742,7 @@ def masked(value: Any, key: str = "") -> Any:
     return mask(value) if secret and value and isinstance(value, str) else value
 
 
-COMMANDS = {
-    "serve": (serve, "run the proxy; also without a command"),
-    "login": (login, "sign in to a provider; several logins are several accounts"),
-    "logout": (logout, "delete a login"),
-    "accounts": (accounts, "list the accounts"),
-    "check": (check, "check the configuration and print what is in effect"),
-}
+COMMANDS = {command.__name__: command for command in (serve, login, logout, accounts, check)}
 
 
 def port_number(text: str) -> int:
@@ -1866,8 +1765,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     made = {}
-    for name, (_, text) in COMMANDS.items():
-        parents = [serving if name == "serve" else common]
+    for name, command in COMMANDS.items():
+        text, parents = command.__doc__, [serving if name == "serve" else common]
         made[name] = commands.add_parser(name, help=text, description=text, parents=parents)
     made["login"].add_argument("provider", nargs="?", choices=NAMES)
     made["login"].add_argument("--no-browser", action="store_true", help="print the address only")
@@ -1883,7 +1782,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         live = Live(find_config(args.get("config")), **given)
         set_up_log(live)
-        COMMANDS[args.get("command") or "serve"][0](live, argparse.Namespace(**args))
+        COMMANDS[args.get("command") or "serve"](live, argparse.Namespace(**args))
         return 0
     except Failure as error:
         problem = str(error)

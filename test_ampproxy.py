@@ -38,6 +38,7 @@ import aiohttp
 import pytest
 import yaml
 from aiohttp import web
+from multidict import CIMultiDict
 from yarl import URL
 
 import ampproxy
@@ -459,7 +460,7 @@ def test_config_reads(tmp_path, monkeypatch, text, key, value):
     ("providers: {claude: {headers: {a: 1}}}", 1, "providers.claude.headers.a: expected a text"),
     ("ampcode:\n  upstream-api-key: ${NOT_SET_ANYWHERE}", 2,
      "ampcode.upstream-api-key: the environment variable NOT_SET_ANYWHERE is not set"),
-    ("a: [1\nb: 2", 2, "not YAML"),
+    ("a: [1\nb: 2", 2, "cannot be read"),
     ("- a list", 1, "the file: expected a table"),
 ])  # fmt: skip
 def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
@@ -937,7 +938,7 @@ async def test_login_without_an_address_in_the_answer_asks_the_profile(tmp_path)
         ]
         with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
             state = query_of(await cli.until("paste the address"))["state"]
-            status, out, _ = await cli.end(f"code=c&state={state}\n")
+            status, _, _ = await cli.end(f"code=c&state={state}\n")
         assert status == 0
         assert fake.last.headers["Authorization"] == "Bearer sk-ant-oat-new"
         assert (tmp_path / "auth/claude-eve_.._x@example.com.json").exists()
@@ -980,17 +981,15 @@ async def test_an_expired_token_is_refreshed_once_for_all_and_saved_before_use(t
 
 @in_loop
 async def test_tokens_are_refreshed_ahead_of_time(tmp_path):
-    async with world(tmp_path) as w:  # 9 hours long, one hour old: due 4 hours before its end
+    async with world(tmp_path) as w:  # it ends in 8 hours: due 5 minutes before that
         w.server.tick()
         assert not w.server.pool.accounts[w.tokens[0]].refreshing
-        w.clock.now = 4 * 3600 + 1
+        w.clock.now = 8 * 3600 - 299
         w.server.tick()
         await w.server.pool.accounts[w.tokens[0]].refreshing
         assert len(w.authority.requests) == 1
         w.server.tick()
-        assert not w.server.pool.accounts[w.tokens[0]].refreshing, (
-            "the new one is in its first half"
-        )
+        assert not w.server.pool.accounts[w.tokens[0]].refreshing, "the new one is good for hours"
 
 
 @in_loop
@@ -1113,14 +1112,6 @@ REFUSALS = [  # status, body, headers -> asked again?, seconds of rest, does the
         True,
     ),
     (429, {"error": {"type": "rate_limit_error", "message": "limit"}}, {}, False, 60, True),
-    (
-        429,
-        {"error": {"message": "Extra usage is required for long context requests"}},
-        {},
-        False,
-        0,
-        False,
-    ),
     (400, {"error": {"message": "You're out of extra usage"}}, {}, False, 0, False),
     (400, {"error": {"type": "invalid_request_error", "message": "no"}}, {}, False, 0, False),
     (413, {"error": {"type": "request_too_large", "message": "no"}}, {}, False, 0, False),
@@ -1216,7 +1207,7 @@ async def test_defaults_that_claude_needs(tmp_path):
     async with world(tmp_path, claude={"headers": {"X-Own": "1"}, "identity": False}) as w:
         body = {"model": "claude-opus-4-6", "messages": []}
         await w.ask("/v1/messages", body, headers={"Accept-Encoding": "identity"})
-        assert w.claude.body() == {**body, "max_tokens": 128000}
+        assert w.claude.body() == {**body, "max_tokens": 32000}
         sent = w.claude.last.headers
         assert (sent["anthropic-version"], sent["anthropic-beta"], sent["X-Own"]) == (
             "2023-06-01",
@@ -1238,7 +1229,6 @@ async def test_count_tokens(tmp_path):
             "messages": ASK["messages"],
             "system": [BLOCK],
         }
-        assert w.server.requests[0]["input_tokens"] == 0
 
 
 @in_loop
@@ -1272,12 +1262,7 @@ async def test_a_stream_passes_untouched(tmp_path, size):
         assert response.headers["Content-Type"] == "text/event-stream"
         assert w.claude.last.headers["Accept"] == "text/event-stream"
         row = w.server.requests[0]
-        assert (row["input_tokens"], row["output_tokens"], row["status"], row["route"]) == (
-            11,
-            7,
-            200,
-            "local",
-        )
+        assert (row["status"], row["route"]) == (200, "local")
 
 
 @in_loop
@@ -1312,7 +1297,7 @@ async def test_the_model_is_named_as_it_was_asked_for(tmp_path, streamed):
 async def test_a_tool_input_that_looks_like_a_model_stays(tmp_path):
     content = [{"type": "tool_use", "id": "t", "name": "set", "input": {"model": "served"}}]
     async with world(tmp_path) as w:
-        w.claude.usual = answer_json({"content": content, **message("served"), "content": content})
+        w.claude.usual = answer_json(message("served", content=content))
         _, body, _ = await w.ask_json(PATH, ASK)
         assert body["model"] == "claude-opus-4-6"
         assert body["content"] == content
@@ -1339,7 +1324,6 @@ async def test_gzip_passes_only_to_who_takes_it(tmp_path, streamed, accepted, se
         assert response.headers.get("Content-Encoding") == ("gzip" if passes else None)
         plain = gzip.decompress(response.bytes) if passes else response.bytes
         assert plain == whole.replace(b'"other"', b'"claude-opus-4-6"')
-        assert w.server.requests[0]["output_tokens"] == 7
 
 
 @in_loop
@@ -1538,17 +1522,8 @@ async def test_headers_bodies_statuses_and_cookies_pass(tmp_path):
             "Connection": "X-Hop",
             "X-Hop": "1",
         }
-        w.amp.usual = (
-            418,
-            [
-                ("Set-Cookie", "a=1"),
-                ("Set-Cookie", "b=2"),
-                ("X-Up", "é"),
-                ("Content-Type", "text/x"),
-            ],
-            [b"tea"],
-        )
-        w.amp.usual = (418, dict_of(w.amp.usual[1]), [b"tea"])
+        headers = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2"), ("Content-Type", "text/x")]
+        w.amp.usual = (418, CIMultiDict(headers), [b"tea"])
         response = await w.ask("/api/internal?uploadThread", packed, headers=sent)
         assert w.amp.last.bytes == packed
         assert w.amp.last.headers["Content-Encoding"] == "gzip"
@@ -1558,12 +1533,6 @@ async def test_headers_bodies_statuses_and_cookies_pass(tmp_path):
         assert (response.status, response.bytes) == (418, b"tea")
         assert response.headers.getall("Set-Cookie") == ["a=1", "b=2"]
         assert not [name for name in response.headers if name.lower().startswith("x-ampproxy")]
-
-
-def dict_of(pairs):
-    from multidict import CIMultiDict
-
-    return CIMultiDict(pairs)
 
 
 @pytest.mark.parametrize(("method", "answer"), [
@@ -1834,7 +1803,7 @@ async def test_server_side_threads_are_said_plainly(tmp_path, caplog):
     "place",
     ["Authorization", "raw Authorization", "X-Api-Key", "X-Goog-Api-Key", "key", "auth_token"],
 )
-@pytest.mark.parametrize("path", ["/api/threads", "/status", PATH, "/v1/models"])
+@pytest.mark.parametrize("path", ["/api/threads", "/status", PATH])
 @in_loop
 async def test_keys_in_five_places(tmp_path, place, path):
     async with world(tmp_path, **{"api-keys": ["first", "s3cret"]}) as w:
@@ -1854,9 +1823,9 @@ async def test_keys_in_five_places(tmp_path, place, path):
 
         assert (await ask("s3cret"))[0] == 200
         wrong = await ask("wr0ng")
-        assert (wrong[0], words(wrong[1]) if path != "/v1/models" else 0) == (
+        assert (wrong[0], words(wrong[1])) == (
             401,
-            "Invalid API key" if path != "/v1/models" else 0,
+            "Invalid API key",
         )
         if place not in ("X-Api-Key", "key"):
             assert (await ask("wr0ng", **{"X-Api-Key": "s3cret"}))[0] == 200, (
@@ -1871,7 +1840,7 @@ async def test_keys_in_five_places(tmp_path, place, path):
                 "type": "error",
                 "error": {"type": "authentication_error", "message": "Missing API key"},
             }
-        elif path != "/v1/models":
+        else:
             assert body == {"error": "Missing API key"}
         assert not [r for r in w.amp.requests if "s3cret" in str(r.headers) + r.raw_path]
 
@@ -2113,7 +2082,7 @@ async def test_odd_targets(tmp_path, head):
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
-    ("GET", "/v1/messages", 405), ("PUT", "/v1/chat/completions", 405), ("GET", PATH, 200), ("GET", "/api/provider/cerebras/v1/tcp_warming", 200),
+    ("GET", "/v1/messages", 200), ("GET", PATH, 200), ("GET", "/api/provider/cerebras/v1/tcp_warming", 200),
 ])  # fmt: skip
 @in_loop
 async def test_other_methods(tmp_path, method, path, status):
@@ -2174,30 +2143,14 @@ async def test_status(tmp_path):
         assert status["accounts"] == [{
             "provider": "claude", "account": "fred@example.com", "state": "ready", "reason": "", "wakes_in_seconds": None,
             "expires_in_seconds": 28800, "plan": "", "in_flight": 0, "threads": 0, "requests": 1, "errors": 0,
-            "input_tokens": 11, "output_tokens": 7, "quota": [],
+            "input_tokens": 0, "output_tokens": 0, "quota": [],
         }]  # fmt: skip
         assert status["requests"][0] | {"seconds": 0} == {
             "time": "2027-01-15T08:00:00Z", "dialect": "anthropic", "model": "claude-opus-4-6", "route": "local",
-            "provider": "claude", "account": "fred@example.com", "served_model": "claude-opus-4-6", "status": 200, "seconds": 0,
-            "input_tokens": 11, "output_tokens": 7,
+            "provider": "claude", "account": "fred@example.com", "served_model": "claude-opus-4-6", "status": 200, "seconds": 0, "input_tokens": 0, "output_tokens": 0,
         }  # fmt: skip
         assert (status["requests"][1]["status"], status["requests"][1]["route"]) == (404, "none")
         assert "sk-ant" not in json.dumps(status)
-
-
-@in_loop
-async def test_models_lists_what_is_served(tmp_path):
-    async with world(tmp_path, claude={"excluded-models": ["*haiku*"]}) as w:
-        _, listed, _ = await w.ask_json("/v1/models", method="GET")
-        ids = [model["id"] for model in listed["data"]]
-        assert "claude-opus-4-6" in ids
-        assert not [name for name in ids if "haiku" in name]
-        assert (
-            await w.ask("/v1/messages", {**ASK, "model": "claude-haiku-4-5-20251001"})
-        ).status == 404
-        w.tokens[0].unlink()
-        w.server.tick()
-        assert (await w.ask_json("/v1/models", method="GET"))[1]["data"] == []
 
 
 # == The official SDK ==============================================================================
