@@ -1523,7 +1523,7 @@ class Server:
             response = self.refuse(request, call, error)
         finally:
             if call and call.raw:
-                status = response.status if response else 499  # the client left
+                status = 499 if response is None else response.status  # 499: the client left
                 self.note(call, status, self.clock.monotonic() - began)
         return response
 
