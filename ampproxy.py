@@ -11,7 +11,7 @@ account    one signed-in subscription of a provider, kept as one token file
 rest       the time during which an account is left alone after an error
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
-Server.handle takes a request; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
+Server.handle takes a request; model calls go on to Forwarder.answer, the rest to Ampcode.forward.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ except ImportError as error:
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
-# Small words.  A Failure is one sentence for the person at the terminal, a ProxyError one for the client.
+# Small words.  A Failure is a sentence for the person at the terminal, a ProxyError for the client.
 
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
@@ -78,7 +78,7 @@ class Failure(Exception):
 
 @dataclass(eq=False)
 class ProxyError(Exception):
-    """An answer that is no success; `body` and `headers` are the provider's own, if it sent some."""
+    """An answer that is no success; `body` and `headers` are the provider's own, if any."""
 
     status: int
     message: str
@@ -169,7 +169,7 @@ def error_body(dialect: str, status: int, message: str) -> Json:
 
 
 def error_response(dialect: str, error: ProxyError) -> web.Response:
-    """The whole answer; a wait over 30 s tells SDKs not to sit through it (clients.md, "Errors")."""
+    """The whole answer; SDKs are told not to sit through a wait over 30 s (clients.md)."""
     headers = CIMultiDict({"Content-Type": "application/json", **error.headers})
     if error.retry_after:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
@@ -186,8 +186,8 @@ def error_frame(dialect: str, message: str) -> bytes:
 
 
 # == Configuration and provider table ==============================================================
-# One YAML file with CLIProxyAPI's names, read over these defaults, whose types are the rules: "a|b" is
-# a choice, "!" what a table needs, a list with "" or a table in it shows one member and is empty.
+# One YAML file with CLIProxyAPI's names, read over these defaults.  Their types are the rules: "a|b"
+# is a choice, "!" what a table needs, a list with "" or a table in it shows one member and is empty.
 # `providers` is the provider table (facts of providers.md).  To add a key or a provider, add a row;
 # what is peculiar to a provider is one small function, named in RULES.
 
@@ -240,7 +240,7 @@ OLD_NAMES = {"upstream-url", "upstream-api-key", "restrict-management-to-localho
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
-         dict: "a table", str: "a text (in quotes, where it looks like something else)"}  # fmt: skip
+         dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
 
 
 def misfit(example: Any, value: Any, name: str) -> str:
@@ -312,7 +312,7 @@ class ConfigFile:
         return value.strip() if isinstance(value, str) else value
 
     def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
-        """A table's keys; old names move to their place, unknown ones are named with the nearest."""
+        """Its keys; old names move to their place, unknown ones are named with the nearest."""
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
@@ -400,7 +400,7 @@ class Live:
         return {**row, "base-url": re.sub(r"(/v\d\w*)?/*$", "", row["base-url"].rstrip("/"))}
 
     def rows_for(self, model: str, dialect: str) -> list[Json]:
-        """The providers that are switched on and whose patterns take this model, in this dialect."""
+        """The providers that are switched on and whose patterns take the model in this dialect."""
         rows = [self.row(name) for name, row in self.config["providers"].items() if row["enabled"]]
         rows = [row for row in rows if row["dialect"] == dialect and matches(model, row["models"])]
         return [row for row in rows if not matches(model, row["excluded-models"])]
@@ -459,7 +459,7 @@ def settle_thinking(body: Json) -> None:
 
 
 def clean_blocks(holder: Any) -> bool:
-    """Rules 10 to 13 on the blocks of a message or a tool result; False when none of them is left."""
+    """Rules 10 to 13 on the blocks of a message or a tool result; False when none is left."""
     content = holder.get("content") if isinstance(holder, dict) else None
     if isinstance(content, list):
         holder["content"] = [block for block in content if is_clean(block)]
@@ -484,7 +484,7 @@ def is_clean(block: Any) -> bool:
 
 
 def with_identity(system: Any) -> list[Any]:
-    """The system blocks behind the sentence that a login needs; Claude Code's own are right as is."""
+    """The system blocks behind the sentence that a login needs; Claude Code's own have it."""
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = [block for block in blocks if is_clean(block)]
     texts = [str(block.get("text")) for block in dicts(blocks[:2])]
@@ -655,7 +655,7 @@ def pkce() -> tuple[str, str]:
 
 
 def read_callback(line: str) -> dict[str, str]:
-    """code, state, error of a callback however it was copied: a URL or its end from the `?` on, with
+    """code, state, error of a callback however it was copied: a URL, or its end from `?` on, with
     the parameters in its query or fragment, or `code#state`; {} when it makes no sense."""
     line = line.strip().strip("'\"<>")
     found = dict(parse_qsl(re.sub("[?#]", "&", line)))
@@ -765,7 +765,7 @@ def token_fields(answer: Json, now: float) -> Json:
 
 
 async def email_of(net: Net, row: Json, answer: Json) -> str:
-    """From the token answer, else the profile; a token that may not read it is named by its hash."""
+    """Of the token answer, else the profile; a token that cannot read it is named by its hash."""
     token = str(answer["access_token"])
     with suppress(ProxyError, AttributeError, *NET_ERRORS):
         if not answer.get("account"):
@@ -1068,7 +1068,7 @@ def target_without(request: Request, keys: list[str]) -> str:
 
 
 # == Passing answers on ============================================================================
-# From an upstream to the client as it comes: bytes, headers, end.  Until its first byte has gone out
+# From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
 
 TAIL, GZIP = 4096, b"\x1f\x8b"
@@ -1147,7 +1147,7 @@ class Relay:
         return data, plain
 
     async def finish(self, dialect: str, broken: str) -> Answer:
-        """The end; of a broken stream the dialect's error event, of anything else that broke a cut."""
+        """The end; for a broken stream the dialect's error event, else a cut."""
         if broken and (self.packed or not dialect):
             if self.request.transport:
                 self.request.transport.abort()
@@ -1160,7 +1160,7 @@ class Relay:
 
 # == ampcode.com ===================================================================================
 # What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only
-# the credentials change.  Model calls that nobody else answers come here too; they may cost credits.
+# the credentials change.  Model calls that nobody else answers come here too, and may cost credits.
 
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
@@ -1179,7 +1179,7 @@ class Ampcode:
         return self.base() + target_without(request, self.live.config["api-keys"])
 
     def upstream_key(self, key: str) -> str:
-        """The key for ampcode.com: the client's own row, config, AMP_API_KEY, Amp's secrets file."""
+        """The key for ampcode.com: a row of the client, config, AMP_API_KEY, Amp's secrets file."""
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
@@ -1267,7 +1267,7 @@ async def frames(source: Any, sink: Any) -> None:
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
-    """First bytes; all, changed, of gzip that no header announces, and of what may hold the flag."""
+    """First bytes; all, changed, of gzip that no header announces and of what may hold the flag."""
     headers = relay.response.headers
     kind = headers.get("Content-Type", "")
     if not edits and (relay.packed or "event-stream" in kind or "zip" in kind):
@@ -1331,7 +1331,7 @@ class Forwarder:
         raise error
 
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
-        """One account, as often as `request-retry` says; a token that is refused is renewed once."""
+        """One account, as often as `request-retry` says; a refused token is renewed once."""
         left, refused, call.account = self.live.config["request-retry"], "", account.email
         account.in_flight += 1
         account.counts["requests"] += 1
@@ -1354,7 +1354,7 @@ class Forwarder:
             account.in_flight -= 1
 
     async def exchange(self, call: Call, row: Json, account: Account) -> Answer:
-        """One request to the provider, its answer to the client; ProxyError before the first byte."""
+        """A request to the provider, its answer to the client; ProxyError before its first byte."""
         streaming = self.live.config["streaming"]
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
@@ -1378,7 +1378,7 @@ class Forwarder:
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
-    """What goes to the provider: the row's headers and those of the client's that may pass, the body."""
+    """What goes to the provider: the row's headers, the client's that may pass, and the body."""
     headers, given = CIMultiDict(row["headers"]), call.request.headers
     for name in {n.lower() for n in given if n.lower().startswith(tuple(row["passes"]))}:
         headers[name] = ",".join(given.getall(name))
@@ -1396,7 +1396,7 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
 
 
 async def refusal(upstream: Upstream, name: str) -> ProxyError:
-    """An answer that is no success; its words may quote the prompt: no message, so no log, has them."""
+    """An answer that is no success.  Its words may quote the prompt: only the client sees them."""
     raw, answer = b"", Json()
     with suppress(*NET_ERRORS):
         raw = await upstream.read()
@@ -1414,7 +1414,7 @@ async def refusal(upstream: Upstream, name: str) -> ProxyError:
 
 
 def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
-    """The answer with the model's name as the client gave it; the same bytes if it is that already."""
+    """The answer with the model's name as the client gave it; the same bytes if it is that one."""
     holder = answer["message"] if isinstance(answer.get("message"), dict) else answer
     name = holder.get("model")
     if not isinstance(name, str) or name == asked:
