@@ -62,13 +62,12 @@ __version__ = "0.1.0"
 
 # == Common ground =================================================================================
 # Small words.  A Failure is a sentence for the person at the terminal, a ProxyError for the client.
-
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
 Request = web.BaseRequest
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
-MINUTE, HOUR, DAY, MIB = 60, 3600, 86400, 1 << 20
+MINUTE, HOUR, DAY, BODY_LIMIT = 60, 3600, 86400, 64 << 20
 log = logging.getLogger("ampproxy")
 
 
@@ -107,7 +106,7 @@ def read_object(raw: bytes) -> Json:
 
 def number(value: Any) -> float:
     """A number that a file or a client gave; 0 for what is none."""
-    return value if isinstance(value, (int, float)) and abs(value) < 1e12 else 0
+    return value if isinstance(value, (int, float)) and abs(value) < 1e11 else 0
 
 
 def dicts(value: Any) -> Iterator[Json]:
@@ -115,16 +114,17 @@ def dicts(value: Any) -> Iterator[Json]:
     return (v for v in value if isinstance(v, dict)) if isinstance(value, list) else iter(())
 
 
-def inflate(raw: bytes, limit: int = 64 * MIB) -> bytes | None:
-    """Gzip unpacked; None for what is none, cut short, corrupt, or larger than `limit`."""
+def inflate(raw: bytes) -> bytes | None:
+    """Gzip unpacked; None for what is none, cut short, corrupt, or larger than BODY_LIMIT."""
     with suppress(OSError, EOFError, zlib.error):
-        plain = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(limit + 1)
-        return plain if raw and len(plain) <= limit else None
+        plain = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(BODY_LIMIT + 1)
+        return plain if raw and len(plain) <= BODY_LIMIT else None
     return None
 
 
 def why(error: BaseException) -> str:
-    return error.message if isinstance(error, ProxyError) else str(error) or type(error).__name__
+    text = error.message if isinstance(error, ProxyError) else str(error) or type(error).__name__
+    return re.sub(r"//[^/\s]+@", "//", text)  # a proxy's password
 
 
 def mask(secret: str) -> str:
@@ -135,17 +135,20 @@ def mask(secret: str) -> str:
 class Redact(logging.Filter):
     """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
 
-    secret = re.compile(r"[\w.+]+@[\w.-]+|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")
+    secret = re.compile(
+        r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)"
+        r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+"
+    )
 
     def filter(self, record: logging.LogRecord) -> bool:
-        line = self.secret.sub(lambda found: mask(found[0]), record.getMessage())
+        hide = lambda found: (found["kind"] or "") + mask(found["mail"] or found[0])  # noqa: E731
+        line = self.secret.sub(hide, record.getMessage())
         record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
         return True
 
 
 # == Errors in each dialect ========================================================================
 # The words that each dialect's SDK looks for.  To add a status, add a row.
-
 KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
     400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
     401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
@@ -170,7 +173,8 @@ def error_body(dialect: str, status: int, message: str) -> Json:
 
 def error_response(dialect: str, error: ProxyError) -> web.Response:
     """The whole answer; SDKs are told not to sit through a wait over 30 s (clients.md)."""
-    headers = CIMultiDict({"Content-Type": "application/json", **error.headers})
+    headers = error.headers.copy()
+    headers.setdefault("Content-Type", "application/json")
     if error.retry_after:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if error.retry_after > 30:
@@ -186,11 +190,10 @@ def error_frame(dialect: str, message: str) -> bytes:
 
 
 # == Configuration and provider table ==============================================================
-# One YAML file with CLIProxyAPI's names, read over these defaults.  Their types are the rules: "a|b"
-# is a choice, "!" what a table needs, a list with "" or a table in it shows one member and is empty.
-# `providers` is the provider table (facts of providers.md).  To add a key or a provider, add a row;
-# what is peculiar to a provider is one small function, named in RULES.
-
+# One YAML file with CLIProxyAPI's names, read over these defaults, whose types are rules: a|b is
+# a choice, "!" what a table needs, a list with "" or a table in it shows a member and is empty.
+# `providers` is the provider table (facts of providers.md).  To add a key, add a row; to add a
+# provider, add a row and, in RULES, one small function for what is peculiar to it.
 DEFAULTS: Json = yaml.safe_load(r"""
 host: 127.0.0.1
 port: 8317
@@ -413,7 +416,6 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 # == Claude's rules ================================================================================
 # What api.anthropic.com asks of a request that carries a plan's login (providers.md 1.2 and 1.3,
 # whose numbers stand here).  Pure: changes body and headers in place.  No tool is renamed.
-
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
@@ -519,7 +521,8 @@ RULES = {"claude": prepare_claude}
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
+    with suppress(OSError):  # somebody else's directory, that we may write to
+        path.parent.chmod(0o700)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -564,7 +567,6 @@ def expiry(token: Json) -> float:
 
 # == The network ===================================================================================
 # No cookie is kept, no redirect followed, nothing unpacked, no header added.
-
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
 
@@ -598,7 +600,8 @@ class Net:
         try:
             response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
-            raise ProxyError(502, f"{url.split('/')[2]} cannot be reached: {why(error)}") from error
+            host = URL(url).host or "an empty upstream-url"
+            raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
         try:
             yield response
         finally:
@@ -630,21 +633,19 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
     runner = web.ServerRunner(server, shutdown_timeout=10)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host or None, port).start()
+        try:
+            await web.TCPSite(runner, host or None, port).start()
+        except OSError as error:
+            raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
         yield runner.addresses[0][1]
-    except OSError as error:
-        raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
     finally:
         await runner.cleanup()
 
 
 # == Signing in ====================================================================================
 # OAuth with PKCE (RFC 7636); the callback comes to this machine, or is pasted, whichever is first.
-
 LOGIN_WAIT = 10 * MINUTE
 FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
-
-
 say = functools.partial(print, flush=True)
 
 
@@ -702,8 +703,6 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
         token = {"type": row["name"], "email": email, "refresh_token": "", "id_token": ""}
         save_token(path, merge_token(path, {}, token | token_fields(answer, time.time())))
         return email, path
-    except TimeoutError as error:
-        raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes") from error
     except (ProxyError, *NET_ERRORS) as error:
         raise Failure(f"the login could not be completed: {why(error)}") from error
     finally:
@@ -743,7 +742,9 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
             say(f"If the browser runs on another machine, run this there first:\n\n{tunnel}")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
-        return await asyncio.wait_for(callback, LOGIN_WAIT), redirect
+        if not (await asyncio.wait([callback], timeout=LOGIN_WAIT))[0]:
+            raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes")
+        return callback.result(), redirect
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
@@ -778,7 +779,6 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 # == Accounts ======================================================================================
 # Who may answer, and with which token.  Knows no dialect; what an error means stands in RESTS.
-
 RESTS = {  # seconds, None for what Retry-After asks; any other 4xx is the request's own fault
     401: 5 * MINUTE, 402: 30 * MINUTE, 403: DAY, 404: 0, 408: 30, 429: None, 529: 30,
 }  # fmt: skip
@@ -822,12 +822,11 @@ class Pool:
         self.stamps: dict[Path, Any] = {}
 
     def scan(self) -> None:
-        files = sorted(p for p in self.live.auth_dir.glob("*.json") if not p.name.startswith("."))
-        stamps = {path: stamp(path) for path in files}
+        stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
         for path in self.accounts.keys() - stamps.keys():
             del self.accounts[path]
-        for path in files:
-            if stamps[path] != self.stamps.get(path):
+        for path, now in stamps.items():
+            if now != self.stamps.get(path):
                 self.read(path)
         self.stamps = stamps
 
@@ -904,34 +903,34 @@ class Pool:
         try:
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, row, form)
-            account.token = merge_token(account.path, old, token_fields(answer, self.clock.time()))
-            account.reason = ""
+            token = merge_token(account.path, old, token_fields(answer, self.clock.time()))
+            await self.save(account, token)
+            account.token, account.reason = token, ""
             log.info("%s: token refreshed", account)
-            await self.save(account)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, old, error)
 
-    async def save(self, account: Account) -> None:
+    async def save(self, account: Account, token: Json) -> None:
         """On disk before it is used; where that fails, tried again each second."""
-        while account.path.exists():  # else the person has logged out meanwhile
+        for _ in range(REFRESH_WAIT):
             try:
-                save_token(account.path, account.token)
-                break
+                if account.path.exists():  # else the person logged out, or an editor is at it
+                    return save_token(account.path, token)
             except OSError as error:
                 log.error("%s: the new token cannot be saved: %s", account, why(error))
             await asyncio.sleep(1)
+        return None
 
     def refresh_failed(self, account: Account, old: Json, error: Exception) -> None:
         """Another program may have been faster: its token is in the file by now, and adopted."""
         self.read(account.path)
-        if account.token.get("refresh_token") == old["refresh_token"]:
+        if account.token.get("access_token") == old.get("access_token"):
             account.needs_login = isinstance(error, ProxyError) and error.needs_login
             account.reason = f"refresh failed: {why(error)}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
             log.error("%s: %s%s", account, account.reason, account.hint())
 
     def refresh_ahead(self) -> None:
-        """Begin the refreshes that are due."""
         now = self.clock.time()
         for row in map(self.live.row, RULES):
             for account in self.of(row):
@@ -945,7 +944,6 @@ class Pool:
 # == Who asks, and what? ===========================================================================
 # A request's head, before a byte of its body is read: may it (design.md, "Security"), and is it a
 # model call?  The path's ending names the dialect; the model, not the path, names the provider.
-
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
@@ -957,7 +955,6 @@ ROUTES = (  # path behind the prefix, dialect, verb
     (r"/responses", "responses", "responses"),
     (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
 )
-BODY_LIMIT = 64 * MIB
 BODY_WAIT = 10 * MINUTE
 
 
@@ -1012,7 +1009,8 @@ async def read_body(request: Request) -> bytes:
 
 
 def is_upgrade(request: Request) -> bool:
-    return request.headers.get("Upgrade", "").lower() == "websocket"
+    upgrade, key = (request.headers.get(n, "") for n in ("Upgrade", "Sec-WebSocket-Key"))
+    return upgrade.lower() == "websocket" and bool(key)
 
 
 def is_browser_path(request: Request) -> bool:
@@ -1061,16 +1059,15 @@ def check_local(request: Request) -> None:
 def target_without(request: Request, keys: list[str]) -> str:
     """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
     path, mark, query = request.raw_path.partition("?")
-    pairs = ((pair, *pair.partition("=")[::2]) for pair in query.split("&"))
-    kept = [pair for pair, name, value in pairs if name not in KEY_PARAMETERS
-            or not any(same(unquote_plus(value), key) for key in keys)]  # fmt: skip
+    pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
+    kept = [pair for pair, name, value in pairs
+            if name not in KEY_PARAMETERS or not any(key in value for key in keys)]  # fmt: skip
     return path + (mark + "&".join(kept) if kept else "")
 
 
 # == Passing answers on ============================================================================
 # From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
-
 TAIL, GZIP = 4096, b"\x1f\x8b"
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1107,7 +1104,7 @@ class Relay:
         """The next bytes as they go out, and as they read; comments go out while none come."""
         while True:
             try:
-                async with asyncio.timeout(self.silence) as silence:
+                async with asyncio.timeout(None if self.packed else self.silence) as silence:
                     raw = await self.content.readany()
                 plain = self.unpacker.decompress(raw) if self.unpacker else raw
                 return raw if self.packed else plain, plain
@@ -1161,7 +1158,6 @@ class Relay:
 # == ampcode.com ===================================================================================
 # What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only
 # the credentials change.  Model calls that nobody else answers come here too, and may cost credits.
-
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
@@ -1221,10 +1217,12 @@ class Ampcode:
             relay.response.headers.update(call.marks if call else {})
             first = await opened(relay, edits)
             events = call if upstream.content_type == "text/event-stream" else None
-            if events and not relay.packed:
-                relay.silence = streaming["keepalive-seconds"] or None
+            relay.silence = (streaming["keepalive-seconds"] or None) if events else None
             await relay.write(first)
-            return await relay.finish(events.dialect if events else "", await relay.copy())
+            broken = await relay.copy()
+            if call:
+                call.trouble += f"; it broke off: {broken}" if broken else ""
+            return await relay.finish(events.dialect if events else "", broken)
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
@@ -1297,7 +1295,6 @@ def without_flag(body: bytes) -> bytes:
 # == Forwarding ====================================================================================
 # One model call: who serves the model, each account in turn, the first good answer.  Its bytes pass
 # untouched, but for the model's name.
-
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
@@ -1371,9 +1368,9 @@ class Forwarder:
                 relay.unpacker = zlib.decompressobj(47)
                 relay.packed = accepts(call.request, coding)
             events = upstream.content_type == "text/event-stream"
-            if events and not relay.packed:
-                relay.silence = streaming["keepalive-seconds"] or None
-            await relay_answer(call, relay, coding, events)
+            relay.silence = (streaming["keepalive-seconds"] or None) if events else None
+            if late := await relay_answer(call, relay, coding, events):
+                self.pool.rest(account, late)
             return await relay.finish(call.dialect if events else "", call.trouble)
 
 
@@ -1391,7 +1388,10 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
-    RULES[row["name"]](call.body, headers, row)
+    with suppress(
+        RecursionError
+    ):  # blocks in blocks in blocks: the provider will say what it thinks
+        RULES[row["name"]](call.body, headers, row)
     return headers, compact(call.body)
 
 
@@ -1400,8 +1400,7 @@ async def refusal(upstream: Upstream, name: str) -> ProxyError:
     raw, answer = b"", Json()
     with suppress(*NET_ERRORS):
         raw = await upstream.read()
-        raw = inflate(raw) or raw
-        answer = read_object(raw)
+        answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
     with suppress(ValueError):
@@ -1426,8 +1425,8 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> None:
-    """An answer as it comes; `call.trouble` says what broke it off after the first byte."""
+async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> ProxyError | None:
+    """An answer as it comes; an error that came too late for another try, if one did."""
     try:
         data, head, first = await read_head(call, relay, events)
         named = renamed(head, first, call.model, not events)
@@ -1445,6 +1444,8 @@ async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> N
         if not relay.response.prepared:
             raise
         call.trouble = error.message
+        return error
+    return None
 
 
 async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, bytes, Json]:
@@ -1468,7 +1469,6 @@ async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, byte
 
 # == The server ====================================================================================
 # The one place that takes requests: checks, dispatch, and the one exit for errors.
-
 ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
                "none": "NO_PROVIDER"}  # fmt: skip
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
@@ -1530,8 +1530,7 @@ class Server:
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
         error.headers.update(call.marks if call else {})
         if error.status == 502 and not call:
-            words = {"error": "amp_upstream_proxy_error", "message": error.message}
-            error.body = compact(words)
+            error.body = compact({"error": "amp_upstream_proxy_error", "message": error.message})
         response = error_response(call.dialect if call else "", error)
         if not request.content.is_eof():
             response.force_close()
@@ -1632,11 +1631,11 @@ class Server:
         try:
             async with listen(server, host, port, hint) as bound:
                 yield bound
-                for socket in list(self.amp.sockets):
-                    await socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
+                going = aiohttp.WSCloseCode.GOING_AWAY
+                await asyncio.gather(*(socket.close(code=going) for socket in self.amp.sockets))
+        finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
-        finally:
             await self.net.session.close()
 
     @classmethod
@@ -1668,7 +1667,6 @@ def set_up_log(live: Live) -> None:
 
 # == Command line ==================================================================================
 # One function a command, its help the docstring.  Failure is what main says in one sentence.
-
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
 
@@ -1768,6 +1766,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, command in COMMANDS.items():
         text, parents = command.__doc__, [serving if name == "serve" else common]
         made[name] = commands.add_parser(name, help=text, description=text, parents=parents)
+        made[name].allow_abbrev = False
     made["login"].add_argument("provider", nargs="?", choices=NAMES)
     made["login"].add_argument("--no-browser", action="store_true", help="print the address only")
     made["logout"].add_argument("provider", choices=NAMES)
@@ -1784,7 +1783,7 @@ def main(argv: list[str] | None = None) -> int:
         set_up_log(live)
         COMMANDS[args.get("command") or "serve"](live, argparse.Namespace(**args))
         return 0
-    except Failure as error:
+    except (Failure, RuntimeError) as error:  # a RuntimeError: there is no home directory
         problem = str(error)
     except OSError as error:
         problem = f"{error.filename or 'the system'}: {error.strerror or error}"

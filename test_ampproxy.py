@@ -460,7 +460,9 @@ def test_config_reads(tmp_path, monkeypatch, text, key, value):
     ("providers: {claude: {headers: {a: 1}}}", 1, "providers.claude.headers.a: expected a text"),
     ("ampcode:\n  upstream-api-key: ${NOT_SET_ANYWHERE}", 2,
      "ampcode.upstream-api-key: the environment variable NOT_SET_ANYWHERE is not set"),
-    ("a: [1\nb: 2", 2, "cannot be read"),
+    ("a: [1\nb: 2", 2, "cannot be read"), ("<<: 3", 1, "cannot be read"),
+    ("ampcode: {upstream-url: ampcode.com}", 1, "ampcode.upstream-url: expected an address that begins with http"),
+    ("proxy-url: socks5://a:1", 1, "proxy-url: expected an address"),
     ("- a list", 1, "the file: expected a table"),
 ])  # fmt: skip
 def test_config_errors_name_file_line_and_key(tmp_path, text, line, words):
@@ -518,7 +520,15 @@ def test_search_order(tmp_path, monkeypatch):
 def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
     live = load(tmp_path, "port: 1000\nrequest-retry: 5")
     assert not live.reload()
-    for text in ("request-retry: none", "", "host: 0.0.0.0", "a: ]["):
+    for text in (
+        "request-retry: none",
+        "",
+        "# nothing\n",
+        "host: 0.0.0.0",
+        "port: !!int abc",
+        "host: !foo 1",
+        "a: ][",
+    ):
         live.path.write_text(text)
         assert live.reload() == (text == "host: 0.0.0.0"), (
             text
@@ -532,7 +542,7 @@ def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
     draft.rename(live.path)
     assert live.reload()
     assert (live.config["request-retry"], live.config["port"]) == (7, 1000)
-    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 3
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 6
 
 
 def test_reload_does_not_open_a_proxy_to_strangers(tmp_path):
@@ -1076,6 +1086,70 @@ async def test_a_client_that_leaves_does_not_cancel_the_refresh(tmp_path):
         gate.set()
         await refreshing
         assert json.loads(path.read_text())["refresh_token"] == "sk-ant-ort-new"
+
+
+@in_loop
+async def test_a_token_that_cannot_be_saved_at_once_is_not_lost(tmp_path, monkeypatch, caplog):
+    """The file is away when the answer comes, and the disk is full when it is back."""
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        fsync, full = os.fsync, [OSError(28, "No space left on device")]
+
+        def sync(number):
+            if full:
+                raise full.pop()
+            return fsync(number)
+
+        async def away(request):
+            path.rename(path.with_suffix(".bak"))
+            monkeypatch.setattr(os, "fsync", sync)
+            asyncio.get_running_loop().call_later(0.2, path.with_suffix(".bak").rename, path)
+            return web.json_response(NEW_TOKEN)
+
+        w.authority.usual = away
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert not full
+        assert "cannot be saved" in caplog.text
+        token = json.loads(path.read_text())
+        assert (token["refresh_token"], token["note"], token["type"]) == (
+            "sk-ant-ort-new",
+            "kept",
+            "claude",
+        )
+
+
+@in_loop
+async def test_a_file_that_is_torn_during_a_refresh_is_made_whole(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+
+        async def tear(request):
+            path.write_text('{"type": "cla')
+            return web.json_response(NEW_TOKEN)
+
+        w.authority.usual = tear
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        token = json.loads(path.read_text())
+        assert (token["type"], token["note"], token["refresh_token"]) == (
+            "claude",
+            "kept",
+            "sk-ant-ort-new",
+        )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"priority": "high"}, {"priority": [1]}, {"email": 5}, {"expired": 7}, {"disabled": "yes"}],
+)
+@in_loop
+async def test_odd_values_in_a_token_file_are_survived(tmp_path, odd):
+    async with world(tmp_path) as w:
+        token_file(w.auth, "odd@example.com", **odd)
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert (await w.ask("/status", method="GET")).status == 200
 
 
 @in_loop
@@ -1765,6 +1839,18 @@ async def test_websockets_pass_whole(tmp_path):
 
 
 @in_loop
+async def test_no_redirect_takes_the_upstream_key_along(tmp_path):
+    elsewhere = FakeUpstream(answer_json({}))
+    async with elsewhere.open(), world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
+        w.amp.usual = (307, {"Location": elsewhere.url + "/steal", "Content-Length": "0"}, [])
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            await w.http.ws_connect(w.url + "/actors/x")
+        assert error.value.status == 502
+        assert (await w.ask("/api/threads", method="GET")).status == 307
+        assert not elsewhere.requests
+
+
+@in_loop
 async def test_websockets_refused_or_cut(tmp_path):
     async def cut(request):
         socket = web.WebSocketResponse()
@@ -1869,7 +1955,7 @@ async def test_host_header(tmp_path, host, fine):
 
 SITES = [  # headers -> refused
     ({"Origin": "http://evil.example"}, True), ({"Origin": "https://evil.example"}, True), ({"Origin": "null"}, True),
-    ({"Origin": "OWN"}, False), ({"Origin": "vscode-webview://abc"}, False), ({"Sec-Fetch-Site": "cross-site"}, True),
+    ({"Origin": "OWN"}, False), ({"Origin": "vscode-webview://abc", "Sec-Fetch-Site": "cross-site"}, False), ({"Sec-Fetch-Site": "cross-site"}, True),
     ({"Sec-Fetch-Site": "same-site"}, True), ({"Sec-Fetch-Site": "same-origin"}, False), ({"Sec-Fetch-Site": "none"}, False),
     ({"Sec-Fetch-Mode": "cors"}, False), ({"Origin": "http://127.0.0.1:1"}, True),
     ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, True),
@@ -1922,6 +2008,9 @@ async def test_browser_paths_go_to_ampcode_without_a_key(tmp_path):
         assert (
             await w.ask("/auth", method="GET", headers={"Sec-Fetch-Site": "cross-site"})
         ).status == 403
+        for query in ("k%65y=s3cret", "key=Bearer+s3cret", "auth_token=%733cret"):
+            response = await w.ask(f"/auth?{query}", method="GET")
+            assert response.headers["Location"] == w.amp.url + "/auth"
         for path in ("/threadsX", "/threads.rss"):
             assert (await w.ask(path, method="GET")).status == 401
         assert (await w.ask("/auth", method="POST")).status == 401
