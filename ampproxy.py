@@ -1472,7 +1472,7 @@ async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, byte
 ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
                "none": "NO_PROVIDER"}  # fmt: skip
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
-HINT = "ampcode.com may charge; another login or ampcode.model-mappings would keep it here"
+HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 
 
 class Connection(web.RequestHandler):
