@@ -127,6 +127,10 @@ def why(error: BaseException) -> str:
     return re.sub(r"//[^/\s]+@", "//", text)  # a proxy's password
 
 
+def same(one: str, other: str) -> bool:
+    return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
+
+
 def mask(secret: str) -> str:
     """Enough of a secret or an address to tell two apart, never enough to use."""
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
@@ -223,7 +227,8 @@ providers:
     {enabled: true, aliases: [anthropic], dialect: anthropic, base-url: https://api.anthropic.com,
      paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
      headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
-     passes: [anthropic-, x-stainless-, x-claude-code-, x-app, user-agent],  # of a client's headers
+     passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
+              user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
      models: [claude-*], excluded-models: [''],
      max-tokens: 32000,  # for a client that sets none
      authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
@@ -256,8 +261,9 @@ def misfit(example: Any, value: Any, name: str) -> str:
     elif kind is str and "|" in example:
         fits, words = value in example.split("|"), f"one of {example.replace('|', ', ')}"
     elif name.endswith("-url"):
-        fits = fits and re.fullmatch(r"(https?://[^/\s]+\S*)?", value)
-        words = "an address that begins with http:// or https://"
+        words, fits = "an address that begins with http:// or https://", fits and value == ""
+        with suppress(ValueError, TypeError):
+            fits = fits or (URL(value).scheme in ("http", "https") and URL(value).host)
     elif re.fullmatch(r"(\d+[smh])+", str(example)):
         fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
         words = "a length of time such as 2h, 30m or 90"
@@ -279,16 +285,16 @@ class ConfigFile:
         self.path, self.warnings = path, list[str]()
         try:
             self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-            self.node = self.loader.get_single_node()
-            self.config: Json = self.read(self.node, DEFAULTS, "")
+            node = self.loader.get_single_node()
+            self.empty = node is None or not node.value or node.tag.endswith(":null")
+            self.config: Json = self.read(node, DEFAULTS, "")
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             place = f"{path}:{mark.line + 1}" if mark else f"{path}"
             raise Failure(f"{place}: cannot be read: {problem or why(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
-        line = node.start_mark.line + 1
-        raise Failure(f"{self.path}:{line}: {key or 'the file'}: {reason}")
+        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
         """What `node` holds, checked; `key` is its dotted name for messages."""
@@ -376,7 +382,7 @@ class Live:
         config["api-keys"] = [key for key in config["api-keys"] if key]
         if not is_loopback(config["host"]) and not config["api-keys"]:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
-        if running and file and file.node is None:
+        if running and file and file.empty:
             raise Failure(f"{self.path}: is empty")
         self.config, self.warnings = config, file.warnings if file else []
 
@@ -630,7 +636,7 @@ def error_text(answer: Json, *keys: str) -> str:
 @asynccontextmanager
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
     """An open port (0: any free one); on the way out, running answers get ten seconds."""
-    runner = web.ServerRunner(server, shutdown_timeout=10)
+    runner = web.ServerRunner(server, shutdown_timeout=5)  # aiohttp waits twice as long
     await runner.setup()
     try:
         try:
@@ -691,10 +697,10 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
     net = Net(live)
     try:
         found, redirect = await await_callback(row, query, browser)
-        if not hmac.compare_digest(found.get("state", "").encode(), state.encode()):
-            raise Failure("the state of that callback belongs to another login: start again")
         if "error" in found:
             raise Failure(f"the login was refused: {error_text(found)}")
+        if not same(found.get("state", ""), state):
+            raise Failure("the state of that callback belongs to another login: start again")
         form = {"grant_type": "authorization_code", "code": found["code"], "state": state}
         form |= {"redirect_uri": redirect, "code_verifier": verifier}
         answer = await ask_token(net, row, form)
@@ -715,7 +721,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
     callback: asyncio.Future[dict[str, str]] = loop.create_future()
 
     def take(found: dict[str, str]) -> bool:
-        fits = bool(found.keys() & {"code", "error"})
+        fits = bool(found.get("code") or found.get("error"))
         if fits and not callback.done():
             callback.set_result(found)
         return fits
@@ -753,7 +759,8 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
-    message = f"{row['name']}'s token endpoint answered {status}: {error_text(answer)}"
+    said = error_text(answer).replace(form.get("refresh_token") or form["code"], "...")
+    message = f"{row['name']}'s token endpoint answered {status}: {said}"
     raise ProxyError(status, message, needs_login=bool(re.search(FATAL, message)))
 
 
@@ -769,7 +776,7 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
     """Of the token answer, else the profile; a token that cannot read it is named by its hash."""
     token = str(answer["access_token"])
     with suppress(ProxyError, AttributeError, *NET_ERRORS):
-        if not answer.get("account"):
+        if "email_address" not in answer.get("account", {}):
             bearer = {"Authorization": f"Bearer {token}"}
             _, answer = await net.ask_json("GET", row["profile-url"], headers=bearer)
         account = answer.get("account", answer)
@@ -878,7 +885,9 @@ class Pool:
         if account.needs_login or not account.token.get("access_token"):
             message = f"the login has ended ({account.reason}){account.hint()}"
             raise ProxyError(401, message, needs_login=True)
-        if account.retry > self.clock.monotonic() and (refused or expiry(account.token) < soon):
+        if account.retry > self.clock.monotonic() and (
+            refused or expiry(account.token) < soon - MINUTE
+        ):
             raise ProxyError(503, account.reason)
         return str(account.token["access_token"])
 
@@ -933,7 +942,7 @@ class Pool:
     def refresh_ahead(self) -> None:
         now = self.clock.time()
         for row in map(self.live.row, RULES):
-            for account in self.of(row):
+            for account in self.of(row) if row["enabled"] else ():
                 due = expiry(account.token) - row["refresh-lead"] <= now
                 done = moment(account.token.get("last_refresh")) + MINUTE > now
                 free = not (account.refreshing or account.needs_login)
@@ -1032,10 +1041,6 @@ def refuse_strangers(request: Request, config: Json) -> None:
     navigates = request.headers.get("Sec-Fetch-Mode") == "navigate" and is_browser_path(request)
     if foreign and not navigates:
         raise ProxyError(403, "requests on behalf of another web site are refused")
-
-
-def same(one: str, other: str) -> bool:
-    return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
 
 
 def client_key(request: Request, keys: list[str]) -> str:
@@ -1229,25 +1234,24 @@ class Ampcode:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
         own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
         url = URL(self.address(request), encoded=True)
-        options: Any = {"autoping": False, "max_msg_size": BODY_LIMIT}
+        options: Any = {"autoping": False, "autoclose": False, "max_msg_size": BODY_LIMIT}
         more: Any = {"proxy": self.net.proxy(self.base()), "protocols": list(filter(None, asked))}
         headers = passing(self.outgoing(request, key), *own)
         try:
             upstream = await self.net.session.ws_connect(url, headers=headers, **more, **options)
         except aiohttp.WSServerHandshakeError as error:
-            status = error.status if error.status >= 300 else 502
-            return web.Response(status=status, text=f"ampcode.com answered {error.status}\n")
+            return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
-        chosen = [upstream.protocol] if upstream.protocol else []
-        client = web.WebSocketResponse(protocols=chosen, **options)
+        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **options)
         self.sockets.add(client)
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
         finally:
             self.sockets.discard(client)
-            await upstream.close(code=client.close_code or aiohttp.WSCloseCode.GOING_AWAY)
+            gone = client.close_code in (None, 1006)  # without a close frame
+            await upstream.close(code=1001 if gone else client.close_code or 1001)
         return client
 
 
@@ -1259,9 +1263,10 @@ async def frames(source: Any, sink: Any) -> None:
     with suppress(ConnectionError, RuntimeError):
         while (frame := await source.receive()).type in send:
             await send[frame.type](frame.data)
-        if frame.type == kind.CLOSE:
-            await sink.close(code=frame.data or 1000, message=(frame.extra or "").encode())
-        await sink.close(code=aiohttp.WSCloseCode.INTERNAL_ERROR)  # cut off: no code to repeat
+        closed = (frame.data or 1000, frame.extra or "") if frame.type == kind.CLOSE else (1011, "")
+        if frame.type != kind.CLOSING:  # then the other direction is at it already
+            for end in (sink, source):
+                await end.close(code=closed[0], message=closed[1].encode())
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
@@ -1376,8 +1381,8 @@ class Forwarder:
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     """What goes to the provider: the row's headers, the client's that may pass, and the body."""
-    headers, given = CIMultiDict(row["headers"]), call.request.headers
-    for name in {n.lower() for n in given if n.lower().startswith(tuple(row["passes"]))}:
+    headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
+    for name in {name.lower() for name in given if matches(name, row["passes"])}:
         headers[name] = ",".join(given.getall(name))
     stream = call.body.get("stream") is True
     packed = not stream and accepts(call.request, "gzip")  # a packed stream has no comments
@@ -1406,8 +1411,8 @@ async def refusal(upstream: Upstream, name: str) -> ProxyError:
     with suppress(ValueError):
         error.retry_after = number(float(upstream.headers.get("Retry-After", "")))
     if answer and status == upstream.status:
-        kept = ("request-id", "content-type", "x-should-retry", "anthropic-")
-        pairs = ((k, v) for k, v in upstream.headers.items() if k.lower().startswith(kept))
+        kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
+        pairs = ((k, v) for k, v in upstream.headers.items() if matches(k, kept))
         error.body, error.headers = raw, CIMultiDict(pairs)
     return error
 
@@ -1437,9 +1442,9 @@ async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> P
             relay.response.content_length = len(data if relay.packed else named)
         await relay.write(data if relay.packed else named, named)
         call.trouble = await relay.copy()
-        if events and not call.trouble:
+        if events:  # what has come to its end is whole, however the connection ended
             whole = any(end in relay.tail for end in ENDINGS[call.dialect])
-            call.trouble = "" if whole else "the stream stopped before its end"
+            call.trouble = "" if whole else call.trouble or "the stream stopped before its end"
     except ProxyError as error:
         if not relay.response.prepared:
             raise
@@ -1570,8 +1575,7 @@ class Server:
         if call and posted:
             call.key = key
             return await self.forwarder.answer(call)
-        local_only = config["ampcode"]["restrict-management-to-localhost"]
-        if local_only and not path.startswith("/api/provider/"):
+        if config["ampcode"]["restrict-management-to-localhost"] and not call:
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
@@ -1719,7 +1723,7 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
     for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        say(line.format(a.type, a.email, a.token.get("plan") or "-", ends, a.state(0), a.path))
+        say(line.format(a.type, a.email, str(a.token.get("plan") or "-"), ends, a.state(0), a.path))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
@@ -1736,17 +1740,12 @@ def masked(value: Any, key: str = "") -> Any:
         return {k: masked(v, f"{key} {k}".lower()) for k, v in value.items()}
     if isinstance(value, list):
         return [masked(v, key) for v in value]
-    secret = re.search(r"api-keys?$|(secret|proxy-url|authorization|cookie|-key|-token)$", key)
-    return mask(value) if secret and value and isinstance(value, str) else value
+    secret = re.search(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)", key)
+    text = re.sub(r"//[^/@\s]+@", "//...@", value) if isinstance(value, str) else value
+    return mask(text) if secret and text else text
 
 
 COMMANDS = {command.__name__: command for command in (serve, login, logout, accounts, check)}
-
-
-def port_number(text: str) -> int:
-    if not 0 <= int(text) <= 65535:
-        raise ValueError
-    return int(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1756,7 +1755,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     common.add_argument("--config", metavar="FILE", help="the configuration file")
     serving = argparse.ArgumentParser(add_help=False, parents=[common], **bare)
     serving.add_argument("--host", metavar="H", help="listen on this address")
-    serving.add_argument("--port", metavar="N", type=port_number, help="listen on this port")
+    serving.add_argument("--port", metavar="N", type=int, help="listen on this port")
     serving.add_argument("--debug", action="store_true", help="say more in the log")
     about = "The model calls of AI coding clients, answered by your own subscriptions."
     parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], description=about, **bare)
@@ -1771,7 +1770,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     made["login"].add_argument("--no-browser", action="store_true", help="print the address only")
     made["logout"].add_argument("provider", choices=NAMES)
     made["logout"].add_argument("account", nargs="?", help="e-mail address or file name")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 <= getattr(args, "port", 0) <= 65535:
+        parser.error("argument --port: a port is a number from 0 to 65535")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

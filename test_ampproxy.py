@@ -524,6 +524,8 @@ def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
         "request-retry: none",
         "",
         "# nothing\n",
+        "---\n",
+        "{}",
         "host: 0.0.0.0",
         "port: !!int abc",
         "host: !foo 1",
@@ -542,7 +544,7 @@ def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
     draft.rename(live.path)
     assert live.reload()
     assert (live.config["request-retry"], live.config["port"]) == (7, 1000)
-    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 6
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 8
 
 
 def test_reload_does_not_open_a_proxy_to_strangers(tmp_path):
@@ -1162,6 +1164,20 @@ async def test_setup_tokens_are_never_refreshed(tmp_path):
 
 
 @in_loop
+async def test_an_authority_that_quotes_the_token_is_not_quoted(tmp_path, caplog):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, refresh_token="verysecret", expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer_json(
+            {"error": "server_error", "error_description": "bad verysecret"}, 500
+        )
+        response = await w.ask("/v1/messages", ASK)
+        status = await w.ask("/status", method="GET")
+        assert "verysecret" not in caplog.text + response.bytes.decode() + status.bytes.decode()
+        assert "server_error" in caplog.text
+
+
+@in_loop
 async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
     async with world(tmp_path, tokens=()) as w:
         token_file(w.auth, expired="2020-01-01T00:00:00Z")
@@ -1239,7 +1255,7 @@ CLIENT = {
     "Authorization": "Bearer sgamp_client", "x-api-key": "sgamp_client", "x-goog-api-key": "placeholder",
     "Cookie": "session=1", "x-amp-thread-id": "T-1", "X-Forwarded-For": "1.2.3.4", "Forwarded": "for=1.2.3.4",
     "anthropic-beta": "context-1m-2025-08-07, fine-grained-tool-streaming-2025-05-14",
-    "anthropic-version": "2026-10-21", "X-Stainless-Lang": "js", "User-Agent": "amp/1", "Origin-Isolated": "x",
+    "anthropic-version": "2026-10-21", "X-Stainless-Lang": "js", "User-Agent": "amp/1", "X-App-Token": "sgamp_odd", "Anthropic-Api-Key": "sgamp_odd",
 }  # fmt: skip
 
 
@@ -1259,7 +1275,7 @@ async def test_what_reaches_claude(tmp_path, path):
         sent = w.claude.last
         assert (sent.method, sent.raw_path) == ("POST", "/v1/messages?beta=true")
         assert w.claude.body() == {**ASK, "system": [BLOCK]}
-        assert "sgamp_client" not in str(sent.headers)
+        assert "sgamp_" not in str(sent.headers)
         assert sent.headers["Authorization"] == "Bearer sk-ant-oat-fred@example.com"
         assert sent.headers["anthropic-beta"] == f"fine-grained-tool-streaming-2025-05-14,{OAUTH}"
         assert sent.headers["anthropic-version"] == "2026-10-21"
@@ -1453,6 +1469,25 @@ async def test_what_fails_before_the_first_byte_is_tried_again_unseen(tmp_path, 
         response = await w.ask(PATH, STREAM)
         assert (response.status, response.bytes) == (200, b"".join(events()))
         assert len(w.claude.requests) == 2
+
+
+@in_loop
+async def test_a_stream_that_was_whole_is_whole_however_the_connection_ends(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [*events(), "cut"])
+        assert (await w.ask(PATH, STREAM)).bytes == b"".join(events())
+
+
+@in_loop
+async def test_the_words_of_the_end_inside_a_text_are_no_end(tmp_path):
+    said = event(
+        "content_block_delta",
+        index=0,
+        delta={"type": "text_delta", "text": 'a "message_stop" \nevent: error'},
+    )
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [*events()[:2], said])
+        assert error_in((await w.ask(PATH, STREAM)).bytes)["type"] == "api_error"
 
 
 @in_loop
@@ -1831,6 +1866,7 @@ async def test_websockets_pass_whole(tmp_path):
         ended.clear()
         async with w.http.ws_connect(url, protocols=protocols) as ws:
             await ws.close(code=4002, message=b"bye")
+            assert ws.close_code == 4002, "echoed"
         await ended.wait()
         assert codes[1] == 4002
         assert (seen["protocols"], seen["key"]) == (",".join(protocols), "Bearer sgamp_up")
@@ -2021,6 +2057,18 @@ async def test_management_for_localhost_looks_at_the_socket(tmp_path, monkeypatc
     async with world(tmp_path, ampcode={"restrict-management-to-localhost": True}) as w:
         spoofed = {"X-Forwarded-For": "9.9.9.9", "X-Real-IP": "9.9.9.9"}
         assert (await w.ask("/api/threads", method="GET", headers=spoofed)).status == 200
+        monkeypatch.setattr(ampproxy, "is_loopback", lambda host: False)  # as if from elsewhere
+        for path in (
+            "/api/threads",
+            "/status",
+            "/api/provider/../internal?x",
+            "/api/provider/%2e%2e/internal",
+        ):
+            head = f"GET {path} HTTP/1.1\r\nHost: a\r\nX-Api-Key: k\r\n\r\n".encode()
+            w.server.live.config["api-keys"] = ["k"]
+            assert b" 403 " in (await raw_exchange(w.port, head)).splitlines()[0]
+        assert (await w.ask("/v1/messages", ASK, headers={"X-Api-Key": "k"})).status == 200
+    monkeypatch.undo()
     for peer, local in (
         ("127.0.0.1", 1),
         ("127.8.8.8", 1),
