@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, unquote_plus, urlencode
+from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
 try:
     import aiohttp
@@ -334,7 +334,7 @@ class ConfigFile:
             inner, old = example["ampcode"][name], given.pop(f"amp-{name}", None)
             if old and table["ampcode"][name] == default(inner):
                 table["ampcode"][name] = self.read(old, inner, f"amp-{name}")
-        for name in given.keys() - names.keys():
+        for name in (name for name in given if name not in names):
             near = difflib.get_close_matches(name, names, 1, 0)[0]
             place = f"{self.path}:{lines[name] + 1}"
             self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
@@ -775,8 +775,8 @@ def token_fields(answer: Json, now: float) -> Json:
 async def email_of(net: Net, row: Json, answer: Json) -> str:
     """Of the token answer, else the profile; a token that cannot read it is named by its hash."""
     token = str(answer["access_token"])
-    with suppress(ProxyError, AttributeError, *NET_ERRORS):
-        if "email_address" not in answer.get("account", {}):
+    with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
+        if not (answer.get("account") or {}).get("email_address"):
             bearer = {"Authorization": f"Bearer {token}"}
             _, answer = await net.ask_json("GET", row["profile-url"], headers=bearer)
         account = answer.get("account", answer)
@@ -825,8 +825,7 @@ class Account:
 class Pool:
     def __init__(self, live: Live, net: Net | None = None, clock: Any = time) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.accounts: dict[Path, Account] = {}
-        self.stamps: dict[Path, Any] = {}
+        self.accounts, self.stamps = dict[Path, Account](), dict[Path, Any]()
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
@@ -885,9 +884,8 @@ class Pool:
         if account.needs_login or not account.token.get("access_token"):
             message = f"the login has ended ({account.reason}){account.hint()}"
             raise ProxyError(401, message, needs_login=True)
-        if account.retry > self.clock.monotonic() and (
-            refused or expiry(account.token) < soon - MINUTE
-        ):
+        ended = refused or expiry(account.token) < soon - MINUTE
+        if ended and account.retry > self.clock.monotonic():
             raise ProxyError(503, account.reason)
         return str(account.token["access_token"])
 
@@ -972,10 +970,9 @@ class Call:
 
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
-        self.model, self.key, self.raw, self.worded = model, "", b"", b""
+        self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
         self.body, self.headers = Json(), Headers()
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
-        self.trouble = ""
 
     @property
     def marks(self) -> dict[str, str]:
@@ -1002,8 +999,9 @@ def find_call(request: Request) -> Call | None:
     for path, dialect, verb in ROUTES:
         if found := re.fullmatch(PREFIX + path, request.rel_url.raw_path):
             parts = {"model": "", "verb": verb, **found.groupdict()}
-            model = unquote_plus(parts["model"])
-            return Call(request, dialect, parts["verb"], bool(parts["amp"]), model)
+            return Call(
+                request, dialect, parts["verb"], bool(parts["amp"]), unquote(parts["model"])
+            )
     return None
 
 
@@ -1043,11 +1041,16 @@ def refuse_strangers(request: Request, config: Json) -> None:
         raise ProxyError(403, "requests on behalf of another web site are refused")
 
 
+def bare(value: str) -> str:
+    """A key as it was given, without the blanks and the Bearer that may stand before it."""
+    return re.sub(r"(?i)^bearer\s+", "", value.strip())
+
+
 def client_key(request: Request, keys: list[str]) -> str:
     """Which of `keys` the client shows, in any of the five places; ProxyError 401 for none."""
     shown = [request.headers.get(name, "") for name in KEY_HEADERS]
     shown += [request.query.get(name, "") for name in KEY_PARAMETERS]
-    shown = [re.sub(r"(?i)^bearer\s+", "", value.strip()) for value in shown if value.strip()]
+    shown = [bare(value) for value in shown if value.strip()]
     right = [key for key in keys for value in shown if same(key, value)]
     if keys and not right:
         raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
@@ -1066,7 +1069,7 @@ def target_without(request: Request, keys: list[str]) -> str:
     path, mark, query = request.raw_path.partition("?")
     pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
     kept = [pair for pair, name, value in pairs
-            if name not in KEY_PARAMETERS or not any(key in value for key in keys)]  # fmt: skip
+            if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
     return path + (mark + "&".join(kept) if kept else "")
 
 
@@ -1120,7 +1123,7 @@ class Relay:
                     await self.write(b": keep-alive\n\n")
 
     async def write(self, data: bytes, plain: bytes | None = None) -> None:
-        self.tail = (self.tail + (data if plain is None else plain))[-TAIL:]
+        self.tail = (self.tail + (data if plain is None else plain)[-TAIL:])[-TAIL:]
         if not self.response.prepared:
             await self.response.prepare(self.request)
         if data:
@@ -1137,16 +1140,17 @@ class Relay:
                 return ""
             await self.write(data, plain)
 
-    async def head(self, enough: Callable[[bytes], object]) -> tuple[bytes, bytes]:
+    async def head(self, enough: Callable[[bytearray], object]) -> tuple[bytes, bytes]:
         """The first bytes, as `read` gives them, until they are enough, the end, or very many."""
-        data = plain = b""
+        data, plain = bytearray(), bytearray()
         try:
             while not (enough(plain) or self.content.at_eof() or len(plain) > BODY_LIMIT):
                 more_data, more = await self.read()
-                data, plain = data + more_data, plain + more
+                data += more_data
+                plain += more
         except NET_ERRORS as error:
             raise ProxyError(502, f"the upstream sent no whole answer: {why(error)}") from error
-        return data, plain
+        return bytes(data), bytes(plain)
 
     async def finish(self, dialect: str, broken: str) -> Answer:
         """The end; for a broken stream the dialect's error event, else a cut."""
@@ -1275,7 +1279,7 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     kind = headers.get("Content-Type", "")
     if not edits and (relay.packed or "event-stream" in kind or "zip" in kind):
         return b""
-    raw, _ = await relay.head(lambda raw: not edits and not GZIP.startswith(raw[:2]))
+    raw, _ = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
     whole = relay.content.at_eof()
     body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
@@ -1309,7 +1313,7 @@ class Forwarder:
     def __init__(self, live: Live, net: Net, pool: Pool, amp: Ampcode) -> None:
         self.live, self.net, self.pool, self.amp = live, net, pool, amp
 
-    async def answer(self, call: Call) -> Answer:
+    async def answer(self, call: Call, key: str) -> Answer:
         """From the accounts in their order, else from ampcode.com, else a ProxyError."""
         await call.read()
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
@@ -1329,7 +1333,7 @@ class Forwarder:
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             call.account, call.trouble = "", error.message
-            return await self.amp.forward(call.request, call.key, call)
+            return await self.amp.forward(call.request, key, call)
         raise error
 
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
@@ -1393,9 +1397,7 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
-    with suppress(
-        RecursionError
-    ):  # blocks in blocks in blocks: the provider will say what it thinks
+    with suppress(RecursionError):  # blocks in blocks: the provider will say what it thinks of it
         RULES[row["name"]](call.body, headers, row)
     return headers, compact(call.body)
 
@@ -1456,13 +1458,13 @@ async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> P
 async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, bytes, Json]:
     """JSON, or a stream to the end of an event that is no ping: as it goes out, reads, and says."""
 
-    def first(plain: bytes) -> Json | None:
-        texts = EVENT.findall(plain) if events else [plain] if relay.content.at_eof() else []
-        return next((e for e in map(read_object, texts) if e.get("type") != "ping"), None)
+    def first(plain: bytes | bytearray) -> Json | None:
+        texts = map(read_object, EVENT.findall(plain))
+        return next((event for event in texts if event.get("type") != "ping"), None)
 
-    data, plain = await relay.head(first)
+    data, plain = await relay.head(first if events else lambda _: False)
     try:
-        answer = first(plain) or read_object(b"")
+        answer = (first(plain) if events else None) or read_object(b"" if events else plain)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
     if answer.get("type") == "error":
@@ -1573,8 +1575,7 @@ class Server:
         if call and is_upgrade(request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and posted:
-            call.key = key
-            return await self.forwarder.answer(call)
+            return await self.forwarder.answer(call, key)
         if config["ampcode"]["restrict-management-to-localhost"] and not call:
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
@@ -1599,12 +1600,11 @@ class Server:
         state, counts = account.state(now), account.counts
         return {
             "provider": account.type, "account": account.email, "state": state,
-            "reason": account.reason if state != "ready" else "",
+            "reason": account.reason if state != "ready" else "", "threads": 0, "quota": [],
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
             "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
-            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "threads": 0,
-            "requests": counts["requests"], "errors": counts["errors"], "quota": [],
-            "input_tokens": 0, "output_tokens": 0,
+            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "input_tokens": 0,
+            "requests": counts["requests"], "errors": counts["errors"], "output_tokens": 0,
         }  # fmt: skip
 
     async def watch(self) -> None:
@@ -1785,12 +1785,12 @@ def main(argv: list[str] | None = None) -> int:
         set_up_log(live)
         COMMANDS[args.get("command") or "serve"](live, argparse.Namespace(**args))
         return 0
-    except (Failure, RuntimeError) as error:  # a RuntimeError: there is no home directory
-        problem = str(error)
     except OSError as error:
         problem = f"{error.filename or 'the system'}: {error.strerror or error}"
     except KeyboardInterrupt:
         problem = "stopped"
+    except Exception as error:  # a Failure; of a fault of this program, too, one sentence
+        problem = why(error)
     print(f"ampproxy: {problem}", file=sys.stderr)
     return 1
 

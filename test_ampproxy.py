@@ -941,6 +941,17 @@ async def test_login_on_a_busy_port(tmp_path):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("account", [None, [], "x", {}, {"email_address": None}])
+@in_loop
+async def test_a_login_that_names_nobody_is_kept_all_the_same(tmp_path, account):
+    async with authority(tmp_path, answer_json({**NEW_TOKEN, "account": account})):
+        with Cli(tmp_path, "login", "claude", "--no-browser") as cli:
+            state = query_of(await cli.until("paste the address"))["state"]
+            status, _, err = await cli.end(f"code=c&state={state}\n")
+    assert (status, err) == (0, "")
+    assert len(list((tmp_path / "auth").glob("claude-account-*.json"))) == 1
+
+
 @in_loop
 async def test_login_without_an_address_in_the_answer_asks_the_profile(tmp_path):
     async with authority(tmp_path, answer_json(NEW_TOKEN)) as fake:
@@ -1384,6 +1395,14 @@ async def test_the_model_is_named_as_it_was_asked_for(tmp_path, streamed):
 
 
 @in_loop
+async def test_a_large_answer_in_one_piece(tmp_path):
+    whole = message(content=[{"type": "text", "text": "x" * (20 << 20)}])
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json(whole)
+        assert (await w.ask_json(PATH, ASK))[1] == whole
+
+
+@in_loop
 async def test_a_tool_input_that_looks_like_a_model_stays(tmp_path):
     content = [{"type": "tool_use", "id": "t", "name": "set", "input": {"model": "served"}}]
     async with world(tmp_path) as w:
@@ -1816,9 +1835,9 @@ async def test_upstream_key_per_client(tmp_path):
     }
     async with world(tmp_path, ampcode=ampcode, **{"api-keys": ["one", "two"]}) as w:
         for key, arrives in (("one", "all"), ("two", "special")):
-            await w.ask("/api/threads?a=1&key=other&auth_token=" + key, method="GET")
+            await w.ask(f"/api/threads?a=1&key=other{key}&auth_token={key}", method="GET")
             assert w.amp.last.headers["X-Api-Key"] == arrives
-            assert w.amp.last.raw_path == "/api/threads?a=1&key=other"
+            assert w.amp.last.raw_path == f"/api/threads?a=1&key=other{key}"
 
 
 @in_loop
