@@ -1599,11 +1599,11 @@ class Server:
         now, ends = self.clock.monotonic(), expiry(account.token)
         state, counts = account.state(now), account.counts
         return {
-            "provider": account.type, "account": account.email, "state": state,
-            "reason": account.reason if state != "ready" else "", "threads": 0, "quota": [],
+            "provider": account.type, "account": account.email, "state": state, "threads": 0,
+            "reason": account.reason if state != "ready" else "", "quota": [], "input_tokens": 0,
             "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
             "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
-            "plan": account.token.get("plan", ""), "in_flight": account.in_flight, "input_tokens": 0,
+            "plan": account.token.get("plan", ""), "in_flight": account.in_flight,
             "requests": counts["requests"], "errors": counts["errors"], "output_tokens": 0,
         }  # fmt: skip
 
