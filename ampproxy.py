@@ -41,9 +41,10 @@ import webbrowser
 import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
@@ -58,6 +59,11 @@ except ImportError as error:
     hint = "start it with `uv run ampproxy.py`, or `python -m pip install aiohttp pyyaml` first"
     sys.exit(f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): {hint}")
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
@@ -71,18 +77,25 @@ MINUTE, HOUR, DAY, BODY_LIMIT = 60, 3600, 86400, 64 << 20
 log = logging.getLogger("ampproxy")
 
 
+class Clock:
+    """What time it is; tests give another one, whose time passes when they say so."""
+
+    time, monotonic = staticmethod(time.time), staticmethod(time.monotonic)
+    sleep = staticmethod(asyncio.sleep)
+
+
 class Failure(Exception):
     """A command cannot be done; the text says why and what to do (exit status 1)."""
 
 
 @dataclass(eq=False)
 class ProxyError(Exception):
-    """An answer that is no success; `body` and `headers` are the provider's own, if any."""
+    """An answer that is no success; `said`, `body` and `headers` are the provider's, if any."""
 
     status: int
     message: str
     retry_after: float = 0
-    needs_login: bool = False
+    said: str = ""
     body: bytes = b""
     headers: Headers = field(default_factory=CIMultiDict)
 
@@ -105,8 +118,16 @@ def read_object(raw: bytes) -> Json:
 
 
 def number(value: Any) -> float:
-    """A number that a file or a client gave; 0 for what is none."""
+    """A number that a file, a client or a header gave; 0 for what is none."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
     return value if isinstance(value, (int, float)) and abs(value) < 1e11 else 0
+
+
+def seconds(text: str) -> float:
+    """A length of time such as 2h, 1h30m or 90."""
+    parts = re.findall(r"(\d+)([smh]?)", text)
+    return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
 
 
 def dicts(value: Any) -> Iterator[Json]:
@@ -555,6 +576,25 @@ def merge_token(path: Path, known: Json, changes: Json) -> Json:
     return {**known, **changes}
 
 
+@asynccontextmanager
+async def locked(path: Path) -> AsyncIterator[None]:
+    """Alone with a token file, also among processes: the system frees the lock of one that dies."""
+    name = path.with_name(f".{path.name}.lock")
+    with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        async with asyncio.timeout(30):
+            while not lock(file):
+                await asyncio.sleep(0.05)
+        yield
+
+
+def lock(file: Any) -> bool:
+    with suppress(BlockingIOError):
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 def rfc3339(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -754,14 +794,14 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
-    """The token endpoint's answer; ProxyError with its words, `needs_login` when they are final."""
+    """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     form = {"client_id": row["client-id"], **form}
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
     said = error_text(answer).replace(form.get("refresh_token") or form["code"], "...")
     message = f"{row['name']}'s token endpoint answered {status}: {said}"
-    raise ProxyError(status, message, needs_login=bool(re.search(FATAL, message)))
+    raise ProxyError(401 if re.search(FATAL, message) else 503, message)
 
 
 def token_fields(answer: Json, now: float) -> Json:
@@ -785,47 +825,88 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 
 # == Accounts ======================================================================================
-# Who may answer, and with which token.  Knows no dialect; what an error means stands in RESTS.
-RESTS = {  # seconds, None for what Retry-After asks; any other 4xx is the request's own fault
-    401: 5 * MINUTE, 402: 30 * MINUTE, 403: DAY, 404: 0, 408: 30, 429: None, 529: 30,
-}  # fmt: skip
-RETRIED = {408, 500, 502, 503, 504, 529}  # worth another try on the same account
-REFRESH_WAIT, REFRESH_PAUSE, RETRY_PAUSE = 30, 30, 0.3
+# Who may answer, and with which token.  Knows no dialect, and no time but its clock's.  What an
+# error means stands in RESTS: the first row that fits.  To add a rule, add a row.
+NEVER = float("inf")
+RESTS = (
+    # status and words of the error        what rests  seconds*     and then
+    (r"4.. .*(extra usage|long context)",  "",         0,           "stop"),
+    (r"401",                               "account",  NEVER,       "next"),
+    (r"402",                               "account",  30 * MINUTE, "next"),
+    (r"403",                               "account",  DAY,         "next"),
+    (r"404|400 .*model.* not supported",   "model",    30 * MINUTE, "next"),
+    (r"429 .*\[7d_oi\]",                   "model",    MINUTE,      "next"),
+    (r"429",                               "account",  MINUTE,      "wait"),
+    (r"408|529",                           "account",  30,          "again"),
+    (r"50[0234]",                          "account",  5,           "again"),
+    (r"5",                                 "account",  5,           "next"),
+    (r"",                                  "",         0,           "stop"),
+)  # fmt: skip
+# * where the error names no time; doubled with each failure in a row, at most max-cooldown.  again:
+# the same account as often as request-retry says, wait: only after a short Retry-After, then next.
+SHORT_WAIT, RETRY_PAUSE, PROBE_POLL, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 0.2, 30, 30
+NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
 
 
-def verdict(error: ProxyError) -> tuple[float, bool]:
-    """Seconds for which the account is left alone, and whether somebody else should be asked."""
-    rest = RESTS.get(error.status, 5 if error.status >= 500 else 0)
-    others = error.status in RESTS or error.status >= 500
-    return error.retry_after or MINUTE if rest is None else rest, others
+def verdict(error: ProxyError) -> tuple[str, float, str]:
+    """What rests, for how many seconds, and who is tried next."""
+    said = f"{error.status} {error.said}"
+    return next(row[1:] for row in RESTS if re.match(row[0], said, re.I | re.S))
+
+
+@dataclass
+class Rest:
+    """Why an account, or one model of it, is left alone; the times are monotonic."""
+
+    reason: str = ""
+    began: float = -NEVER
+    wakes: float = 0.0
+    strikes: int = 0  # failures in a row
+    probing: bool = False  # the rest is over, and one request finds out whether it helped
 
 
 class Account:
-    """One token file and what this process knows of it; `wakes` and `retry` are monotonic."""
+    """One token file and what this process knows of it."""
 
     def __init__(self, path: Path, token: Json) -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
-        self.wakes, self.retry, self.reason = 0.0, 0.0, ""  # no refresh before `retry`
-        self.needs_login, self.in_flight, self.counts = False, 0, Counter[str]()
+        self.rests = dict[str, Rest]()  # by model, "" for all of them
+        self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
+        self.in_flight, self.threads, self.turn = 0, 0, 0
+        self.counts, self.quota = Counter[str](), list[Json]()
         self.refreshing: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
         return f"{self.type} {mask(self.email)}"
 
+    def resting(self, model: str) -> list[Rest]:
+        return [self.rests[key] for key in {"", model} if key in self.rests]
+
+    def wait(self, model: str, now: float) -> float:
+        """Seconds until it may be asked; NEVER without a new login."""
+        waits = (PROBE_POLL if r.probing else r.wakes - now for r in self.resting(model))
+        return max(0.0, *waits, 0.0)
+
     def state(self, now: float) -> str:
-        if self.token.get("disabled") is True:
-            return "disabled"
-        return "needs-login" if self.needs_login else "resting" if self.wakes > now else "ready"
+        wait = self.wait("", now)
+        awake = "needs-login" if wait == NEVER else "resting" if wait else "ready"
+        return "disabled" if self.token.get("disabled") is True else awake
 
     def hint(self) -> str:
-        return f": run `ampproxy.py login {self.type}`" if self.needs_login else ""
+        return f"run `ampproxy.py login {self.type}`"
+
+    def spent(self, moment: float) -> bool:
+        windows = (w for w in self.quota if w["resets_at"] > moment)
+        return any(w["used_percent"] >= NEARLY_SPENT for w in windows)
 
 
 class Pool:
-    def __init__(self, live: Live, net: Net | None = None, clock: Any = time) -> None:
+    def __init__(self, live: Live, net: Net | None = None, clock: Any = Clock) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.accounts, self.stamps = dict[Path, Account](), dict[Path, Any]()
+        self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
+        self.turn = 0
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
@@ -845,35 +926,116 @@ class Pool:
             return
         account = self.accounts.setdefault(path, Account(path, token))
         if token.get("access_token") != account.token.get("access_token"):
-            account.needs_login, account.wakes, account.retry = False, 0.0, 0.0
+            account.rests.clear()
+            account.retry = 0.0
         account.token = token
 
-    def of(self, row: Json, state: str = "") -> list[Account]:
-        """A provider's accounts, in `state` or all but the disabled, best first."""
-        now = self.clock.monotonic()
-        mine = [(a, a.state(now)) for a in self.accounts.values() if a.type == row["name"]]
-        fit = [a for a, its in mine if its == state or (not state and its != "disabled")]
-        return sorted(fit, key=lambda a: (-number(a.token.get("priority")), a.in_flight, a.path))
+    def of(self, row: Json) -> list[Account]:
+        """A provider's accounts, all but the disabled."""
+        mine = (a for a in self.accounts.values() if a.type == row["name"])
+        return [a for a in mine if a.token.get("disabled") is not True]
 
-    def nobody(self, row: Json) -> ProxyError:
-        """Why none of a provider's accounts can be asked, and when the first one wakes."""
-        now = self.clock.monotonic()
-        told = [f"{a} {a.state(now)} ({a.reason}){a.hint()}" for a in self.of(row)]
-        waits = [a.wakes - now for a in self.of(row, "resting")]
-        status, message = 429 if waits else 401, f"no account can answer: {'; '.join(told)}"
-        return ProxyError(status, message, min(waits, default=0))
+    async def choose(
+        self, rows: list[Json], model: str, thread: str, spent: set[Account], until: float
+    ) -> tuple[Json, Account] | None:
+        """Whom to ask next; waits for the shortest rest if it ends by `until`, else None."""
+        while True:
+            now, waits = self.clock.monotonic(), [NEVER]
+            for row in rows:
+                left = [(a.wait(model, now), a) for a in self.of(row) if a not in spent]
+                if free := [account for wait, account in left if not wait]:
+                    return row, self.home(thread and f"{row['name']} {thread}", free, now)
+                waits += [wait for wait, _ in left]
+            if now + min(waits) > until:
+                return None
+            await self.clock.sleep(min(waits))
 
-    def rest(self, account: Account, error: ProxyError) -> bool:
-        """Leave the account alone as long as the error asks; True when others should be asked."""
-        length, others = verdict(error)
+    def home(self, thread: str, free: list[Account], now: float) -> Account:
+        """The thread's account while it is free, else the one that suits a new thread best."""
+        ttl = seconds(self.live.config["routing"]["session-affinity-ttl"])
+        while self.homes and (oldest := next(iter(self.homes))):
+            if self.homes[oldest][1] + ttl >= now and len(self.homes) <= THREADS:
+                break
+            self.homes.pop(oldest)[0].threads -= 1
+        known, _ = self.homes.pop(thread, (None, now))
+        account = known if known in free else min(free, key=self.order)
+        if known:
+            known.threads -= 1
+        if thread:
+            self.homes[thread] = account, now
+            account.threads += 1
+        self.turn = account.turn = self.turn + 1
+        return account
+
+    def order(self, account: Account) -> tuple[Any, ...]:
+        """The smallest gets a new thread: one with room, the highest priority, the strategy's."""
+        key = {
+            "least-connections": (account.in_flight + account.threads, account.turn),
+            "round-robin": (account.turn,),
+            "fill-first": (),
+        }[self.live.config["routing"]["strategy"]]
+        priority = number(account.token.get("priority"))
+        return account.spent(self.clock.time()), -priority, *key, account.path
+
+    @contextmanager
+    def lease(self, account: Account, model: str) -> Iterator[None]:
+        """While a request is under way; the first after a rest is a probe, others wait for it."""
+        probed = account.resting(model)
+        account.in_flight += 1
+        account.counts["requests"] += 1
+        for rest in probed:
+            rest.probing = True
+        try:
+            yield
+        finally:
+            account.in_flight -= 1
+            for rest in probed:
+                rest.probing = False
+
+    def answered(self, account: Account, model: str, began: float) -> None:
+        """A success ends the rests, unless it was under way when they began."""
+        for key in ("", model):
+            if key in account.rests and account.rests[key].began < began:
+                del account.rests[key]
+
+    def rest(self, account: Account, error: ProxyError, model: str, began: float) -> None:
+        """Leave the account or the pair alone; what was under way by then makes it no longer."""
+        what, length, _ = verdict(error)
         account.counts["errors"] += 1
-        if length or error.needs_login:
-            account.reason = account.reason if account.needs_login else error.message
-            length = min(length, self.live.config["max-cooldown"])
-            account.wakes = max(account.wakes, self.clock.monotonic() + length)
-            account.needs_login = account.needs_login or error.needs_login
-            log.warning("%s rests for %d s: %s", account, length, error.message)
-        return others
+        if what:
+            now, key = self.clock.monotonic(), model if what == "model" else ""
+            rest = account.rests.setdefault(key, Rest())
+            if rest.began < began:
+                rest.began, rest.strikes = now, rest.strikes + 1
+            if length != NEVER:
+                length = error.retry_after or length * 2 ** min(rest.strikes - 1, 20)
+                length = min(length, self.live.config["max-cooldown"])
+            rest.wakes, rest.reason = max(rest.wakes, now + length), error.message
+            until = f"for {length:.0f} s" if length < NEVER else f"until you {account.hint()}"
+            log.warning("%s %s rests %s: %s", account, key, until, error.message)
+
+    def nobody(self, rows: list[Json], model: str) -> ProxyError:
+        """Each account by name, why it rests and until when; Retry-After is the first to wake."""
+        now, told, waits = self.clock.monotonic(), [], []
+        for account in (account for row in rows for account in self.of(row)):
+            waits.append(wait := account.wait(model, now))
+            then = account.hint() if wait == NEVER else f"wakes in {wait:.0f} s"
+            reasons = ", ".join(rest.reason for rest in account.resting(model))
+            told.append(f"{account.type} {account.email}: {reasons}; {then}")
+        first = min(waits)
+        status, message = (
+            401 if first == NEVER else 429,
+            "no account can answer; " + ". ".join(told),
+        )
+        return ProxyError(status, message, 0 if first == NEVER else first)
+
+    def wake(self, name: str) -> list[str]:
+        """End the rests of the account with this e-mail address or file name; those it found."""
+        found = [a for a in self.accounts.values() if name in (a.email, a.path.name, a.path.stem)]
+        for account in found:
+            account.rests.clear()
+            account.retry = 0.0
+        return [account.email for account in found]
 
     async def bearer(self, row: Json, account: Account, refused: str = "") -> str:
         """An access token that is good for another minute and is not the one that was `refused`."""
@@ -881,12 +1043,13 @@ class Pool:
         if refused == account.token.get("access_token") or expiry(account.token) < soon:
             task = account.refreshing or self.begin_refresh(row, account, refused)
             await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
-        if account.needs_login or not account.token.get("access_token"):
-            message = f"the login has ended ({account.reason}){account.hint()}"
-            raise ProxyError(401, message, needs_login=True)
-        ended = refused or expiry(account.token) < soon - MINUTE
-        if ended and account.retry > self.clock.monotonic():
-            raise ProxyError(503, account.reason)
+        ended = (
+            refused == account.token.get("access_token") or expiry(account.token) < soon - MINUTE
+        )
+        if account.wait("", 0) == NEVER or not account.token.get("access_token"):
+            raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint()}")
+        if ended:
+            raise ProxyError(503, account.trouble)
         return str(account.token["access_token"])
 
     def begin_refresh(self, row: Json, account: Account, refused: str) -> asyncio.Task[None]:
@@ -897,45 +1060,48 @@ class Pool:
 
     async def refresh(self, row: Json, account: Account, refused: str) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
-        self.read(account.path)
-        old = account.token
-        if old.get("access_token") != refused and expiry(old) > self.clock.time() + MINUTE:
-            return
-        if account.retry > self.clock.monotonic() or not self.net:
-            return
-        if not old.get("refresh_token"):
-            account.needs_login, account.reason = True, "refused, and there is no refresh token"
-            return
-        form = {"grant_type": "refresh_token", "refresh_token": old["refresh_token"]}
         try:
-            async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, row, form)
-            token = merge_token(account.path, old, token_fields(answer, self.clock.time()))
-            await self.save(account, token)
-            account.token, account.reason = token, ""
-            log.info("%s: token refreshed", account)
+            async with locked(account.path):
+                self.read(account.path)
+                old = account.token
+                fresh = expiry(old) > self.clock.time() + MINUTE
+                if (fresh and old.get("access_token") != refused) or not self.net:
+                    return
+                if account.retry > self.clock.monotonic():
+                    return
+                if not old.get("refresh_token"):
+                    raise ProxyError(401, "refused, and there is no refresh token")
+                form = {"grant_type": "refresh_token", "refresh_token": old["refresh_token"]}
+                async with asyncio.timeout(REFRESH_WAIT):
+                    answer = await ask_token(self.net, row, form)
+                account.token = await self.save(account, token_fields(answer, self.clock.time()))
+                log.info("%s: token refreshed", account)
         except (ProxyError, *NET_ERRORS) as error:
-            self.refresh_failed(account, old, error)
+            self.refresh_failed(account, error)
 
-    async def save(self, account: Account, token: Json) -> None:
+    async def save(self, account: Account, changes: Json) -> Json:
         """On disk before it is used; where that fails, tried again each second."""
         for _ in range(REFRESH_WAIT):
+            token = merge_token(account.path, account.token, changes)
             try:
                 if account.path.exists():  # else the person logged out, or an editor is at it
-                    return save_token(account.path, token)
+                    save_token(account.path, token)
+                    break
             except OSError as error:
                 log.error("%s: the new token cannot be saved: %s", account, why(error))
             await asyncio.sleep(1)
-        return None
+        return token
 
-    def refresh_failed(self, account: Account, old: Json, error: Exception) -> None:
+    def refresh_failed(self, account: Account, error: Exception) -> None:
         """Another program may have been faster: its token is in the file by now, and adopted."""
+        old = account.token.get("access_token")
         self.read(account.path)
-        if account.token.get("access_token") == old.get("access_token"):
-            account.needs_login = isinstance(error, ProxyError) and error.needs_login
-            account.reason = f"refresh failed: {why(error)}"
+        if account.token.get("access_token") == old:
+            account.trouble = f"refresh failed: {why(error)}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
-            log.error("%s: %s%s", account, account.reason, account.hint())
+            log.error("%s: %s", account, account.trouble)
+            if isinstance(error, ProxyError) and error.status == 401:
+                self.rest(account, error, "", NEVER)
 
     def refresh_ahead(self) -> None:
         now = self.clock.time()
@@ -943,7 +1109,7 @@ class Pool:
             for account in self.of(row) if row["enabled"] else ():
                 due = expiry(account.token) - row["refresh-lead"] <= now
                 done = moment(account.token.get("last_refresh")) + MINUTE > now
-                free = not (account.refreshing or account.needs_login)
+                free = not account.refreshing and account.wait("", 0) < NEVER
                 if due and free and not done and account.retry <= self.clock.monotonic():
                     self.begin_refresh(row, account, str(account.token.get("access_token")))
 
@@ -962,6 +1128,8 @@ ROUTES = (  # path behind the prefix, dialect, verb
     (r"/responses", "responses", "responses"),
     (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
 )
+SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
+                   "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 BODY_WAIT = 10 * MINUTE
 
 
@@ -971,8 +1139,17 @@ class Call:
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
-        self.body, self.headers = Json(), Headers()
+        self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
+
+    @property
+    def thread(self) -> str:
+        """Which conversation this is, by what clients send (clients.md); "" if nothing tells."""
+        metadata = self.body.get("metadata")
+        shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
+        shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
+        shown.append(self.body.get("prompt_cache_key"))
+        return next((text for text in shown if text and isinstance(text, str)), "")
 
     @property
     def marks(self) -> dict[str, str]:
@@ -1091,11 +1268,6 @@ def passing(headers: Any, *without: str) -> Headers:
     return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
 
 
-def accepts(request: Request, coding: str) -> bool:
-    offered = request.headers.get("Accept-Encoding", "").lower().replace(" ", "").split(",")
-    return coding in [o.partition(";")[0] for o in offered if not re.search(r";q=0(\.0*)?$", o)]
-
-
 class Relay:
     """One answer on its way to the client, at the client's speed."""
 
@@ -1103,27 +1275,25 @@ class Relay:
         status, reason = upstream.status, upstream.reason
         self.request, self.content = request, upstream.content
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
-        self.packed = "Content-Encoding" in headers  # what goes out is not what it reads
         self.unpacker: Any = None  # for bytes that are packed and must be read
         self.silence: float | None = None  # seconds after which a comment goes out
         self.tail = b"\n\n"
 
-    async def read(self) -> tuple[bytes, bytes]:
-        """The next bytes as they go out, and as they read; comments go out while none come."""
+    async def read(self) -> bytes:
+        """The next bytes; comments go out while none come."""
         while True:
             try:
-                async with asyncio.timeout(None if self.packed else self.silence) as silence:
+                async with asyncio.timeout(self.silence) as silence:
                     raw = await self.content.readany()
-                plain = self.unpacker.decompress(raw) if self.unpacker else raw
-                return raw if self.packed else plain, plain
+                return bytes(self.unpacker.decompress(raw)) if self.unpacker else raw
             except TimeoutError:
                 if not silence.expired():
                     raise
                 if self.tail.endswith((b"\n\n", b"\r\n\r\n")):
                     await self.write(b": keep-alive\n\n")
 
-    async def write(self, data: bytes, plain: bytes | None = None) -> None:
-        self.tail = (self.tail + (data if plain is None else plain)[-TAIL:])[-TAIL:]
+    async def write(self, data: bytes) -> None:
+        self.tail = (self.tail + data[-TAIL:])[-TAIL:]
         if not self.response.prepared:
             await self.response.prepare(self.request)
         if data:
@@ -1133,28 +1303,26 @@ class Relay:
         """The rest; returns what broke the upstream off, "" for nothing."""
         while True:
             try:
-                data, plain = await self.read()
+                data = await self.read()
             except NET_ERRORS as error:
                 return why(error)
             if not data and self.content.at_eof():
                 return ""
-            await self.write(data, plain)
+            await self.write(data)
 
-    async def head(self, enough: Callable[[bytearray], object]) -> tuple[bytes, bytes]:
-        """The first bytes, as `read` gives them, until they are enough, the end, or very many."""
-        data, plain = bytearray(), bytearray()
+    async def head(self, enough: Callable[[bytearray], object]) -> bytes:
+        """The first bytes until they are enough, the end, or very many."""
+        data = bytearray()
         try:
-            while not (enough(plain) or self.content.at_eof() or len(plain) > BODY_LIMIT):
-                more_data, more = await self.read()
-                data += more_data
-                plain += more
+            while not (enough(data) or self.content.at_eof() or len(data) > BODY_LIMIT):
+                data += await self.read()
         except NET_ERRORS as error:
             raise ProxyError(502, f"the upstream sent no whole answer: {why(error)}") from error
-        return bytes(data), bytes(plain)
+        return bytes(data)
 
     async def finish(self, dialect: str, broken: str) -> Answer:
-        """The end; for a broken stream the dialect's error event, else a cut."""
-        if broken and (self.packed or not dialect):
+        """The end; for a broken stream the dialect's error event, without one a cut."""
+        if broken and not dialect:
             if self.request.transport:
                 self.request.transport.abort()
             raise ConnectionResetError(broken)
@@ -1225,13 +1393,14 @@ class Ampcode:
             relay = Relay(request, upstream, passing(upstream.headers))
             relay.response.headers.update(call.marks if call else {})
             first = await opened(relay, edits)
-            events = call if upstream.content_type == "text/event-stream" else None
+            plain = "Content-Encoding" not in upstream.headers
+            events = call and upstream.content_type == "text/event-stream" and plain
             relay.silence = (streaming["keepalive-seconds"] or None) if events else None
             await relay.write(first)
             broken = await relay.copy()
             if call:
                 call.trouble += f"; it broke off: {broken}" if broken else ""
-            return await relay.finish(events.dialect if events else "", broken)
+            return await relay.finish(call.dialect if call and events else "", broken)
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
@@ -1277,9 +1446,9 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     """First bytes; all, changed, of gzip that no header announces and of what may hold the flag."""
     headers = relay.response.headers
     kind = headers.get("Content-Type", "")
-    if not edits and (relay.packed or "event-stream" in kind or "zip" in kind):
+    if not edits and ("Content-Encoding" in headers or "event-stream" in kind or "zip" in kind):
         return b""
-    raw, _ = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
+    raw = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
     whole = relay.content.at_eof()
     body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
@@ -1305,6 +1474,9 @@ def without_flag(body: bytes) -> bytes:
 # One model call: who serves the model, each account in turn, the first good answer.  Its bytes pass
 # untouched, but for the model's name.
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
+USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
+QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
+                   r"(?P<field>status|utilization|reset)")  # fmt: skip
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
 
@@ -1314,22 +1486,30 @@ class Forwarder:
         self.live, self.net, self.pool, self.amp = live, net, pool, amp
 
     async def answer(self, call: Call, key: str) -> Answer:
-        """From the accounts in their order, else from ampcode.com, else a ProxyError."""
+        """From the accounts as the pool chooses them, else from ampcode.com, else a ProxyError."""
         await call.read()
+        config, spent = self.live.config, set[Account]()
+        until = self.pool.clock.monotonic() + config["max-retry-interval"]
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
-        for row in rows:
-            call.route, call.provider, call.served_model = "local", row["name"], call.model
-            call.headers, call.worded = worded(call, row)
-            error = self.pool.nobody(row)
-            for account in self.pool.of(row, "ready"):
-                try:
-                    return await self.attempt(call, row, account)
-                except ProxyError as failed:
-                    error = failed
-                    if not self.pool.rest(account, failed):
-                        raise
-        fallback = self.live.config["ampcode"]["fallback"]
+        if rows:
+            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.model
+            error = self.pool.nobody(rows, call.model)
+        while picked := await self.pool.choose(rows, call.model, call.thread, spent, until):
+            row, account = picked
+            if not call.worded or call.provider != row["name"]:
+                call.provider, (call.headers, call.worded) = row["name"], worded(call, row)
+            try:
+                return await self.attempt(call, row, account)
+            except ProxyError as failed:
+                *_, then = verdict(error := failed)
+                if then == "stop":
+                    raise
+                if then != "wait":
+                    spent.add(account)
+        if error.status == 429 and sum(len(self.pool.of(row)) for row in rows) > 1:
+            error = self.pool.nobody(rows, call.model)
+        fallback = config["ampcode"]["fallback"]
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             call.account, call.trouble = "", error.message
@@ -1339,47 +1519,56 @@ class Forwarder:
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
         """One account, as often as `request-retry` says; a refused token is renewed once."""
         left, refused, call.account = self.live.config["request-retry"], "", account.email
-        account.in_flight += 1
-        account.counts["requests"] += 1
-        try:
+        short = min(SHORT_WAIT, self.live.config["max-retry-interval"])
+        with self.pool.lease(account, call.model):
             while True:
+                began = self.pool.clock.monotonic()
                 token = await self.pool.bearer(row, account, refused)
                 call.headers["Authorization"] = f"Bearer {token}"
                 try:
-                    return await self.exchange(call, row, account)
+                    return await self.exchange(call, row, account, began)
                 except ProxyError as error:
-                    left -= error.status in RETRIED
-                    error.needs_login = error.status == 401 and bool(refused)
+                    *_, then = verdict(error)
+                    pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
+                    left -= 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif error.status in RETRIED and left:
-                        await asyncio.sleep(RETRY_PAUSE)
+                    elif then in ("again", "wait") and left > 0 and pause <= short:
+                        await self.pool.clock.sleep(pause)
                     else:
+                        self.pool.rest(account, error, call.model, began)
                         raise
-        finally:
-            account.in_flight -= 1
 
-    async def exchange(self, call: Call, row: Json, account: Account) -> Answer:
+    async def exchange(self, call: Call, row: Json, account: Account, began: float) -> Answer:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
-        streaming = self.live.config["streaming"]
+        streaming, now = self.live.config["streaming"], self.pool.clock.time()
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
         more = {"headers": call.headers, "data": call.worded}
         async with self.net.ask("POST", url, streaming["idle-timeout-seconds"], **more) as upstream:
+            account.quota = quota_of(upstream.headers) or account.quota
             if upstream.status != 200:
-                raise await refusal(upstream, row["name"])
-            account.wakes, account.reason = 0.0, ""
+                raise await refusal(upstream, row["name"], now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update(call.marks)
             relay = Relay(call.request, upstream, headers)
-            coding = upstream.headers.get("Content-Encoding", "identity").lower()
-            if coding != "identity":
+            if upstream.headers.get("Content-Encoding", "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
-                relay.packed = accepts(call.request, coding)
             events = upstream.content_type == "text/event-stream"
             relay.silence = (streaming["keepalive-seconds"] or None) if events else None
-            if late := await relay_answer(call, relay, coding, events):
-                self.pool.rest(account, late)
+            try:
+                head, first = await read_head(call, relay, events)
+                self.pool.answered(account, call.model, began)
+                await relay_answer(
+                    call, relay, renamed(head, first, call.model, not events), events
+                )
+            except ProxyError as late:
+                if not relay.response.prepared:
+                    raise
+                call.trouble = late.message
+                self.pool.rest(account, late, call.model, began)
+            finally:
+                account.counts.update(call.tokens)
             return await relay.finish(call.dialect if events else "", call.trouble)
 
 
@@ -1389,8 +1578,7 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         headers[name] = ",".join(given.getall(name))
     stream = call.body.get("stream") is True
-    packed = not stream and accepts(call.request, "gzip")  # a packed stream has no comments
-    headers["Accept-Encoding"] = "gzip" if packed else "identity"
+    headers["Accept-Encoding"] = "identity"  # comments have no place in a packed stream
     headers["Accept"] = "text/event-stream" if stream else "application/json"
     headers["Content-Type"] = "application/json"
     if call.verb == "count_tokens":
@@ -1402,19 +1590,38 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     return headers, compact(call.body)
 
 
-async def refusal(upstream: Upstream, name: str) -> ProxyError:
+def quota_of(headers: Any) -> list[Json]:
+    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6)."""
+    told: dict[str, Json] = {}
+    for name, value in headers.items():
+        if found := QUOTA.fullmatch(name.lower()):
+            told.setdefault(found["window"], {})[found["field"]] = value
+    return [{"window": name, "used_percent": round(100 * number(of.get("utilization")), 1),
+             "resets_at": number(of.get("reset")) or moment(of.get("reset")),
+             "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
+
+
+async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
     """An answer that is no success.  Its words may quote the prompt: only the client sees them."""
-    raw, answer = b"", Json()
+    raw, answer, headers = b"", Json(), upstream.headers
     with suppress(*NET_ERRORS):
         raw = await upstream.read()
         answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
-    with suppress(ValueError):
-        error.retry_after = number(float(upstream.headers.get("Retry-After", "")))
+    full = {
+        window["window"]: window["resets_at"] - now
+        for window in quota_of(headers)
+        if window["full"]
+    }
+    asked = number(headers.get("Retry-After"))
+    with suppress(ValueError, TypeError):
+        asked = asked or parsedate_to_datetime(headers.get("Retry-After", "")).timestamp() - now
+    error.retry_after = max(0, asked, *full.values())
+    error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        pairs = ((k, v) for k, v in upstream.headers.items() if matches(k, kept))
+        pairs = ((k, v) for k, v in headers.items() if matches(k, kept))
         error.body, error.headers = raw, CIMultiDict(pairs)
     return error
 
@@ -1432,46 +1639,39 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_answer(call: Call, relay: Relay, coding: str, events: bool) -> ProxyError | None:
-    """An answer as it comes; an error that came too late for another try, if one did."""
+async def relay_answer(call: Call, relay: Relay, head: bytes, events: bool) -> None:
+    """An answer from its head to its end, however the connection ended; counts its tokens."""
+    if not events:
+        relay.response.content_length = len(head)
     try:
-        data, head, first = await read_head(call, relay, events)
-        named = renamed(head, first, call.model, not events)
-        relay.packed = relay.packed and named is head
-        if relay.packed:
-            relay.response.headers["Content-Encoding"] = coding
-        if not events:
-            relay.response.content_length = len(data if relay.packed else named)
-        await relay.write(data if relay.packed else named, named)
+        await relay.write(head)
         call.trouble = await relay.copy()
-        if events:  # what has come to its end is whole, however the connection ended
+        if events:
             whole = any(end in relay.tail for end in ENDINGS[call.dialect])
             call.trouble = "" if whole else call.trouble or "the stream stopped before its end"
-    except ProxyError as error:
-        if not relay.response.prepared:
-            raise
-        call.trouble = error.message
-        return error
-    return None
+    finally:
+        for sent, count in USAGE.findall(head + relay.tail):
+            name = "input_tokens" if sent else "output_tokens"
+            call.tokens[name] = max(call.tokens[name], int(count))
 
 
-async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, bytes, Json]:
-    """JSON, or a stream to the end of an event that is no ping: as it goes out, reads, and says."""
+async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, Json]:
+    """JSON, or a stream to the end of an event that is no ping: the bytes, and what they say."""
 
     def first(plain: bytes | bytearray) -> Json | None:
         texts = map(read_object, EVENT.findall(plain))
         return next((event for event in texts if event.get("type") != "ping"), None)
 
-    data, plain = await relay.head(first if events else lambda _: False)
+    head = await relay.head(first if events else lambda _: False)
     try:
-        answer = (first(plain) if events else None) or read_object(b"" if events else plain)
+        answer = (first(head) if events else None) or read_object(b"" if events else head)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
     if answer.get("type") == "error":
         status = STREAM_ERRORS.get(error_text(answer, "type"), 502)
         message = f"{call.provider} answered with an error: {error_text(answer, 'type')}"
-        raise ProxyError(status, message, body=compact(answer))
-    return data, plain, answer
+        raise ProxyError(status, message, said=error_text(answer), body=compact(answer))
+    return head, answer
 
 
 # == The server ====================================================================================
@@ -1548,7 +1748,7 @@ class Server:
         self.routes[call.route] += 1
         names = ("dialect", "model", "route", "provider", "account", "served_model")
         row = {name: getattr(call, name)[:200] for name in names}
-        row |= {"input_tokens": 0, "output_tokens": 0}  # not counted yet
+        row |= {name: call.tokens[name] for name in ("input_tokens", "output_tokens")}
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
         self.requests.append(row)
         told = f"{call.trouble}; {HINT}" if call.route == "amp" else call.trouble
@@ -1580,6 +1780,8 @@ class Server:
             check_local(request)
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
+        if method == "POST" and path == "/status":
+            return web.json_response({"woken": self.pool.wake(request.query.get("wake", ""))})
         if path.startswith(("/api/thread-actors", "/actors/")) and posted:
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
@@ -1596,15 +1798,22 @@ class Server:
         }  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
-        now, ends = self.clock.monotonic(), expiry(account.token)
-        state, counts = account.state(now), account.counts
+        now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
+        state, wait = account.state(now), account.wait("", now)
+        reasons = (
+            f"{model}: {rest.reason}".removeprefix(": ") for model, rest in account.rests.items()
+        )
+        quota = [{"window": w["window"], "used_percent": w["used_percent"],
+                  "resets_in_seconds": max(0, round(w["resets_at"] - time))}
+                 for w in account.quota]  # fmt: skip
+        names = ("requests", "errors", "input_tokens", "output_tokens")
         return {
-            "provider": account.type, "account": account.email, "state": state, "threads": 0,
-            "reason": account.reason if state != "ready" else "", "quota": [], "input_tokens": 0,
-            "wakes_in_seconds": round(account.wakes - now) if state == "resting" else None,
-            "expires_in_seconds": round(ends - self.clock.time()) if ends < 1e12 else None,
-            "plan": account.token.get("plan", ""), "in_flight": account.in_flight,
-            "requests": counts["requests"], "errors": counts["errors"], "output_tokens": 0,
+            "provider": account.type, "account": account.email, "state": state,
+            "reason": "; ".join(reasons), "quota": quota, "plan": account.token.get("plan", ""),
+            "wakes_in_seconds": round(wait) if state == "resting" else None,
+            "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
+            "in_flight": account.in_flight, "threads": account.threads,
+            **{name: account.counts[name] for name in names},
         }  # fmt: skip
 
     async def watch(self) -> None:
@@ -1644,7 +1853,7 @@ class Server:
 
     @classmethod
     async def run(cls, live: Live) -> None:
-        server, stop = cls(live, Net(live), time), asyncio.Event()
+        server, stop = cls(live, Net(live), Clock), asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
                 asyncio.get_running_loop().add_signal_handler(name, stop.set)
