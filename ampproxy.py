@@ -46,6 +46,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
@@ -59,11 +60,6 @@ except ImportError as error:
     hint = "start it with `uv run ampproxy.py`, or `python -m pip install aiohttp pyyaml` first"
     sys.exit(f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): {hint}")
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
@@ -74,14 +70,8 @@ Request = web.BaseRequest
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY, BODY_LIMIT = 60, 3600, 86400, 64 << 20
+CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 log = logging.getLogger("ampproxy")
-
-
-class Clock:
-    """What time it is; tests give another one, whose time passes when they say so."""
-
-    time, monotonic = staticmethod(time.time), staticmethod(time.monotonic)
-    sleep = staticmethod(asyncio.sleep)
 
 
 class Failure(Exception):
@@ -157,19 +147,18 @@ def mask(secret: str) -> str:
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
 
 
-class Redact(logging.Filter):
+SECRET = re.compile(
+    r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)"
+    r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+"
+)
+
+
+def redact(record: logging.LogRecord) -> bool:
     """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
-
-    secret = re.compile(
-        r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)"
-        r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+"
-    )
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        hide = lambda found: (found["kind"] or "") + mask(found["mail"] or found[0])  # noqa: E731
-        line = self.secret.sub(hide, record.getMessage())
-        record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
-        return True
+    hide = lambda found: (found["kind"] or "") + mask(found["mail"] or found[0])  # noqa: E731
+    line = SECRET.sub(hide, record.getMessage())
+    record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
+    return True
 
 
 # == Errors in each dialect ========================================================================
@@ -220,52 +209,41 @@ def error_frame(dialect: str, message: str) -> bytes:
 # `providers` is the provider table (facts of providers.md).  To add a key, add a row; to add a
 # provider, add a row and, in RULES, one small function for what is peculiar to it.
 DEFAULTS: Json = yaml.safe_load(r"""
-host: 127.0.0.1
-port: 8317
-auth-dir: ~/.ampproxy
-api-keys: ['']
-debug: false
-logging-to-file: false
-proxy-url: ''
-request-retry: 3
-max-retry-interval: 30.0
-max-cooldown: 1800.0
-routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h}
-streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0}
-ampcode:
-  {upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
-   upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], client-inference: true,
-   restrict-management-to-localhost: false, force-model-mappings: false,
-   model-mappings: [{from!: '', to!: [''], regex: false}]}
-claude-api-key: [&key {api-key!: '', base-url: '', models: [&model {name!: '', alias: ''}],
-                       excluded-models: [''], headers: {}}]
-codex-api-key: [*key]
-gemini-api-key: [*key]
-openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
-                        excluded-models: [''], api-key-entries: [{api-key!: ''}]}]
-providers:
-  claude:
-    {enabled: true, aliases: [anthropic], dialect: anthropic, base-url: https://api.anthropic.com,
-     paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
-     headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
-     passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
-              user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
-     models: [claude-*], excluded-models: [''],
-     max-tokens: 32000,  # for a client that sets none
-     authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
-     token-url: https://api.anthropic.com/v1/oauth/token,
-     profile-url: https://api.anthropic.com/api/oauth/profile,
-     client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
-     scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
-     callback-port: 54545, callback-path: /callback, refresh-lead: 300}
-  codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '',
-    profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
-    client-id: '', client-secret: ''}
-  gemini: *later
-  antigravity: *later
+{host: 127.0.0.1, port: 8317, auth-dir: ~/.ampproxy, api-keys: [''], debug: false,
+ logging-to-file: false, proxy-url: '',
+ request-retry: 3, max-retry-interval: 30.0, max-cooldown: 1800.0,
+ routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h},
+ streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
+ ampcode: {
+  upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
+  upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], client-inference: true,
+  restrict-management-to-localhost: false, force-model-mappings: false,
+  model-mappings: [{from!: '', to!: [''], regex: false}]},
+ claude-api-key: [&key {api-key!: '', base-url: '', models: [&model {name!: '', alias: ''}],
+                        excluded-models: [''], headers: {}}],
+ codex-api-key: [*key], gemini-api-key: [*key],
+ openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
+                         excluded-models: [''], api-key-entries: [{api-key!: ''}]}],
+ providers: {
+  claude: {
+   enabled: true, aliases: [anthropic], dialect: anthropic, base-url: https://api.anthropic.com,
+   paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
+   headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
+   passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
+            user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
+   models: [claude-*], excluded-models: [''], max-tokens: 32000,  # for a client that sets none
+   authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
+   token-url: https://api.anthropic.com/v1/oauth/token,
+   profile-url: https://api.anthropic.com/api/oauth/profile,
+   client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
+   scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
+   callback-port: 54545, callback-path: /callback, refresh-lead: 300},
+  codex: &later {
+   enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '', profile-url: '',
+   callback-port: 0, headers: {}, models: [''], excluded-models: [''], client-id: '',
+   client-secret: ''},
+  gemini: *later, antigravity: *later}}
 """)
-OLD_NAMES = {"upstream-url", "upstream-api-key", "restrict-management-to-localhost",
-             "model-mappings"}  # in CLIProxyAPI's older files, with "amp-" in front  # fmt: skip
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
@@ -346,22 +324,22 @@ class ConfigFile:
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
-        lines = {name.value: name.start_mark.line for name, _ in node.value}
         prefix = f"{key}." if key else ""
         if key.rpartition(".")[2] in TEXT_TABLES:
             names |= dict.fromkeys(given, "")
         table = {name: self.read(given.get(name), names[name], prefix + name) for name in names}
-        for name in OLD_NAMES if example is DEFAULTS else ():
-            inner, old = example["ampcode"][name], given.pop(f"amp-{name}", None)
+        for name, inner in example.get("ampcode", {}).items():  # CLIProxyAPI's older names
+            old = given.pop(f"amp-{name}", None)
             if old and table["ampcode"][name] == default(inner):
                 table["ampcode"][name] = self.read(old, inner, f"amp-{name}")
-        for name in (name for name in given if name not in names):
-            near = difflib.get_close_matches(name, names, 1, 0)[0]
-            place = f"{self.path}:{lines[name] + 1}"
-            self.warnings.append(f"{place}: unknown key {name!r}; the nearest is {near!r}")
-        for name in example:
-            if name.endswith("!") and not table[name[:-1]]:
-                self.fail(node, key, f"needs {name[:-1]!r}")
+        for key_node in (n for n, _ in node.value if n.value in given.keys() - names):
+            near = difflib.get_close_matches(key_node.value, names, 1, 0)[0]
+            place = f"{self.path}:{key_node.start_mark.line + 1}"
+            self.warnings.append(
+                f"{place}: unknown key {key_node.value!r}; the nearest is {near!r}"
+            )
+        if missing := [n[:-1] for n in example if n.endswith("!") and not table[n[:-1]]]:
+            self.fail(node, key, f"needs {missing[0]!r}")
         try:
             re.compile(table["from"] if table.get("regex") else "")
         except re.error as error:
@@ -582,16 +560,19 @@ async def locked(path: Path) -> AsyncIterator[None]:
     name = path.with_name(f".{path.name}.lock")
     with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         async with asyncio.timeout(30):
-            while not lock(file):
+            while is_taken(file):
                 await asyncio.sleep(0.05)
         yield
 
 
-def lock(file: Any) -> bool:
-    with suppress(BlockingIOError):
-        if fcntl:
+def is_taken(file: Any) -> bool:
+    """Whether another process holds the lock, which from now on is ours if none does."""
+    with suppress(ImportError):  # Windows has no such locks
+        fcntl = importlib.import_module("fcntl")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        except BlockingIOError:
+            return True
     return False
 
 
@@ -902,7 +883,7 @@ class Account:
 
 
 class Pool:
-    def __init__(self, live: Live, net: Net | None = None, clock: Any = Clock) -> None:
+    def __init__(self, live: Live, net: Net | None = None, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.accounts, self.stamps = dict[Path, Account](), dict[Path, Any]()
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
@@ -1853,7 +1834,7 @@ class Server:
 
     @classmethod
     async def run(cls, live: Live) -> None:
-        server, stop = cls(live, Net(live), Clock), asyncio.Event()
+        server, stop = cls(live, Net(live), CLOCK), asyncio.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
                 asyncio.get_running_loop().add_signal_handler(name, stop.set)
@@ -1869,7 +1850,7 @@ def set_up_log(live: Live) -> None:
     """To standard error, every line masked on its way; the libraries' own logs stay silent."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
-    handler.addFilter(Redact())
+    handler.addFilter(redact)
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.DEBUG if live.config["debug"] else logging.INFO)
     for name in ("aiohttp", "asyncio"):
