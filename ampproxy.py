@@ -50,6 +50,8 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
+if sys.platform != "win32":
+    import fcntl
 try:
     import aiohttp
     import yaml
@@ -560,20 +562,12 @@ async def locked(path: Path) -> AsyncIterator[None]:
     name = path.with_name(f".{path.name}.lock")
     with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         async with asyncio.timeout(30):
-            while is_taken(file):
+            while sys.platform != "win32":
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 await asyncio.sleep(0.05)
         yield
-
-
-def is_taken(file: Any) -> bool:
-    """Whether another process holds the lock, which from now on is ours if none does."""
-    with suppress(ImportError):  # Windows has no such locks
-        fcntl = importlib.import_module("fcntl")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def rfc3339(moment: float) -> str:
@@ -1109,6 +1103,7 @@ ROUTES = (  # path behind the prefix, dialect, verb
     (r"/responses", "responses", "responses"),
     (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
 )
+USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 BODY_WAIT = 10 * MINUTE
@@ -1138,6 +1133,12 @@ class Call:
         marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
         clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
         return {f"x-ampproxy-{name}": value for name, value in clean if value}
+
+    def count(self, data: bytes) -> None:
+        """Note the tokens that an answer speaks of: the largest figures, as they only grow."""
+        for sent, figure in USAGE.findall(data):
+            name = "input_tokens" if sent else "output_tokens"
+            self.tokens[name] = max(self.tokens[name], int(figure))
 
     async def read(self) -> None:
         """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
@@ -1235,6 +1236,7 @@ def target_without(request: Request, keys: list[str]) -> str:
 # From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
 TAIL, GZIP = 4096, b"\x1f\x8b"
+ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect",
@@ -1249,6 +1251,10 @@ def passing(headers: Any, *without: str) -> Headers:
     return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
 
 
+def is_stream(upstream: Upstream) -> bool:
+    return upstream.content_type == "text/event-stream"
+
+
 class Relay:
     """One answer on its way to the client, at the client's speed."""
 
@@ -1261,17 +1267,18 @@ class Relay:
         self.tail = b"\n\n"
 
     async def read(self) -> bytes:
-        """The next bytes; comments go out while none come."""
-        while True:
+        """The next bytes, b"" at the end; comments go out while none come."""
+        while not self.content.at_eof():
             try:
                 async with asyncio.timeout(self.silence) as silence:
                     raw = await self.content.readany()
                 return bytes(self.unpacker.decompress(raw)) if self.unpacker else raw
-            except TimeoutError:
+            except NET_ERRORS as error:
                 if not silence.expired():
-                    raise
+                    raise ProxyError(502, f"the upstream broke off: {why(error)}") from error
                 if self.tail.endswith((b"\n\n", b"\r\n\r\n")):
                     await self.write(b": keep-alive\n\n")
+        return b""
 
     async def write(self, data: bytes) -> None:
         self.tail = (self.tail + data[-TAIL:])[-TAIL:]
@@ -1280,26 +1287,24 @@ class Relay:
         if data:
             await self.response.write(data)
 
-    async def copy(self) -> str:
-        """The rest; returns what broke the upstream off, "" for nothing."""
-        while True:
-            try:
-                data = await self.read()
-            except NET_ERRORS as error:
-                return why(error)
-            if not data and self.content.at_eof():
-                return ""
-            await self.write(data)
-
     async def head(self, enough: Callable[[bytearray], object]) -> bytes:
         """The first bytes until they are enough, the end, or very many."""
         data = bytearray()
-        try:
-            while not (enough(data) or self.content.at_eof() or len(data) > BODY_LIMIT):
-                data += await self.read()
-        except NET_ERRORS as error:
-            raise ProxyError(502, f"the upstream sent no whole answer: {why(error)}") from error
+        while not (enough(data) or self.content.at_eof() or len(data) > BODY_LIMIT):
+            data += await self.read()
         return bytes(data)
+
+    async def copy(self, first: bytes, dialect: str) -> str:
+        """All of it, `first` in front; returns what broke it off, "" when it came to its end."""
+        broken, ends = "", ENDINGS.get(dialect, ())
+        try:
+            await self.write(first)
+            while not self.content.at_eof():
+                await self.write(await self.read())
+            broken = "the stream stopped before its end" if ends else ""
+        except ProxyError as error:
+            broken = error.message
+        return "" if any(end in self.tail for end in ends) else broken
 
     async def finish(self, dialect: str, broken: str) -> Answer:
         """The end; for a broken stream the dialect's error event, without one a cut."""
@@ -1373,15 +1378,13 @@ class Ampcode:
         async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
             relay = Relay(request, upstream, passing(upstream.headers))
             relay.response.headers.update(call.marks if call else {})
-            first = await opened(relay, edits)
-            plain = "Content-Encoding" not in upstream.headers
-            events = call and upstream.content_type == "text/event-stream" and plain
-            relay.silence = (streaming["keepalive-seconds"] or None) if events else None
-            await relay.write(first)
-            broken = await relay.copy()
-            if call:
-                call.trouble += f"; it broke off: {broken}" if broken else ""
-            return await relay.finish(call.dialect if call and events else "", broken)
+            first, dialect = await opened(relay, edits), ""
+            if call and is_stream(upstream) and "Content-Encoding" not in upstream.headers:
+                relay.silence, dialect = streaming["keepalive-seconds"] or None, call.dialect
+            broken = await relay.copy(first, "")
+            if call and broken:
+                call.trouble += f"; it broke off: {broken}"
+            return await relay.finish(dialect, broken)
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
@@ -1454,8 +1457,6 @@ def without_flag(body: bytes) -> bytes:
 # == Forwarding ====================================================================================
 # One model call: who serves the model, each account in turn, the first good answer.  Its bytes pass
 # untouched, but for the model's name.
-ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
-USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
 QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
                    r"(?P<field>status|utilization|reset)")  # fmt: skip
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
@@ -1535,22 +1536,24 @@ class Forwarder:
             relay = Relay(call.request, upstream, headers)
             if upstream.headers.get("Content-Encoding", "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
-            events = upstream.content_type == "text/event-stream"
-            relay.silence = (streaming["keepalive-seconds"] or None) if events else None
+            dialect = call.dialect if is_stream(upstream) else ""
+            relay.silence = (streaming["keepalive-seconds"] or None) if dialect else None
+            head = b""
             try:
-                head, first = await read_head(call, relay, events)
+                head = await read_head(call, relay, dialect)
                 self.pool.answered(account, call.model, began)
-                await relay_answer(
-                    call, relay, renamed(head, first, call.model, not events), events
-                )
+                if not dialect:
+                    relay.response.content_length = len(head)
+                call.trouble = await relay.copy(head, dialect)
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
                 call.trouble = late.message
                 self.pool.rest(account, late, call.model, began)
             finally:
+                call.count(head + relay.tail)
                 account.counts.update(call.tokens)
-            return await relay.finish(call.dialect if events else "", call.trouble)
+            return await relay.finish(dialect, call.trouble)
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
@@ -1620,24 +1623,8 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def relay_answer(call: Call, relay: Relay, head: bytes, events: bool) -> None:
-    """An answer from its head to its end, however the connection ended; counts its tokens."""
-    if not events:
-        relay.response.content_length = len(head)
-    try:
-        await relay.write(head)
-        call.trouble = await relay.copy()
-        if events:
-            whole = any(end in relay.tail for end in ENDINGS[call.dialect])
-            call.trouble = "" if whole else call.trouble or "the stream stopped before its end"
-    finally:
-        for sent, count in USAGE.findall(head + relay.tail):
-            name = "input_tokens" if sent else "output_tokens"
-            call.tokens[name] = max(call.tokens[name], int(count))
-
-
-async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, Json]:
-    """JSON, or a stream to the end of an event that is no ping: the bytes, and what they say."""
+async def read_head(call: Call, relay: Relay, events: str) -> bytes:
+    """An answer in one piece, or a stream to the end of an event that is no ping; renamed."""
 
     def first(plain: bytes | bytearray) -> Json | None:
         texts = map(read_object, EVENT.findall(plain))
@@ -1652,7 +1639,7 @@ async def read_head(call: Call, relay: Relay, events: bool) -> tuple[bytes, Json
         status = STREAM_ERRORS.get(error_text(answer, "type"), 502)
         message = f"{call.provider} answered with an error: {error_text(answer, 'type')}"
         raise ProxyError(status, message, said=error_text(answer), body=compact(answer))
-    return head, answer
+    return renamed(head, answer, call.model, not events)
 
 
 # == The server ====================================================================================
