@@ -27,6 +27,7 @@ import hashlib
 import hmac
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -36,7 +37,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.request
 import webbrowser
 import zlib
 from collections import Counter, deque
@@ -509,14 +509,11 @@ def limit_markers(body: Json) -> None:
     inner = (part for block in blocks for part in (block, *dicts(block.get("content"))))
     places = (dicts(body.get("tools")), dicts(body.get("system")), inner)
     tools, system, messages = ([b for b in place if b.get("cache_control")] for place in places)
-    surplus = system[:-1] + tools[:-1] + messages + system[-1:] + tools[-1:]
-    for block in surplus[: max(0, len(surplus) - 4)]:
+    for block in (system[:-1] + tools[:-1] + messages + system[-1:] + tools[-1:])[:-4]:
         del block["cache_control"]
-    short = False
-    for marker in (b.get("cache_control") for b in tools + system + messages):
-        if isinstance(marker, dict) and short:
-            marker.pop("ttl", None)
-        short = short or (isinstance(marker, dict) and marker.get("ttl") != "1h")
+    markers = (b.get("cache_control") for b in tools + system + messages)
+    for marker in itertools.dropwhile(lambda m: m.get("ttl") == "1h", dicts(list(markers))):
+        marker.pop("ttl", None)
 
 
 RULES = {"claude": prepare_claude}
@@ -603,21 +600,17 @@ class Net:
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
+            trust_env=True,  # HTTPS_PROXY and friends
             max_line_size=65536, max_field_size=65536,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )  # fmt: skip
-
-    def proxy(self, url: str) -> str | None:
-        """The outbound proxy for this address: `proxy-url`, else the environment's."""
-        given = urllib.request.getproxies().get(url.partition(":")[0])
-        around = urllib.request.proxy_bypass(URL(url).host or "")
-        return self.live.config["proxy-url"] or (None if around else given)
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
-        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
+        proxy = self.live.config["proxy-url"] or None
+        more |= {"timeout": timeout, "proxy": proxy, "allow_redirects": False}
         try:
             response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
@@ -735,20 +728,20 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
     loop = asyncio.get_running_loop()
     callback: asyncio.Future[dict[str, str]] = loop.create_future()
 
-    def take(found: dict[str, str]) -> bool:
-        fits = bool(found.get("code") or found.get("error"))
-        if fits and not callback.done():
+    def take(text: str) -> bool:
+        found = read_callback(text)
+        if found and not callback.done():
             callback.set_result(found)
-        return fits
+        return bool(found)
 
     async def handle(request: Request) -> Answer:
-        if request.path != row["callback-path"] or not take(dict(request.query)):
+        if request.path != row["callback-path"] or not take(request.raw_path):
             return web.Response(status=404, text="This is not the callback.\n")
         said = "The login was refused" if "error" in request.query else "Done, back to the terminal"
         return web.Response(text=f"{said}. You can close this page.\n")
 
     def paste(line: str) -> None:
-        if not take(read_callback(line)) and line.strip():
+        if line.strip() and not take(line):
             say("That is no callback: it has neither a code nor an error. Still waiting.")
 
     hint = f"end what holds it, or set providers.{row['name']}.callback-port"
@@ -848,7 +841,7 @@ class Account:
         self.email = str(token.get("email") or path.stem)
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
-        self.in_flight, self.threads, self.turn = 0, 0, 0
+        self.in_flight, self.turn = 0, 0
         self.counts, self.quota = Counter[str](), list[Json]()
         self.refreshing: asyncio.Task[None] | None = None
 
@@ -925,32 +918,33 @@ class Pool:
                 return None
             await self.clock.sleep(min(waits))
 
+    def threads(self) -> Counter[Account]:
+        since = self.clock.monotonic() - seconds(
+            self.live.config["routing"]["session-affinity-ttl"]
+        )
+        return Counter(account for account, used in self.homes.values() if used >= since)
+
     def home(self, thread: str, free: list[Account], now: float) -> Account:
         """The thread's account while it is free, else the one that suits a new thread best."""
-        ttl = seconds(self.live.config["routing"]["session-affinity-ttl"])
-        while self.homes and (oldest := next(iter(self.homes))):
-            if self.homes[oldest][1] + ttl >= now and len(self.homes) <= THREADS:
-                break
-            self.homes.pop(oldest)[0].threads -= 1
-        known, _ = self.homes.pop(thread, (None, now))
-        account = known if known in free else min(free, key=self.order)
-        if known:
-            known.threads -= 1
+        routing = self.live.config["routing"]
+        account, used = self.homes.pop(thread, (free[0], -NEVER))
+        if account not in free or used + seconds(routing["session-affinity-ttl"]) < now:
+            account = min(
+                free, key=functools.partial(self.order, routing["strategy"], self.threads())
+            )
         if thread:
             self.homes[thread] = account, now
-            account.threads += 1
+        if len(self.homes) > THREADS:
+            del self.homes[next(iter(self.homes))]
         self.turn = account.turn = self.turn + 1
         return account
 
-    def order(self, account: Account) -> tuple[Any, ...]:
-        """The smallest gets a new thread: one with room, the highest priority, the strategy's."""
-        key = {
-            "least-connections": (account.in_flight + account.threads, account.turn),
-            "round-robin": (account.turn,),
-            "fill-first": (),
-        }[self.live.config["routing"]["strategy"]]
-        priority = number(account.token.get("priority"))
-        return account.spent(self.clock.time()), -priority, *key, account.path
+    def order(self, strategy: str, threads: Counter[Account], account: Account) -> Any:
+        """The smallest suits best: one with room, of the highest priority, as the strategy says."""
+        load = {"least-connections": account.in_flight + threads[account], "round-robin": 0}
+        turn = 0 if strategy == "fill-first" else account.turn
+        full, priority = account.spent(self.clock.time()), number(account.token.get("priority"))
+        return full, -priority, load.get(strategy, 0), turn, account.path
 
     @contextmanager
     def lease(self, account: Account, model: str) -> Iterator[None]:
@@ -1235,7 +1229,7 @@ def target_without(request: Request, keys: list[str]) -> str:
 # == Passing answers on ============================================================================
 # From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
-TAIL, GZIP = 4096, b"\x1f\x8b"
+TAIL, GZIP, PACKED = 4096, b"\x1f\x8b", "Content-Encoding"
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1251,19 +1245,23 @@ def passing(headers: Any, *without: str) -> Headers:
     return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
 
 
-def is_stream(upstream: Upstream) -> bool:
-    return upstream.content_type == "text/event-stream"
-
-
 class Relay:
-    """One answer on its way to the client, at the client's speed."""
+    """One answer on its way to the client, at the client's speed; `call` is None for what passes
+    through.  Only a plain event stream of a model call can take comments and an error event."""
 
-    def __init__(self, request: Request, upstream: Upstream, headers: Headers) -> None:
-        status, reason = upstream.status, upstream.reason
-        self.request, self.content = request, upstream.content
-        self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
+    def __init__(
+        self, request: Request, upstream: Upstream, headers: Headers, call: Call | None, live: Live
+    ) -> None:
+        self.request, self.content, self.call = request, upstream.content, call
+        self.response = web.StreamResponse(
+            status=upstream.status, reason=upstream.reason, headers=headers
+        )
+        self.events = upstream.content_type == "text/event-stream"
+        self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
+        self.silence = (
+            (live.config["streaming"]["keepalive-seconds"] or None) if self.dialect else None
+        )
         self.unpacker: Any = None  # for bytes that are packed and must be read
-        self.silence: float | None = None  # seconds after which a comment goes out
         self.tail = b"\n\n"
 
     async def read(self) -> bytes:
@@ -1294,26 +1292,27 @@ class Relay:
             data += await self.read()
         return bytes(data)
 
-    async def copy(self, first: bytes, dialect: str) -> str:
-        """All of it, `first` in front; returns what broke it off, "" when it came to its end."""
-        broken, ends = "", ENDINGS.get(dialect, ())
+    async def rest(self, first: bytes, ends: tuple[bytes, ...] = ()) -> Answer:
+        """`first` and all that follows; a stream is whole with one of the `ends` near its end."""
+        broken = "the stream stopped before its end" if ends else ""
         try:
             await self.write(first)
             while not self.content.at_eof():
                 await self.write(await self.read())
-            broken = "the stream stopped before its end" if ends else ""
         except ProxyError as error:
             broken = error.message
-        return "" if any(end in self.tail for end in ends) else broken
+        return await self.finish("" if any(end in self.tail for end in ends) else broken)
 
-    async def finish(self, dialect: str, broken: str) -> Answer:
-        """The end; for a broken stream the dialect's error event, without one a cut."""
-        if broken and not dialect:
+    async def finish(self, broken: str = "") -> Answer:
+        """The end; for a broken answer the dialect's error event, where it has none a cut."""
+        if broken and self.call:
+            self.call.trouble += f"; {broken}" if self.call.trouble else broken
+        if broken and not self.dialect:
             if self.request.transport:
                 self.request.transport.abort()
             raise ConnectionResetError(broken)
         if broken:
-            await self.write(error_frame(dialect, broken))
+            await self.write(error_frame(self.dialect, broken))
         await self.response.write_eof()
         return self.response
 
@@ -1325,10 +1324,21 @@ SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
 
+@functools.lru_cache(1)
+def file_key(base: str, period: float) -> str:
+    """The secrets file's entry for this upstream; it, or its lack, is kept for five minutes."""
+    try:
+        path = SECRETS_FILE.expanduser()
+        entries = read_object(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
+        entries = {}
+    return str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
+
+
 class Ampcode:
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.from_file = (0.0, "", "")  # good until, upstream, key
         self.sockets: set[web.WebSocketResponse] = set()
 
     def base(self) -> str:
@@ -1342,21 +1352,8 @@ class Ampcode:
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
-        return str(next(filter(None, own), "") or self.file_key())
-
-    def file_key(self) -> str:
-        """The secrets file's entry for this upstream; it, or its lack, is kept for five minutes."""
-        until, base, key = self.from_file
-        if base != self.base() or until <= self.clock.monotonic():
-            entries, base = Json(), self.base()
-            try:
-                path = SECRETS_FILE.expanduser()
-                entries = read_object(path.read_bytes()) if path.exists() else {}
-            except (OSError, ValueError) as error:
-                log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
-            key = str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
-            self.from_file = (self.clock.monotonic() + 5 * MINUTE, base, key)
-        return key
+        period = self.clock.monotonic() // (5 * MINUTE)
+        return str(next(filter(None, own), "") or file_key(self.base(), period))
 
     def outgoing(self, request: Request, key: str) -> Headers:
         own = self.upstream_key(key)
@@ -1366,7 +1363,7 @@ class Ampcode:
 
     async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
         """One request there and its answer back; the body of a `call` was read already."""
-        headers, streaming = self.outgoing(request, key), self.live.config["streaming"]
+        headers = self.outgoing(request, key)
         data: Any = call.raw if call else request.content if request.body_exists else None
         if call or data is None:
             headers.popall("Content-Length", None)
@@ -1374,17 +1371,12 @@ class Ampcode:
         edits = asked == ("/api/internal", "getUserInfo")
         if edits := edits and self.live.config["ampcode"]["client-inference"]:
             headers["Accept-Encoding"] = "identity"
-        url, idle = self.address(request), streaming["idle-timeout-seconds"] if call else 0
+        url, idle = self.address(request), self.live.config["streaming"]["idle-timeout-seconds"]
+        idle = idle if call else 0
         async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
-            relay = Relay(request, upstream, passing(upstream.headers))
+            relay = Relay(request, upstream, passing(upstream.headers), call, self.live)
             relay.response.headers.update(call.marks if call else {})
-            first, dialect = await opened(relay, edits), ""
-            if call and is_stream(upstream) and "Content-Encoding" not in upstream.headers:
-                relay.silence, dialect = streaming["keepalive-seconds"] or None, call.dialect
-            broken = await relay.copy(first, "")
-            if call and broken:
-                call.trouble += f"; it broke off: {broken}"
-            return await relay.finish(dialect, broken)
+            return await relay.rest(await opened(relay, edits))
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
@@ -1392,7 +1384,10 @@ class Ampcode:
         own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
         url = URL(self.address(request), encoded=True)
         options: Any = {"autoping": False, "autoclose": False, "max_msg_size": BODY_LIMIT}
-        more: Any = {"proxy": self.net.proxy(self.base()), "protocols": list(filter(None, asked))}
+        more: Any = {
+            "proxy": self.live.config["proxy-url"] or None,
+            "protocols": list(filter(None, asked)),
+        }
         headers = passing(self.outgoing(request, key), *own)
         try:
             upstream = await self.net.session.ws_connect(url, headers=headers, **more, **options)
@@ -1429,15 +1424,15 @@ async def frames(source: Any, sink: Any) -> None:
 async def opened(relay: Relay, edits: bool) -> bytes:
     """First bytes; all, changed, of gzip that no header announces and of what may hold the flag."""
     headers = relay.response.headers
-    kind = headers.get("Content-Type", "")
-    if not edits and ("Content-Encoding" in headers or "event-stream" in kind or "zip" in kind):
+    packed = PACKED in headers or "zip" in headers.get("Content-Type", "")
+    if not edits and (packed or relay.events):
         return b""
     raw = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
     whole = relay.content.at_eof()
     body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
     if body != raw:
-        headers.popall("Content-Encoding", None)
+        headers.popall(PACKED, None)
         headers["Content-Length"] = str(len(body))
     return body
 
@@ -1523,37 +1518,33 @@ class Forwarder:
 
     async def exchange(self, call: Call, row: Json, account: Account, began: float) -> Answer:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
-        streaming, now = self.live.config["streaming"], self.pool.clock.time()
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
+        idle, now = self.live.config["streaming"]["idle-timeout-seconds"], self.pool.clock.time()
         more = {"headers": call.headers, "data": call.worded}
-        async with self.net.ask("POST", url, streaming["idle-timeout-seconds"], **more) as upstream:
+        async with self.net.ask("POST", url, idle, **more) as upstream:
             account.quota = quota_of(upstream.headers) or account.quota
             if upstream.status != 200:
                 raise await refusal(upstream, row["name"], now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update(call.marks)
-            relay = Relay(call.request, upstream, headers)
-            if upstream.headers.get("Content-Encoding", "identity").lower() != "identity":
+            relay, head = Relay(call.request, upstream, headers, call, self.live), b""
+            if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
-            dialect = call.dialect if is_stream(upstream) else ""
-            relay.silence = (streaming["keepalive-seconds"] or None) if dialect else None
-            head = b""
             try:
-                head = await read_head(call, relay, dialect)
+                head = await read_head(call, relay)
                 self.pool.answered(account, call.model, began)
-                if not dialect:
+                if not relay.dialect:
                     relay.response.content_length = len(head)
-                call.trouble = await relay.copy(head, dialect)
+                return await relay.rest(head, ENDINGS[call.dialect] if relay.dialect else ())
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
-                call.trouble = late.message
                 self.pool.rest(account, late, call.model, began)
+                return await relay.finish(late.message)
             finally:
                 call.count(head + relay.tail)
                 account.counts.update(call.tokens)
-            return await relay.finish(dialect, call.trouble)
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
@@ -1623,23 +1614,23 @@ def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
-async def read_head(call: Call, relay: Relay, events: str) -> bytes:
+async def read_head(call: Call, relay: Relay) -> bytes:
     """An answer in one piece, or a stream to the end of an event that is no ping; renamed."""
 
     def first(plain: bytes | bytearray) -> Json | None:
-        texts = map(read_object, EVENT.findall(plain))
+        texts = map(read_object, EVENT.findall(plain)) if relay.dialect else ()
         return next((event for event in texts if event.get("type") != "ping"), None)
 
-    head = await relay.head(first if events else lambda _: False)
+    head = await relay.head(first)
     try:
-        answer = (first(head) if events else None) or read_object(b"" if events else head)
+        answer = first(head) or read_object(b"" if relay.dialect else head)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
     if answer.get("type") == "error":
         status = STREAM_ERRORS.get(error_text(answer, "type"), 502)
         message = f"{call.provider} answered with an error: {error_text(answer, 'type')}"
         raise ProxyError(status, message, said=error_text(answer), body=compact(answer))
-    return renamed(head, answer, call.model, not events)
+    return renamed(head, answer, call.model, not relay.dialect)
 
 
 # == The server ====================================================================================
@@ -1780,7 +1771,7 @@ class Server:
             "reason": "; ".join(reasons), "quota": quota, "plan": account.token.get("plan", ""),
             "wakes_in_seconds": round(wait) if state == "resting" else None,
             "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
-            "in_flight": account.in_flight, "threads": account.threads,
+            "in_flight": account.in_flight, "threads": self.pool.threads()[account],
             **{name: account.counts[name] for name in names},
         }  # fmt: skip
 
