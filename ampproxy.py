@@ -44,7 +44,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -72,6 +71,7 @@ Request = web.BaseRequest
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY, BODY_LIMIT = 60, 3600, 86400, 64 << 20
+PACKED = "Content-Encoding"
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 log = logging.getLogger("ampproxy")
 
@@ -117,7 +117,6 @@ def number(value: Any) -> float:
 
 
 def seconds(text: str) -> float:
-    """A length of time such as 2h, 1h30m or 90."""
     parts = re.findall(r"(\d+)([smh]?)", text)
     return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
 
@@ -145,7 +144,6 @@ def same(one: str, other: str) -> bool:
 
 
 def mask(secret: str) -> str:
-    """Enough of a secret or an address to tell two apart, never enough to use."""
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
 
 
@@ -253,7 +251,6 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
 
 
 def misfit(example: Any, value: Any, name: str) -> str:
-    """What should have stood there, in words; "" when `value` fits."""
     kind, (low, high) = type(example), RANGES.get(name, (0, 1e9))
     fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
     words = WORDS[kind]
@@ -280,8 +277,6 @@ def default(example: Any) -> Any:
 
 
 class ConfigFile:
-    """One file, read and checked: `config`, and `warnings` about keys that are not known."""
-
     def __init__(self, path: Path) -> None:
         self.path, self.warnings = path, list[str]()
         try:
@@ -322,7 +317,6 @@ class ConfigFile:
         return value.strip() if isinstance(value, str) else value
 
     def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
-        """Its keys; old names move to their place, unknown ones are named with the nearest."""
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
@@ -350,7 +344,6 @@ class ConfigFile:
 
 
 def find_config(given: str | None) -> Path | None:
-    """--config, else the folder, beside the script, the user's own; None when there is none."""
     folders = (Path.cwd(), Path(__file__).resolve().parent, Path("~/.config/ampproxy").expanduser())
     found = (d / "config.yaml" for d in folders if (d / "config.yaml").is_file())
     return Path(given).expanduser() if given else next(found, None)
@@ -361,7 +354,6 @@ def is_loopback(host: str) -> bool:
 
 
 def stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does; None while there is none."""
     with suppress(OSError):
         found = path.stat()
         return found.st_mtime_ns, found.st_size, found.st_ino
@@ -377,7 +369,6 @@ class Live:
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
     def load(self, running: bool = False) -> None:
-        """The file over the defaults, the command line over both; Failure for what must not run."""
         file = ConfigFile(self.path) if self.path else None
         config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
         config["api-keys"] = [key for key in config["api-keys"] if key]
@@ -410,7 +401,6 @@ class Live:
         return {**row, "base-url": re.sub(r"(/v\d\w*)?/*$", "", row["base-url"].rstrip("/"))}
 
     def rows_for(self, model: str, dialect: str) -> list[Json]:
-        """The providers that are switched on and whose patterns take the model in this dialect."""
         rows = [self.row(name) for name, row in self.config["providers"].items() if row["enabled"]]
         rows = [row for row in rows if row["dialect"] == dialect and matches(model, row["models"])]
         return [row for row in rows if not matches(model, row["excluded-models"])]
@@ -539,7 +529,6 @@ def save_token(path: Path, token: Json) -> None:
 
 
 def read_token(path: Path) -> Json:
-    """One token file; OSError or ValueError for what is none."""
     token = read_object(path.read_bytes())
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
@@ -557,7 +546,7 @@ def merge_token(path: Path, known: Json, changes: Json) -> Json:
 async def locked(path: Path) -> AsyncIterator[None]:
     """Alone with a token file, also among processes: the system frees the lock of one that dies."""
     name = path.with_name(f".{path.name}.lock")
-    with open(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+    with os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600)) as file:
         async with asyncio.timeout(30):
             while sys.platform != "win32":
                 with suppress(BlockingIOError):
@@ -588,19 +577,12 @@ def expiry(token: Json) -> float:
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
 
-async def refuse_redirect(*args: Any) -> None:
-    """For WebSockets, which aiohttp would redirect, keys and all, without asking."""
-    raise aiohttp.ClientConnectionError("it redirects")
-
-
 class Net:
     def __init__(self, live: Live) -> None:
-        self.live, trace = live, aiohttp.TraceConfig()
-        trace.on_request_redirect.append(refuse_redirect)
+        self.live = live
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
-            trust_env=True,  # HTTPS_PROXY and friends
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=True,
             max_line_size=65536, max_field_size=65536,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )  # fmt: skip
@@ -634,7 +616,6 @@ class Net:
 
 
 def error_text(answer: Json, *keys: str) -> str:
-    """What an upstream said went wrong, in any of the shapes in use."""
     parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
     keys = keys or ("type", "code", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
@@ -697,7 +678,6 @@ def has_browser() -> bool:
 
 
 async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
-    """From the address that the person opens to the token file; the e-mail address and the path."""
     (verifier, challenge), state = pkce(), secrets.token_urlsafe(24)
     query = {name: row[name.replace("_", "-")] for name in ("client_id", "scope")}
     query |= {**row["authorize-query"], "response_type": "code", "state": state}
@@ -817,7 +797,6 @@ NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads th
 
 
 def verdict(error: ProxyError) -> tuple[str, float, str]:
-    """What rests, for how many seconds, and who is tried next."""
     said = f"{error.status} {error.said}"
     return next(row[1:] for row in RESTS if re.match(row[0], said, re.I | re.S))
 
@@ -834,8 +813,6 @@ class Rest:
 
 
 class Account:
-    """One token file and what this process knows of it."""
-
     def __init__(self, path: Path, token: Json) -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
@@ -861,6 +838,10 @@ class Account:
         awake = "needs-login" if wait == NEVER else "resting" if wait else "ready"
         return "disabled" if self.token.get("disabled") is True else awake
 
+    def stale(self, refused: str, moment: float) -> bool:
+        """Whether the access token is the one that was `refused`, or has ended by then."""
+        return refused == self.token.get("access_token") or expiry(self.token) < moment
+
     def hint(self) -> str:
         return f"run `ampproxy.py login {self.type}`"
 
@@ -870,7 +851,7 @@ class Account:
 
 
 class Pool:
-    def __init__(self, live: Live, net: Net | None = None, clock: Any = CLOCK) -> None:
+    def __init__(self, live: Live, net: Any = None, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.accounts, self.stamps = dict[Path, Account](), dict[Path, Any]()
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
@@ -899,7 +880,6 @@ class Pool:
         account.token = token
 
     def of(self, row: Json) -> list[Account]:
-        """A provider's accounts, all but the disabled."""
         mine = (a for a in self.accounts.values() if a.type == row["name"])
         return [a for a in mine if a.token.get("disabled") is not True]
 
@@ -918,20 +898,14 @@ class Pool:
                 return None
             await self.clock.sleep(min(waits))
 
-    def threads(self) -> Counter[Account]:
-        since = self.clock.monotonic() - seconds(
-            self.live.config["routing"]["session-affinity-ttl"]
-        )
-        return Counter(account for account, used in self.homes.values() if used >= since)
-
     def home(self, thread: str, free: list[Account], now: float) -> Account:
         """The thread's account while it is free, else the one that suits a new thread best."""
-        routing = self.live.config["routing"]
-        account, used = self.homes.pop(thread, (free[0], -NEVER))
-        if account not in free or used + seconds(routing["session-affinity-ttl"]) < now:
-            account = min(
-                free, key=functools.partial(self.order, routing["strategy"], self.threads())
-            )
+        oldest = now - seconds(self.live.config["routing"]["session-affinity-ttl"])
+        while self.homes and next(iter(self.homes.values()))[1] < oldest:
+            del self.homes[next(iter(self.homes))]
+        account, _ = self.homes.pop(thread, (None, now))
+        if account not in free:
+            account = min(free, key=self.order)
         if thread:
             self.homes[thread] = account, now
         if len(self.homes) > THREADS:
@@ -939,12 +913,15 @@ class Pool:
         self.turn = account.turn = self.turn + 1
         return account
 
-    def order(self, strategy: str, threads: Counter[Account], account: Account) -> Any:
+    def threads(self, account: Account) -> int:
+        return sum(home is account for home, _ in self.homes.values())
+
+    def order(self, account: Account) -> tuple[Any, ...]:
         """The smallest suits best: one with room, of the highest priority, as the strategy says."""
-        load = {"least-connections": account.in_flight + threads[account], "round-robin": 0}
+        strategy, full = self.live.config["routing"]["strategy"], account.spent(self.clock.time())
+        busy = account.in_flight + self.threads(account) if strategy == "least-connections" else 0
         turn = 0 if strategy == "fill-first" else account.turn
-        full, priority = account.spent(self.clock.time()), number(account.token.get("priority"))
-        return full, -priority, load.get(strategy, 0), turn, account.path
+        return full, -number(account.token.get("priority")), busy, turn, account.path
 
     @contextmanager
     def lease(self, account: Account, model: str) -> Iterator[None]:
@@ -991,15 +968,10 @@ class Pool:
             then = account.hint() if wait == NEVER else f"wakes in {wait:.0f} s"
             reasons = ", ".join(rest.reason for rest in account.resting(model))
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
-        first = min(waits)
-        status, message = (
-            401 if first == NEVER else 429,
-            "no account can answer; " + ". ".join(told),
-        )
-        return ProxyError(status, message, 0 if first == NEVER else first)
+        first, message = min(waits), "no account can answer; " + ". ".join(told)
+        return ProxyError(401, message) if first == NEVER else ProxyError(429, message, first)
 
     def wake(self, name: str) -> list[str]:
-        """End the rests of the account with this e-mail address or file name; those it found."""
         found = [a for a in self.accounts.values() if name in (a.email, a.path.name, a.path.stem)]
         for account in found:
             account.rests.clear()
@@ -1009,20 +981,16 @@ class Pool:
     async def bearer(self, row: Json, account: Account, refused: str = "") -> str:
         """An access token that is good for another minute and is not the one that was `refused`."""
         soon = self.clock.time() + MINUTE
-        if refused == account.token.get("access_token") or expiry(account.token) < soon:
+        if account.stale(refused, soon):
             task = account.refreshing or self.begin_refresh(row, account, refused)
             await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
-        ended = (
-            refused == account.token.get("access_token") or expiry(account.token) < soon - MINUTE
-        )
         if account.wait("", 0) == NEVER or not account.token.get("access_token"):
             raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint()}")
-        if ended:
-            raise ProxyError(503, account.trouble)
+        if account.stale(refused, soon - MINUTE):
+            raise ProxyError(503, account.trouble or "its token was not refreshed in time")
         return str(account.token["access_token"])
 
     def begin_refresh(self, row: Json, account: Account, refused: str) -> asyncio.Task[None]:
-        """One refresh at a time; it goes on when the client that waits for it leaves."""
         task = account.refreshing = asyncio.create_task(self.refresh(row, account, refused))
         task.add_done_callback(lambda _: setattr(account, "refreshing", None))
         return task
@@ -1032,21 +1000,20 @@ class Pool:
         try:
             async with locked(account.path):
                 self.read(account.path)
-                old = account.token
-                fresh = expiry(old) > self.clock.time() + MINUTE
-                if (fresh and old.get("access_token") != refused) or not self.net:
+                late = account.stale(refused, self.clock.time() + MINUTE)
+                if not late or account.retry > self.clock.monotonic():
                     return
-                if account.retry > self.clock.monotonic():
-                    return
-                if not old.get("refresh_token"):
+                if not account.token.get("refresh_token"):
                     raise ProxyError(401, "refused, and there is no refresh token")
-                form = {"grant_type": "refresh_token", "refresh_token": old["refresh_token"]}
+                form = {"grant_type": "refresh_token"}
+                form |= {"refresh_token": account.token["refresh_token"]}
                 async with asyncio.timeout(REFRESH_WAIT):
                     answer = await ask_token(self.net, row, form)
                 account.token = await self.save(account, token_fields(answer, self.clock.time()))
                 log.info("%s: token refreshed", account)
         except (ProxyError, *NET_ERRORS) as error:
-            self.refresh_failed(account, error)
+            wrong = error if isinstance(error, ProxyError) else ProxyError(503, why(error))
+            self.refresh_failed(account, wrong)
 
     async def save(self, account: Account, changes: Json) -> Json:
         """On disk before it is used; where that fails, tried again each second."""
@@ -1061,15 +1028,15 @@ class Pool:
             await asyncio.sleep(1)
         return token
 
-    def refresh_failed(self, account: Account, error: Exception) -> None:
+    def refresh_failed(self, account: Account, error: ProxyError) -> None:
         """Another program may have been faster: its token is in the file by now, and adopted."""
         old = account.token.get("access_token")
         self.read(account.path)
         if account.token.get("access_token") == old:
-            account.trouble = f"refresh failed: {why(error)}"
+            account.trouble = f"refresh failed: {error.message}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
             log.error("%s: %s", account, account.trouble)
-            if isinstance(error, ProxyError) and error.status == 401:
+            if error.status == 401 or account.stale("", self.clock.time()):
                 self.rest(account, error, "", NEVER)
 
     def refresh_ahead(self) -> None:
@@ -1089,23 +1056,18 @@ class Pool:
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
-PREFIX = r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
-ROUTES = (  # path behind the prefix, dialect, verb
-    (r"/messages", "anthropic", "messages"),
-    (r"/messages/count_tokens", "anthropic", "count_tokens"),
-    (r"/chat/completions", "chat", "completions"),
-    (r"/responses", "responses", "responses"),
-    (r"/models/(?P<model>[^/:]+):(?P<verb>\w+)", "gemini", ""),
+MODEL_PATH = re.compile(
+    r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
+    r"/(?P<end>messages(?:/count_tokens)?|chat/completions|responses"
+    r"|models/(?P<model>[^/:]+):(?P<verb>\w+))"
 )
+DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
-BODY_WAIT = 10 * MINUTE
 
 
 class Call:
-    """One model call: what was asked, what goes to the provider, who answered, what went wrong."""
-
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
@@ -1136,11 +1098,13 @@ class Call:
 
     async def read(self) -> None:
         """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
-        self.raw = await read_body(self.request)
-        packed = self.request.headers.get("Content-Encoding", "identity").lower() != "identity"
         try:
+            self.raw = await self.request.read()
+            packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
             self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
-        except ValueError as error:
+        except web.HTTPRequestEntityTooLarge as error:
+            raise ProxyError(413, "The request body is larger than 64 MiB") from error
+        except (web.RequestPayloadError, *NET_ERRORS) as error:
             raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
         model = self.model or self.body.get("model")
         if not isinstance(model, str) or not model:
@@ -1149,23 +1113,12 @@ class Call:
 
 
 def find_call(request: Request) -> Call | None:
-    for path, dialect, verb in ROUTES:
-        if found := re.fullmatch(PREFIX + path, request.rel_url.raw_path):
-            parts = {"model": "", "verb": verb, **found.groupdict()}
-            return Call(
-                request, dialect, parts["verb"], bool(parts["amp"]), unquote(parts["model"])
-            )
-    return None
-
-
-async def read_body(request: Request) -> bytes:
-    try:
-        async with asyncio.timeout(BODY_WAIT):
-            return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise ProxyError(413, "The request body is larger than 64 MiB") from error
-    except (web.RequestPayloadError, *NET_ERRORS) as error:
-        raise ProxyError(400, "The request body was cut short") from error
+    found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
+    if not found:
+        return None
+    first, _, last = found["end"].partition("/")
+    verb = found["verb"] or last or first
+    return Call(request, DIALECTS[first], verb, bool(found["amp"]), unquote(found["model"] or ""))
 
 
 def is_upgrade(request: Request) -> bool:
@@ -1210,13 +1163,6 @@ def client_key(request: Request, keys: list[str]) -> str:
     return right[0] if right else ""
 
 
-def check_local(request: Request) -> None:
-    """By the socket's other end: forwarding headers prove nothing."""
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    if not peer or not is_loopback(str(peer[0])):
-        raise ProxyError(403, "Access denied: management routes restricted to localhost")
-
-
 def target_without(request: Request, keys: list[str]) -> str:
     """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
     path, mark, query = request.raw_path.partition("?")
@@ -1229,7 +1175,7 @@ def target_without(request: Request, keys: list[str]) -> str:
 # == Passing answers on ============================================================================
 # From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
 # a ProxyError can still become something better; after it, what breaks ends the answer visibly.
-TAIL, GZIP, PACKED = 4096, b"\x1f\x8b", "Content-Encoding"
+TAIL, GZIP = 4096, b"\x1f\x8b"
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1337,8 +1283,8 @@ def file_key(base: str, period: float) -> str:
 
 
 class Ampcode:
-    def __init__(self, live: Live, net: Net, clock: Any) -> None:
-        self.live, self.net, self.clock = live, net, clock
+    def __init__(self, pool: Pool) -> None:
+        self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
         self.sockets: set[web.WebSocketResponse] = set()
 
     def base(self) -> str:
@@ -1379,46 +1325,36 @@ class Ampcode:
             return await relay.rest(await opened(relay, edits))
 
     async def tunnel(self, request: Request, key: str) -> Answer:
-        """A WebSocket, frame by frame, with the upstream's choice of subprotocol and close code."""
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
         own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
-        url = URL(self.address(request), encoded=True)
-        options: Any = {"autoping": False, "autoclose": False, "max_msg_size": BODY_LIMIT}
-        more: Any = {
-            "proxy": self.live.config["proxy-url"] or None,
-            "protocols": list(filter(None, asked)),
-        }
-        headers = passing(self.outgoing(request, key), *own)
+        url, proxy = URL(self.address(request), encoded=True), self.live.config["proxy-url"] or None
         try:
-            upstream = await self.net.session.ws_connect(url, headers=headers, **more, **options)
+            upstream = await self.net.session.ws_connect(
+                url, headers=passing(self.outgoing(request, key), *own), proxy=proxy,
+                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT,
+            )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
-        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **options)
+        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], max_msg_size=BODY_LIMIT)
         self.sockets.add(client)
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
         finally:
             self.sockets.discard(client)
-            gone = client.close_code in (None, 1006)  # without a close frame
-            await upstream.close(code=1001 if gone else client.close_code or 1001)
+            await upstream.close(code=aiohttp.WSCloseCode.GOING_AWAY)
         return client
 
 
 async def frames(source: Any, sink: Any) -> None:
-    """Pass frames on until the source closes, then close the sink with its code and reason."""
-    kind = aiohttp.WSMsgType
-    send = {kind.TEXT: sink.send_str, kind.BINARY: sink.send_bytes, kind.PING: sink.ping,
-            kind.PONG: sink.pong}  # fmt: skip
+    text = aiohttp.WSMsgType.TEXT
     with suppress(ConnectionError, RuntimeError):
-        while (frame := await source.receive()).type in send:
-            await send[frame.type](frame.data)
-        closed = (frame.data or 1000, frame.extra or "") if frame.type == kind.CLOSE else (1011, "")
-        if frame.type != kind.CLOSING:  # then the other direction is at it already
-            for end in (sink, source):
-                await end.close(code=closed[0], message=closed[1].encode())
+        async for frame in source:
+            await (sink.send_str if frame.type == text else sink.send_bytes)(frame.data)
+    code = source.close_code or 1006
+    await sink.close(code=1011 if code == 1006 else code)
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
@@ -1458,15 +1394,12 @@ EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
 STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
 
 
-class Forwarder:
-    def __init__(self, live: Live, net: Net, pool: Pool, amp: Ampcode) -> None:
-        self.live, self.net, self.pool, self.amp = live, net, pool, amp
-
+class Forwarder(Ampcode):
     async def answer(self, call: Call, key: str) -> Answer:
         """From the accounts as the pool chooses them, else from ampcode.com, else a ProxyError."""
         await call.read()
         config, spent = self.live.config, set[Account]()
-        until = self.pool.clock.monotonic() + config["max-retry-interval"]
+        until = self.clock.monotonic() + config["max-retry-interval"]
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
@@ -1490,7 +1423,7 @@ class Forwarder:
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             call.account, call.trouble = "", error.message
-            return await self.amp.forward(call.request, key, call)
+            return await self.forward(call.request, key, call)
         raise error
 
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
@@ -1499,7 +1432,7 @@ class Forwarder:
         short = min(SHORT_WAIT, self.live.config["max-retry-interval"])
         with self.pool.lease(account, call.model):
             while True:
-                began = self.pool.clock.monotonic()
+                began = self.clock.monotonic()
                 token = await self.pool.bearer(row, account, refused)
                 call.headers["Authorization"] = f"Bearer {token}"
                 try:
@@ -1511,7 +1444,7 @@ class Forwarder:
                     if error.status == 401 and not refused:
                         refused = token
                     elif then in ("again", "wait") and left > 0 and pause <= short:
-                        await self.pool.clock.sleep(pause)
+                        await self.clock.sleep(pause)
                     else:
                         self.pool.rest(account, error, call.model, began)
                         raise
@@ -1520,7 +1453,7 @@ class Forwarder:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
-        idle, now = self.live.config["streaming"]["idle-timeout-seconds"], self.pool.clock.time()
+        idle, now = self.live.config["streaming"]["idle-timeout-seconds"], self.clock.time()
         more = {"headers": call.headers, "data": call.worded}
         async with self.net.ask("POST", url, idle, **more) as upstream:
             account.quota = quota_of(upstream.headers) or account.quota
@@ -1548,7 +1481,6 @@ class Forwarder:
 
 
 def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
-    """What goes to the provider: the row's headers, the client's that may pass, and the body."""
     headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         headers[name] = ",".join(given.getall(name))
@@ -1589,10 +1521,7 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
         for window in quota_of(headers)
         if window["full"]
     }
-    asked = number(headers.get("Retry-After"))
-    with suppress(ValueError, TypeError):
-        asked = asked or parsedate_to_datetime(headers.get("Retry-After", "")).timestamp() - now
-    error.retry_after = max(0, asked, *full.values())
+    error.retry_after = max(0, number(headers.get("Retry-After")), *full.values())
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
@@ -1601,16 +1530,13 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
     return error
 
 
-def renamed(data: bytes, answer: Json, asked: str, whole: bool) -> bytes:
+def renamed(data: bytes, answer: Json, asked: str) -> bytes:
     """The answer with the model's name as the client gave it; the same bytes if it is that one."""
     holder = answer["message"] if isinstance(answer.get("message"), dict) else answer
     name = holder.get("model")
     if not isinstance(name, str) or name == asked:
         return data
     pattern = rb'("model"\s*:\s*)' + re.escape(json.dumps(name).encode())
-    if whole and len(re.findall(pattern, data)) != 1:  # a tool's input has such a key too
-        holder["model"] = asked
-        return compact(answer)
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 
@@ -1630,7 +1556,7 @@ async def read_head(call: Call, relay: Relay) -> bytes:
         status = STREAM_ERRORS.get(error_text(answer, "type"), 502)
         message = f"{call.provider} answered with an error: {error_text(answer, 'type')}"
         raise ProxyError(status, message, said=error_text(answer), body=compact(answer))
-    return renamed(head, answer, call.model, not relay.dialect)
+    return renamed(head, answer, call.model)
 
 
 # == The server ====================================================================================
@@ -1668,14 +1594,13 @@ class Listener(web.Server):
 class Server:
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.pool, self.amp = Pool(live, net, clock), Ampcode(live, net, clock)
-        self.forwarder = Forwarder(live, net, self.pool, self.amp)
+        self.pool = Pool(live, net, clock)
+        self.forwarder = Forwarder(self.pool)
         self.began, self.server_side = clock.monotonic(), 0
         self.routes: Counter[str] = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.requests: deque[Json] = deque(maxlen=100)
 
     async def handle(self, request: Request) -> Answer:
-        """Any request; errors leave here, worded in the path's dialect."""
         call, began = find_call(request), self.clock.monotonic()
         response: Answer | None = None
         try:
@@ -1703,7 +1628,6 @@ class Server:
         return response
 
     def note(self, call: Call, status: int, took: float) -> None:
-        """One finished model call: a row of the status, a line of the log."""
         self.routes[call.route] += 1
         names = ("dialect", "model", "route", "provider", "account", "served_model")
         row = {name: getattr(call, name)[:200] for name in names}
@@ -1726,17 +1650,17 @@ class Server:
         if method == "HEAD" and path in ("/", "/api/hello"):
             return web.Response(status=200 if path == "/" else 404)
         if is_browser_path(request):
-            return web.Response(status=302, headers={"Location": self.amp.address(request)})
+            return web.Response(status=302, headers={"Location": self.forwarder.address(request)})
         key = client_key(request, config["api-keys"])
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         posted = method == "POST" or is_upgrade(request)
         if call and is_upgrade(request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and posted:
             return await self.forwarder.answer(call, key)
-        if config["ampcode"]["restrict-management-to-localhost"] and not call:
-            check_local(request)
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        local = config["ampcode"]["restrict-management-to-localhost"] and not call
+        if local and not (peer and is_loopback(str(peer[0]))):  # forwarding headers prove nothing
+            raise ProxyError(403, "Access denied: management routes restricted to localhost")
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
         if method == "POST" and path == "/status":
@@ -1744,7 +1668,7 @@ class Server:
         if path.startswith(("/api/thread-actors", "/actors/")) and posted:
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
-        pass_on = self.amp.tunnel if is_upgrade(request) else self.amp.forward
+        pass_on = self.forwarder.tunnel if is_upgrade(request) else self.forwarder.forward
         return await pass_on(request, key)
 
     def report(self) -> Json:
@@ -1759,9 +1683,7 @@ class Server:
     def report_account(self, account: Account) -> Json:
         now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
         state, wait = account.state(now), account.wait("", now)
-        reasons = (
-            f"{model}: {rest.reason}".removeprefix(": ") for model, rest in account.rests.items()
-        )
+        reasons = (f"{m}: {rest.reason}".removeprefix(": ") for m, rest in account.rests.items())
         quota = [{"window": w["window"], "used_percent": w["used_percent"],
                   "resets_in_seconds": max(0, round(w["resets_at"] - time))}
                  for w in account.quota]  # fmt: skip
@@ -1771,7 +1693,7 @@ class Server:
             "reason": "; ".join(reasons), "quota": quota, "plan": account.token.get("plan", ""),
             "wakes_in_seconds": round(wait) if state == "resting" else None,
             "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
-            "in_flight": account.in_flight, "threads": self.pool.threads()[account],
+            "in_flight": account.in_flight, "threads": self.pool.threads(account),
             **{name: account.counts[name] for name in names},
         }  # fmt: skip
 
@@ -1804,7 +1726,7 @@ class Server:
             async with listen(server, host, port, hint) as bound:
                 yield bound
                 going = aiohttp.WSCloseCode.GOING_AWAY
-                await asyncio.gather(*(socket.close(code=going) for socket in self.amp.sockets))
+                await asyncio.gather(*(s.close(code=going) for s in self.forwarder.sockets))
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
@@ -1844,11 +1766,11 @@ NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
     """The event loop: uvloop's where it is installed."""
-    factory = None
-    with suppress(ImportError):
-        factory = importlib.import_module("uvloop").new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(work)
+    try:
+        start = importlib.import_module("uvloop").run
+    except ImportError:
+        start = asyncio.run
+    return start(work)
 
 
 def serve(live: Live, args: argparse.Namespace) -> None:
@@ -1903,7 +1825,6 @@ def check(live: Live, args: argparse.Namespace) -> None:
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """A copy with every secret cut to its first letters, at any depth."""
     if isinstance(value, dict):
         return {k: masked(v, f"{key} {k}".lower()) for k, v in value.items()}
     if isinstance(value, list):
