@@ -22,11 +22,8 @@ import base64
 import difflib
 import fnmatch
 import functools
-import gzip
 import hashlib
-import hmac
 import importlib
-import io
 import itertools
 import json
 import logging
@@ -128,9 +125,10 @@ def dicts(value: Any) -> Iterator[Json]:
 
 def inflate(raw: bytes) -> bytes | None:
     """Gzip unpacked; None for what is none, cut short, corrupt, or larger than BODY_LIMIT."""
-    with suppress(OSError, EOFError, zlib.error):
-        plain = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(BODY_LIMIT + 1)
-        return plain if raw and len(plain) <= BODY_LIMIT else None
+    with suppress(zlib.error):
+        unpacker = zlib.decompressobj(31)
+        plain = unpacker.decompress(raw, BODY_LIMIT + 1)
+        return plain if unpacker.eof and not unpacker.unused_data else None
     return None
 
 
@@ -140,7 +138,7 @@ def why(error: BaseException) -> str:
 
 
 def same(one: str, other: str) -> bool:
-    return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
+    return secrets.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
 
 
 def mask(secret: str) -> str:
@@ -183,18 +181,6 @@ def error_body(dialect: str, status: int, message: str) -> Json:
     if dialect == "gemini":
         return {"error": {"code": status, "message": message, "status": google}}
     return {"error": {"message": message, "type": openai, "code": openai} if dialect else message}
-
-
-def error_response(dialect: str, error: ProxyError) -> web.Response:
-    """The whole answer; SDKs are told not to sit through a wait over 30 s (clients.md)."""
-    headers = error.headers.copy()
-    headers.setdefault("Content-Type", "application/json")
-    if error.retry_after:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
-    if error.retry_after > 30:
-        headers["x-should-retry"] = "false"
-    body = error.body or compact(error_body(dialect, error.status, error.message))
-    return web.Response(status=error.status, body=body, headers=headers)
 
 
 def error_frame(dialect: str, message: str) -> bytes:
@@ -328,12 +314,10 @@ class ConfigFile:
             old = given.pop(f"amp-{name}", None)
             if old and table["ampcode"][name] == default(inner):
                 table["ampcode"][name] = self.read(old, inner, f"amp-{name}")
-        for key_node in (n for n, _ in node.value if n.value in given.keys() - names):
-            near = difflib.get_close_matches(key_node.value, names, 1, 0)[0]
-            place = f"{self.path}:{key_node.start_mark.line + 1}"
-            self.warnings.append(
-                f"{place}: unknown key {key_node.value!r}; the nearest is {near!r}"
-            )
+        for node_name in (n for n, _ in node.value if n.value in given.keys() - names):
+            near = difflib.get_close_matches(node_name.value, names, 1, 0)[0]
+            told = f"unknown key {node_name.value!r}; the nearest is {near!r}"
+            self.warnings.append(f"{self.path}:{node_name.start_mark.line + 1}: {told}")
         if missing := [n[:-1] for n in example if n.endswith("!") and not table[n[:-1]]]:
             self.fail(node, key, f"needs {missing[0]!r}")
         try:
@@ -1072,6 +1056,7 @@ class Call:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
         self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
+        self.silence: float | None = None  # seconds after which a comment goes out
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
     @property
@@ -1195,18 +1180,13 @@ class Relay:
     """One answer on its way to the client, at the client's speed; `call` is None for what passes
     through.  Only a plain event stream of a model call can take comments and an error event."""
 
-    def __init__(
-        self, request: Request, upstream: Upstream, headers: Headers, call: Call | None, live: Live
-    ) -> None:
+    def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
         self.request, self.content, self.call = request, upstream.content, call
-        self.response = web.StreamResponse(
-            status=upstream.status, reason=upstream.reason, headers=headers
-        )
+        status, reason = upstream.status, upstream.reason
+        self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
         self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
-        self.silence = (
-            (live.config["streaming"]["keepalive-seconds"] or None) if self.dialect else None
-        )
+        self.silence = call.silence if self.dialect else None
         self.unpacker: Any = None  # for bytes that are packed and must be read
         self.tail = b"\n\n"
 
@@ -1238,8 +1218,9 @@ class Relay:
             data += await self.read()
         return bytes(data)
 
-    async def rest(self, first: bytes, ends: tuple[bytes, ...] = ()) -> Answer:
-        """`first` and all that follows; a stream is whole with one of the `ends` near its end."""
+    async def rest(self, first: bytes) -> Answer:
+        """`first` and all that follows; a stream is whole that has its dialect's end."""
+        ends = ENDINGS.get(self.dialect, ())
         broken = "the stream stopped before its end" if ends else ""
         try:
             await self.write(first)
@@ -1320,7 +1301,7 @@ class Ampcode:
         url, idle = self.address(request), self.live.config["streaming"]["idle-timeout-seconds"]
         idle = idle if call else 0
         async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
-            relay = Relay(request, upstream, passing(upstream.headers), call, self.live)
+            relay = Relay(request, upstream, passing(upstream.headers), call)
             relay.response.headers.update(call.marks if call else {})
             return await relay.rest(await opened(relay, edits))
 
@@ -1399,12 +1380,12 @@ class Forwarder(Ampcode):
         """From the accounts as the pool chooses them, else from ampcode.com, else a ProxyError."""
         await call.read()
         config, spent = self.live.config, set[Account]()
+        call.silence = config["streaming"]["keepalive-seconds"] or None
         until = self.clock.monotonic() + config["max-retry-interval"]
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
-        error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
+        error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
             call.route, call.provider, call.served_model = "local", rows[0]["name"], call.model
-            error = self.pool.nobody(rows, call.model)
         while picked := await self.pool.choose(rows, call.model, call.thread, spent, until):
             row, account = picked
             if not call.worded or call.provider != row["name"]:
@@ -1417,7 +1398,8 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait":
                     spent.add(account)
-        if error.status == 429 and sum(len(self.pool.of(row)) for row in rows) > 1:
+        many = sum(len(self.pool.of(row)) for row in rows) > 1
+        if rows and (error is nobody or (error.status == 429 and many)):
             error = self.pool.nobody(rows, call.model)
         fallback = config["ampcode"]["fallback"]
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
@@ -1454,14 +1436,14 @@ class Forwarder(Ampcode):
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
         idle, now = self.live.config["streaming"]["idle-timeout-seconds"], self.clock.time()
-        more = {"headers": call.headers, "data": call.worded}
+        more: Any = {"headers": call.headers, "data": call.worded}
         async with self.net.ask("POST", url, idle, **more) as upstream:
             account.quota = quota_of(upstream.headers) or account.quota
             if upstream.status != 200:
                 raise await refusal(upstream, row["name"], now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update(call.marks)
-            relay, head = Relay(call.request, upstream, headers, call, self.live), b""
+            relay, head = Relay(call.request, upstream, headers, call), b""
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
             try:
@@ -1469,7 +1451,7 @@ class Forwarder(Ampcode):
                 self.pool.answered(account, call.model, began)
                 if not relay.dialect:
                     relay.response.content_length = len(head)
-                return await relay.rest(head, ENDINGS[call.dialect] if relay.dialect else ())
+                return await relay.rest(head)
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
@@ -1516,11 +1498,7 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
         answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
-    full = {
-        window["window"]: window["resets_at"] - now
-        for window in quota_of(headers)
-        if window["full"]
-    }
+    full = {w["window"]: w["resets_at"] - now for w in quota_of(headers) if w["full"]}
     error.retry_after = max(0, number(headers.get("Retry-After")), *full.values())
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
@@ -1619,10 +1597,18 @@ class Server:
         return response
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
+        """The error as the client gets it; SDKs are told not to sit through a wait over 30 s."""
         error.headers.update(call.marks if call else {})
+        error.headers.setdefault("Content-Type", "application/json")
+        if error.retry_after:
+            error.headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        if error.retry_after > 30:
+            error.headers["x-should-retry"] = "false"
+        said = error_body(call.dialect if call else "", error.status, error.message)
         if error.status == 502 and not call:
-            error.body = compact({"error": "amp_upstream_proxy_error", "message": error.message})
-        response = error_response(call.dialect if call else "", error)
+            said = {"error": "amp_upstream_proxy_error", "message": error.message}
+        body = error.body or compact(said)
+        response = web.Response(status=error.status, body=body, headers=error.headers)
         if not request.content.is_eof():
             response.force_close()
         return response
@@ -1720,10 +1706,9 @@ class Server:
             self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
             max_line_size=65536, max_field_size=65536,
         )  # fmt: skip
-        hint = "is ampproxy running already? --port takes another one"
-        host, port = self.live.config["host"], self.live.config["port"]
+        hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
-            async with listen(server, host, port, hint) as bound:
+            async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
                 going = aiohttp.WSCloseCode.GOING_AWAY
                 await asyncio.gather(*(s.close(code=going) for s in self.forwarder.sockets))
