@@ -24,7 +24,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib
-import itertools
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.request
 import webbrowser
 import zlib
 from collections import Counter, deque
@@ -119,7 +119,6 @@ def seconds(text: str) -> float:
 
 
 def dicts(value: Any) -> Iterator[Json]:
-    """The objects of a list; nothing where a client sent something else."""
     return (v for v in value if isinstance(v, dict)) if isinstance(value, list) else iter(())
 
 
@@ -145,10 +144,8 @@ def mask(secret: str) -> str:
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
 
 
-SECRET = re.compile(
-    r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)"
-    r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+"
-)
+SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)|"
+                    r"(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
 
 
 def redact(record: logging.LogRecord) -> bool:
@@ -159,7 +156,6 @@ def redact(record: logging.LogRecord) -> bool:
     return True
 
 
-# == Errors in each dialect ========================================================================
 # The words that each dialect's SDK looks for.  To add a status, add a row.
 KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
     400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
@@ -345,8 +341,6 @@ def stamp(path: Path) -> tuple[int, ...] | None:
 
 
 class Live:
-    """The configuration in effect; a changed file is taken up whole, or not at all."""
-
     def __init__(self, path: Path | None, **given: Any) -> None:
         self.path, self.given, self.seen = path, given, path and stamp(path)
         self.load()
@@ -416,7 +410,6 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
         body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
-    limit_markers(body)
 
 
 def settle_thinking(body: Json) -> None:
@@ -477,19 +470,6 @@ def with_identity(system: Any) -> list[Any]:
     return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
 
 
-def limit_markers(body: Json) -> None:
-    """Rules 7 and 8: at most four cache_control markers, and no 1h one behind a 5-minute one."""
-    blocks = [b for m in dicts(body.get("messages")) for b in dicts(m.get("content"))]
-    inner = (part for block in blocks for part in (block, *dicts(block.get("content"))))
-    places = (dicts(body.get("tools")), dicts(body.get("system")), inner)
-    tools, system, messages = ([b for b in place if b.get("cache_control")] for place in places)
-    for block in (system[:-1] + tools[:-1] + messages + system[-1:] + tools[-1:])[:-4]:
-        del block["cache_control"]
-    markers = (b.get("cache_control") for b in tools + system + messages)
-    for marker in itertools.dropwhile(lambda m: m.get("ttl") == "1h", dicts(list(markers))):
-        marker.pop("ttl", None)
-
-
 RULES = {"claude": prepare_claude}
 
 # == Token files ===================================================================================
@@ -520,7 +500,6 @@ def read_token(path: Path) -> Json:
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
-    """`changes` over what the file holds by now, or over what was `known` if it cannot be read."""
     with suppress(OSError, ValueError):
         known = read_token(path)
     return {**known, **changes}
@@ -757,10 +736,9 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 
 # == Accounts ======================================================================================
-# Who may answer, and with which token.  Knows no dialect, and no time but its clock's.  What an
-# error means stands in RESTS: the first row that fits.  To add a rule, add a row.
+# Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
 NEVER = float("inf")
-RESTS = (
+RESTS = (  # what an error means: the first row that fits.  To add a rule, add a row.
     # status and words of the error        what rests  seconds*     and then
     (r"4.. .*(extra usage|long context)",  "",         0,           "stop"),
     (r"401",                               "account",  NEVER,       "next"),
@@ -823,7 +801,6 @@ class Account:
         return "disabled" if self.token.get("disabled") is True else awake
 
     def stale(self, refused: str, moment: float) -> bool:
-        """Whether the access token is the one that was `refused`, or has ended by then."""
         return refused == self.token.get("access_token") or expiry(self.token) < moment
 
     def hint(self) -> str:
@@ -1035,16 +1012,14 @@ class Pool:
 
 
 # == Who asks, and what? ===========================================================================
-# A request's head, before a byte of its body is read: may it (design.md, "Security"), and is it a
-# model call?  The path's ending names the dialect; the model, not the path, names the provider.
+# A request before its body is read: may it (design.md, "Security"), and is it a model call?  The
+# path's ending names the dialect; the model, not the path, names the provider.
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
-MODEL_PATH = re.compile(
-    r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
-    r"/(?P<end>messages(?:/count_tokens)?|chat/completions|responses"
-    r"|models/(?P<model>[^/:]+):(?P<verb>\w+))"
-)
+MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
+                        r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses|models/"
+                        r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
@@ -1076,7 +1051,6 @@ class Call:
         return {f"x-ampproxy-{name}": value for name, value in clean if value}
 
     def count(self, data: bytes) -> None:
-        """Note the tokens that an answer speaks of: the largest figures, as they only grow."""
         for sent, figure in USAGE.findall(data):
             name = "input_tokens" if sent else "output_tokens"
             self.tokens[name] = max(self.tokens[name], int(figure))
@@ -1133,7 +1107,6 @@ def refuse_strangers(request: Request, config: Json) -> None:
 
 
 def bare(value: str) -> str:
-    """A key as it was given, without the blanks and the Bearer that may stand before it."""
     return re.sub(r"(?i)^bearer\s+", "", value.strip())
 
 
@@ -1164,7 +1137,8 @@ TAIL, GZIP = 4096, b"\x1f\x8b"
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
-    "te", "trailer", "transfer-encoding", "upgrade", "host", "expect",
+    "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
+    "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol",
 }  # fmt: skip
 
 
@@ -1212,7 +1186,6 @@ class Relay:
             await self.response.write(data)
 
     async def head(self, enough: Callable[[bytearray], object]) -> bytes:
-        """The first bytes until they are enough, the end, or very many."""
         data = bytearray()
         while not (enough(data) or self.content.at_eof() or len(data) > BODY_LIMIT):
             data += await self.read()
@@ -1275,7 +1248,6 @@ class Ampcode:
         return self.base() + target_without(request, self.live.config["api-keys"])
 
     def upstream_key(self, key: str) -> str:
-        """The key for ampcode.com: a row of the client, config, AMP_API_KEY, Amp's secrets file."""
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
@@ -1307,11 +1279,10 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
-        own = {name.lower() for name in request.headers if name.lower().startswith("sec-websocket")}
         url, proxy = URL(self.address(request), encoded=True), self.live.config["proxy-url"] or None
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=passing(self.outgoing(request, key), *own), proxy=proxy,
+                url, headers=self.outgoing(request, key), proxy=proxy,
                 protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT,
             )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
@@ -1367,8 +1338,7 @@ def without_flag(body: bytes) -> bytes:
 
 
 # == Forwarding ====================================================================================
-# One model call: who serves the model, each account in turn, the first good answer.  Its bytes pass
-# untouched, but for the model's name.
+# One model call, answered by the first account that can.
 QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
                    r"(?P<field>status|utilization|reset)")  # fmt: skip
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
@@ -1658,7 +1628,6 @@ class Server:
         return await pass_on(request, key)
 
     def report(self) -> Json:
-        """GET /status: names, counts and times; never a secret, never a prompt."""
         return {
             "version": __version__, "uptime_seconds": round(self.clock.monotonic() - self.began),
             "routes": dict(self.routes), "server_side_threads": self.server_side,
@@ -1684,7 +1653,6 @@ class Server:
         }  # fmt: skip
 
     async def watch(self) -> None:
-        """Look each second at the config file, the auth directory, and tokens that end soon."""
         while True:
             await asyncio.sleep(1)
             try:
@@ -1732,7 +1700,6 @@ class Server:
 
 
 def set_up_log(live: Live) -> None:
-    """To standard error, every line masked on its way; the libraries' own logs stay silent."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
     handler.addFilter(redact)
@@ -1775,8 +1742,7 @@ def login(live: Live, args: argparse.Namespace) -> None:
 def accounts_of(live: Live, provider: str = "") -> list[Account]:
     pool = Pool(live)
     pool.scan()
-    found = [a for a in pool.accounts.values() if provider in ("", a.type)]
-    return sorted(found, key=lambda account: (account.type, account.path))
+    return [account for account in pool.accounts.values() if provider in ("", account.type)]
 
 
 def logout(live: Live, args: argparse.Namespace) -> None:
@@ -1803,6 +1769,24 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 
+def status(live: Live, args: argparse.Namespace) -> None:
+    """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
+    config, query = live.config, urlencode({"wake": args.wake} if "wake" in args else {})
+    host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
+    url = str(URL.build(scheme="http", host=host, port=config["port"], path="/status", query=query))
+    request = urllib.request.Request(url, method="POST" if query else "GET")
+    request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=10) as answer:
+            report = json.load(answer)
+    except (OSError, ValueError) as error:
+        raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
+    if report.get("woken") == []:
+        raise Failure(f"there is no account {args.wake!r}: `ampproxy.py accounts` lists them")
+    say(json.dumps(report, indent=2, ensure_ascii=False))
+
+
 def check(live: Live, args: argparse.Namespace) -> None:
     """Check the configuration and print what is in effect."""
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
@@ -1819,7 +1803,14 @@ def masked(value: Any, key: str = "") -> Any:
     return mask(text) if secret and text else text
 
 
-COMMANDS = {command.__name__: command for command in (serve, login, logout, accounts, check)}
+ARGUMENTS: dict[str, Json] = {
+    "login": {"provider": {"nargs": "?", "choices": NAMES},
+              "--no-browser": {"action": "store_true", "help": "print the address only"}},
+    "logout": {"provider": {"choices": NAMES},
+               "account": {"nargs": "?", "help": "e-mail address or file name"}},
+    "status": {"--json": {"action": "store_true"}, "--wake": {"metavar": "ACCOUNT"}},
+}  # fmt: skip
+COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1835,15 +1826,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], description=about, **bare)
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    made = {}
     for name, command in COMMANDS.items():
-        text, parents = command.__doc__, [serving if name == "serve" else common]
-        made[name] = commands.add_parser(name, help=text, description=text, parents=parents)
-        made[name].allow_abbrev = False
-    made["login"].add_argument("provider", nargs="?", choices=NAMES)
-    made["login"].add_argument("--no-browser", action="store_true", help="print the address only")
-    made["logout"].add_argument("provider", choices=NAMES)
-    made["logout"].add_argument("account", nargs="?", help="e-mail address or file name")
+        made = commands.add_parser(name, help=command.__doc__, description=command.__doc__,
+                                   parents=[serving if name == "serve" else common])  # fmt: skip
+        made.allow_abbrev = False
+        for argument, more in ARGUMENTS.get(name, {}).items():
+            made.add_argument(argument, **more)
     args = parser.parse_args(argv)
     if not 0 <= getattr(args, "port", 0) <= 65535:
         parser.error("argument --port: a port is a number from 0 to 65535")
