@@ -67,8 +67,7 @@ Headers = CIMultiDict[str]
 Request = web.BaseRequest
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
-MINUTE, HOUR, DAY, BODY_LIMIT = 60, 3600, 86400, 64 << 20
-PACKED = "Content-Encoding"
+MINUTE, HOUR, DAY, BODY_LIMIT, PACKED = 60, 3600, 86400, 64 << 20, "Content-Encoding"
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 log = logging.getLogger("ampproxy")
 
@@ -123,7 +122,6 @@ def dicts(value: Any) -> Iterator[Json]:
 
 
 def inflate(raw: bytes) -> bytes | None:
-    """Gzip unpacked; None for what is none, cut short, corrupt, or larger than BODY_LIMIT."""
     with suppress(zlib.error):
         unpacker = zlib.decompressobj(31)
         plain = unpacker.decompress(raw, BODY_LIMIT + 1)
@@ -192,10 +190,9 @@ def error_frame(dialect: str, message: str) -> bytes:
 # provider, add a row and, in RULES, one small function for what is peculiar to it.
 DEFAULTS: Json = yaml.safe_load(r"""
 {host: 127.0.0.1, port: 8317, auth-dir: ~/.ampproxy, api-keys: [''], debug: false,
- logging-to-file: false, proxy-url: '',
- request-retry: 3, max-retry-interval: 30.0, max-cooldown: 1800.0,
+ logging-to-file: false, proxy-url: '', request-retry: 3, max-retry-interval: 30.0,
+ max-cooldown: 1800.0, streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
  routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h},
- streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
  ampcode: {
   upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
   upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], client-inference: true,
@@ -209,8 +206,8 @@ DEFAULTS: Json = yaml.safe_load(r"""
  providers: {
   claude: {
    enabled: true, aliases: [anthropic], dialect: anthropic, base-url: https://api.anthropic.com,
-   paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
-   headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20}, identity: true,
+   paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}, identity: true,
+   headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
             user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
    models: [claude-*], excluded-models: [''], max-tokens: 32000,  # for a client that sets none
@@ -220,10 +217,9 @@ DEFAULTS: Json = yaml.safe_load(r"""
    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
    callback-port: 54545, callback-path: /callback, refresh-lead: 300},
-  codex: &later {
-   enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '', profile-url: '',
-   callback-port: 0, headers: {}, models: [''], excluded-models: [''], client-id: '',
-   client-secret: ''},
+  codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '',
+   profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
+   client-id: '', client-secret: ''},
   gemini: *later, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
@@ -435,7 +431,6 @@ def settle_thinking(body: Json) -> None:
 
 
 def clean_blocks(holder: Any) -> bool:
-    """Rules 10 to 13 on the blocks of a message or a tool result; False when none is left."""
     content = holder.get("content") if isinstance(holder, dict) else None
     if isinstance(content, list):
         holder["content"] = [block for block in content if is_clean(block)]
@@ -531,7 +526,6 @@ def moment(value: Any) -> float:
 
 
 def expiry(token: Json) -> float:
-    """When the access token ends: never for a setup token, long ago for a file that is silent."""
     return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
 
 
@@ -587,7 +581,6 @@ def error_text(answer: Json, *keys: str) -> str:
 
 @asynccontextmanager
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
-    """An open port (0: any free one); on the way out, running answers get ten seconds."""
     runner = web.ServerRunner(server, shutdown_timeout=5)  # aiohttp waits twice as long
     await runner.setup()
     try:
@@ -716,7 +709,6 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
 
 
 def token_fields(answer: Json, now: float) -> Json:
-    """What a token answer changes in the file; a refresh token that it does not name stays."""
     named = {name: answer[name] for name in ("refresh_token", "id_token") if answer.get(name)}
     ends = now + (number(answer.get("expires_in")) or HOUR)
     times = {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
@@ -764,9 +756,7 @@ def verdict(error: ProxyError) -> tuple[str, float, str]:
 
 
 @dataclass
-class Rest:
-    """Why an account, or one model of it, is left alone; the times are monotonic."""
-
+class Rest:  # why an account, or one model of it, is left alone; the times are monotonic
     reason: str = ""
     began: float = -NEVER
     wakes: float = 0.0
@@ -860,7 +850,6 @@ class Pool:
             await self.clock.sleep(min(waits))
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
-        """The thread's account while it is free, else the one that suits a new thread best."""
         oldest = now - seconds(self.live.config["routing"]["session-affinity-ttl"])
         while self.homes and next(iter(self.homes.values()))[1] < oldest:
             del self.homes[next(iter(self.homes))]
@@ -878,7 +867,6 @@ class Pool:
         return sum(home is account for home, _ in self.homes.values())
 
     def order(self, account: Account) -> tuple[Any, ...]:
-        """The smallest suits best: one with room, of the highest priority, as the strategy says."""
         strategy, full = self.live.config["routing"]["strategy"], account.spent(self.clock.time())
         busy = account.in_flight + self.threads(account) if strategy == "least-connections" else 0
         turn = 0 if strategy == "fill-first" else account.turn
@@ -990,7 +978,6 @@ class Pool:
         return token
 
     def refresh_failed(self, account: Account, error: ProxyError) -> None:
-        """Another program may have been faster: its token is in the file by now, and adopted."""
         old = account.token.get("access_token")
         self.read(account.path)
         if account.token.get("access_token") == old:
@@ -1138,8 +1125,7 @@ ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end 
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
-    "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol",
-}  # fmt: skip
+    "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol"}  # fmt: skip
 
 
 def passing(headers: Any, *without: str) -> Headers:
@@ -1326,7 +1312,6 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 
 
 def without_flag(body: bytes) -> bytes:
-    """getUserInfo's answer without the flag; untouched when it has none."""
     with suppress(ValueError):
         answer = read_object(body)
         match answer:
@@ -1473,8 +1458,8 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        pairs = ((k, v) for k, v in headers.items() if matches(k, kept))
-        error.body, error.headers = raw, CIMultiDict(pairs)
+        error.body = raw
+        error.headers.extend((k, v) for k, v in headers.items() if matches(k, kept))
     return error
 
 
@@ -1513,30 +1498,6 @@ ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP
                "none": "NO_PROVIDER"}  # fmt: skip
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
-
-
-class Connection(web.RequestHandler):
-    """A client that ends its side in the middle of a body is still told what was wrong with it."""
-
-    body: aiohttp.StreamReader | None = None
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        body = next((payload for _, payload in reversed(self._messages)), self.body)
-        if body is None or body.is_eof():
-            return None  # it left: the connection closes, the handler is cancelled
-        body.set_exception(ConnectionResetError("cut short"))
-        return True
-
-
-class Listener(web.Server):
-    def __call__(self) -> web.RequestHandler:
-        return Connection(self, loop=self._loop, **self._kwargs)
-
-    def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
-        protocol.body = payload
-        request = super()._make_request(message, payload, protocol, *more)
-        request._client_max_size = BODY_LIMIT
-        return request
 
 
 class Server:
@@ -1668,11 +1629,12 @@ class Server:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
-        """The open port; at the end a running refresh gets all the time it needs."""
         self.pool.scan()
-        server = Listener(
-            self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536,
+        limits: Any = {"loop": asyncio.get_running_loop(), "client_max_size": BODY_LIMIT}
+        server = web.Server(
+            self.handle, request_factory=lambda *parts: Request(*parts, **limits), access_log=None,
+            handler_cancellation=True, auto_decompress=False, max_line_size=65536,
+            max_field_size=65536,
         )  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
@@ -1717,7 +1679,6 @@ NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """The event loop: uvloop's where it is installed."""
     try:
         start = importlib.import_module("uvloop").run
     except ImportError:
@@ -1814,7 +1775,6 @@ COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, chec
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; argparse ends the program with status 2 for one that makes no sense."""
     bare: Any = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     common = argparse.ArgumentParser(add_help=False, **bare)
     common.add_argument("--config", metavar="FILE", help="the configuration file")
