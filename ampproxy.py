@@ -11,7 +11,7 @@ account    one signed-in subscription of a provider, kept as one token file
 rest       the time during which an account is left alone after an error
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
-Server.handle takes a request; model calls go on to Forwarder.answer, the rest to Ampcode.forward.
+Start at Server.handle; model calls go on to Forwarder.answer, the rest to Ampcode.forward.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ except ImportError as error:
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
-# Small words.  A Failure is a sentence for the person at the terminal, a ProxyError for the client.
+# A Failure is a sentence for the person at the terminal, a ProxyError one for the client.
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
 Request = web.BaseRequest
@@ -89,7 +89,6 @@ class ProxyError(Exception):
 
 
 def compact(value: Any) -> bytes:
-    """JSON without spaces; lone surrogates, which UTF-8 lacks, stay escaped."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return text.encode(errors="backslashreplace")
 
@@ -370,7 +369,6 @@ class Live:
         return Path(self.config["auth-dir"]).expanduser()
 
     def row(self, name: str) -> Json:
-        """A provider's row; base-url means the same with and without slash or version part."""
         row = {**self.config["providers"][name], "name": name}
         return {**row, "base-url": re.sub(r"(/v\d\w*)?/*$", "", row["base-url"].rstrip("/"))}
 
@@ -561,7 +559,6 @@ class Net:
             (response.release if response.content.at_eof() else response.close)()
 
     async def ask_json(self, method: str, url: str, **more: Any) -> tuple[int, Json]:
-        """One small call; an answer that is no JSON object comes back as {"error": its text}."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
         headers |= more.pop("headers", {})
         async with self.ask(method, url, 30, headers=headers, **more) as response:
@@ -607,8 +604,7 @@ def pkce() -> tuple[str, str]:
 
 
 def read_callback(line: str) -> dict[str, str]:
-    """code, state, error of a callback however it was copied: a URL, or its end from `?` on, with
-    the parameters in its query or fragment, or `code#state`; {} when it makes no sense."""
+    """code, state, error of a URL, its query or fragment, or `code#state`; {} for no sense."""
     line = line.strip().strip("'\"<>")
     found = dict(parse_qsl(re.sub("[?#]", "&", line)))
     pair = re.fullmatch(r"(?:\S*code=)?([^\s#=&?/]+)#([^\s#=&?/]+)", unquote_plus(line))
@@ -628,9 +624,9 @@ def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) ->
 
 
 def has_browser() -> bool:
-    far = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
     shown = os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
-    return not far and (bool(shown) or sys.platform in ("darwin", "win32"))
+    near = not os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
+    return near and (bool(shown) or sys.platform in ("darwin", "win32"))
 
 
 async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
@@ -727,6 +723,124 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
     return "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
+# == Who asks, and what? ===========================================================================
+# A request before its body is read: may it (design.md, "Security"), and is it a model call?  The
+# path's ending names the dialect; the model, not the path, names the provider.
+BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
+KEY_PARAMETERS = ("key", "auth_token")
+MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
+                        r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses|models/"
+                        r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
+DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
+USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
+SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
+                   "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
+
+
+class Call:
+    def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
+        self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
+        self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
+        self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
+        self.silence: float | None = None  # seconds after which a comment goes out
+        self.route, self.provider, self.account, self.served_model = "none", "", "", ""
+
+    @property
+    def thread(self) -> str:
+        """Which conversation this is, by what clients send (clients.md); "" if nothing tells."""
+        metadata = self.body.get("metadata")
+        shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
+        shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
+        shown.append(self.body.get("prompt_cache_key"))
+        return next((text for text in shown if text and isinstance(text, str)), "")
+
+    @property
+    def marks(self) -> dict[str, str]:
+        marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
+        clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
+        return {f"x-ampproxy-{name}": value for name, value in clean if value}
+
+    def count(self, data: bytes) -> None:
+        for sent, figure in USAGE.findall(data):
+            name = "input_tokens" if sent else "output_tokens"
+            self.tokens[name] = max(self.tokens[name], int(figure))
+
+    async def read(self) -> None:
+        """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
+        try:
+            self.raw = await self.request.read()
+            packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
+            self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
+        except web.HTTPRequestEntityTooLarge as error:
+            raise ProxyError(413, "The request body is larger than 64 MiB") from error
+        except (web.RequestPayloadError, *NET_ERRORS) as error:
+            raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
+        model = self.model or self.body.get("model")
+        if not isinstance(model, str) or not model:
+            raise ProxyError(400, "The request names no model")
+        self.model = model
+
+
+def find_call(request: Request) -> Call | None:
+    found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
+    if not found:
+        return None
+    first, _, last = found["end"].partition("/")
+    verb = found["verb"] or last or first
+    return Call(request, DIALECTS[first], verb, bool(found["amp"]), unquote(found["model"] or ""))
+
+
+def is_upgrade(request: Request) -> bool:
+    upgrade, key = (request.headers.get(n, "") for n in ("Upgrade", "Sec-WebSocket-Key"))
+    return upgrade.lower() == "websocket" and bool(key)
+
+
+def is_browser_path(request: Request) -> bool:
+    fits = request.method in ("GET", "HEAD") and BROWSER_PATHS.match(request.rel_url.raw_path)
+    return bool(fits) and not is_upgrade(request)
+
+
+def refuse_strangers(request: Request, config: Json) -> None:
+    """403 for a Host that is not ours, and for what a browser sends on behalf of another site."""
+    host, origin = (request.headers.get(name, "").lower() for name in ("Host", "Origin"))
+    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
+    name = found[1].strip("[]") if found else ""
+    own = name and (is_loopback(name) or name == config["host"].lower())
+    if not own and not config["api-keys"]:
+        raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
+    foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
+    site = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+    foreign = foreign or (site and not origin.startswith("vscode-webview://"))
+    navigates = request.headers.get("Sec-Fetch-Mode") == "navigate" and is_browser_path(request)
+    if foreign and not navigates:
+        raise ProxyError(403, "requests on behalf of another web site are refused")
+
+
+def bare(value: str) -> str:
+    return re.sub(r"(?i)^bearer\s+", "", value.strip())
+
+
+def client_key(request: Request, keys: list[str]) -> str:
+    """Which of `keys` the client shows, in any of the five places; ProxyError 401 for none."""
+    shown = [request.headers.get(name, "") for name in KEY_HEADERS]
+    shown += [request.query.get(name, "") for name in KEY_PARAMETERS]
+    shown = [bare(value) for value in shown if value.strip()]
+    right = [key for key in keys for value in shown if same(key, value)]
+    if keys and not right:
+        raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
+    return right[0] if right else ""
+
+
+def target_without(request: Request, keys: list[str]) -> str:
+    """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
+    path, mark, query = request.raw_path.partition("?")
+    pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
+    kept = [pair for pair, name, value in pairs
+            if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
+    return path + (mark + "&".join(kept) if kept else "")
+
+
 # == Accounts ======================================================================================
 # Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
 NEVER = float("inf")
@@ -747,6 +861,7 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
 # * where the error names no time; doubled with each failure in a row, at most max-cooldown.  again:
 # the same account as often as request-retry says, wait: only after a short Retry-After, then next.
 SHORT_WAIT, RETRY_PAUSE, PROBE_POLL, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 0.2, 30, 30
+Pick = tuple[Json, "Account"] | None
 NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
 
 
@@ -781,7 +896,6 @@ class Account:
         return [self.rests[key] for key in {"", model} if key in self.rests]
 
     def wait(self, model: str, now: float) -> float:
-        """Seconds until it may be asked; NEVER without a new login."""
         waits = (PROBE_POLL if r.probing else r.wakes - now for r in self.resting(model))
         return max(0.0, *waits, 0.0)
 
@@ -834,16 +948,15 @@ class Pool:
         mine = (a for a in self.accounts.values() if a.type == row["name"])
         return [a for a in mine if a.token.get("disabled") is not True]
 
-    async def choose(
-        self, rows: list[Json], model: str, thread: str, spent: set[Account], until: float
-    ) -> tuple[Json, Account] | None:
+    async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Pick:
         """Whom to ask next; waits for the shortest rest if it ends by `until`, else None."""
         while True:
             now, waits = self.clock.monotonic(), [NEVER]
             for row in rows:
-                left = [(a.wait(model, now), a) for a in self.of(row) if a not in spent]
+                left = [(a.wait(call.model, now), a) for a in self.of(row) if a not in spent]
                 if free := [account for wait, account in left if not wait]:
-                    return row, self.home(thread and f"{row['name']} {thread}", free, now)
+                    thread = call.thread and f"{row['name']} {call.thread}"
+                    return row, self.home(thread, free, now)
                 waits += [wait for wait, _ in left]
             if now + min(waits) > until:
                 return None
@@ -906,8 +1019,8 @@ class Pool:
                 length = error.retry_after or length * 2 ** min(rest.strikes - 1, 20)
                 length = min(length, self.live.config["max-cooldown"])
             rest.wakes, rest.reason = max(rest.wakes, now + length), error.message
-            until = f"for {length:.0f} s" if length < NEVER else f"until you {account.hint()}"
-            log.warning("%s %s rests %s: %s", account, key, until, error.message)
+            then = f"rests for {length:.0f} s" if length < NEVER else account.hint()
+            log.warning("%s %s: %s; %s", account, key, error.message, then)
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
         """Each account by name, why it rests and until when; Retry-After is the first to wake."""
@@ -993,128 +1106,9 @@ class Pool:
             for account in self.of(row) if row["enabled"] else ():
                 due = expiry(account.token) - row["refresh-lead"] <= now
                 done = moment(account.token.get("last_refresh")) + MINUTE > now
-                free = not account.refreshing and account.wait("", 0) < NEVER
-                if due and free and not done and account.retry <= self.clock.monotonic():
+                busy = account.refreshing or account.retry > self.clock.monotonic()
+                if due and not (done or busy) and account.wait("", 0) < NEVER:
                     self.begin_refresh(row, account, str(account.token.get("access_token")))
-
-
-# == Who asks, and what? ===========================================================================
-# A request before its body is read: may it (design.md, "Security"), and is it a model call?  The
-# path's ending names the dialect; the model, not the path, names the provider.
-BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
-KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
-KEY_PARAMETERS = ("key", "auth_token")
-MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
-                        r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses|models/"
-                        r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
-DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
-USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
-SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
-                   "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
-
-
-class Call:
-    def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
-        self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
-        self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
-        self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
-        self.silence: float | None = None  # seconds after which a comment goes out
-        self.route, self.provider, self.account, self.served_model = "none", "", "", ""
-
-    @property
-    def thread(self) -> str:
-        """Which conversation this is, by what clients send (clients.md); "" if nothing tells."""
-        metadata = self.body.get("metadata")
-        shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
-        shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
-        shown.append(self.body.get("prompt_cache_key"))
-        return next((text for text in shown if text and isinstance(text, str)), "")
-
-    @property
-    def marks(self) -> dict[str, str]:
-        """The headers that make the choice visible; a name may hold what a header may not."""
-        marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
-        return {f"x-ampproxy-{name}": value for name, value in clean if value}
-
-    def count(self, data: bytes) -> None:
-        for sent, figure in USAGE.findall(data):
-            name = "input_tokens" if sent else "output_tokens"
-            self.tokens[name] = max(self.tokens[name], int(figure))
-
-    async def read(self) -> None:
-        """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
-        try:
-            self.raw = await self.request.read()
-            packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
-            self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
-        except web.HTTPRequestEntityTooLarge as error:
-            raise ProxyError(413, "The request body is larger than 64 MiB") from error
-        except (web.RequestPayloadError, *NET_ERRORS) as error:
-            raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
-        model = self.model or self.body.get("model")
-        if not isinstance(model, str) or not model:
-            raise ProxyError(400, "The request names no model")
-        self.model = model
-
-
-def find_call(request: Request) -> Call | None:
-    found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
-    if not found:
-        return None
-    first, _, last = found["end"].partition("/")
-    verb = found["verb"] or last or first
-    return Call(request, DIALECTS[first], verb, bool(found["amp"]), unquote(found["model"] or ""))
-
-
-def is_upgrade(request: Request) -> bool:
-    upgrade, key = (request.headers.get(n, "") for n in ("Upgrade", "Sec-WebSocket-Key"))
-    return upgrade.lower() == "websocket" and bool(key)
-
-
-def is_browser_path(request: Request) -> bool:
-    fits = request.method in ("GET", "HEAD") and BROWSER_PATHS.match(request.rel_url.raw_path)
-    return bool(fits) and not is_upgrade(request)
-
-
-def refuse_strangers(request: Request, config: Json) -> None:
-    """403 for a Host that is not ours, and for what a browser sends on behalf of another site."""
-    host, origin = (request.headers.get(name, "").lower() for name in ("Host", "Origin"))
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
-    name = found[1].strip("[]") if found else ""
-    own = name and (is_loopback(name) or name == config["host"].lower())
-    if not own and not config["api-keys"]:
-        raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
-    foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
-    site = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
-    foreign = foreign or (site and not origin.startswith("vscode-webview://"))
-    navigates = request.headers.get("Sec-Fetch-Mode") == "navigate" and is_browser_path(request)
-    if foreign and not navigates:
-        raise ProxyError(403, "requests on behalf of another web site are refused")
-
-
-def bare(value: str) -> str:
-    return re.sub(r"(?i)^bearer\s+", "", value.strip())
-
-
-def client_key(request: Request, keys: list[str]) -> str:
-    """Which of `keys` the client shows, in any of the five places; ProxyError 401 for none."""
-    shown = [request.headers.get(name, "") for name in KEY_HEADERS]
-    shown += [request.query.get(name, "") for name in KEY_PARAMETERS]
-    shown = [bare(value) for value in shown if value.strip()]
-    right = [key for key in keys for value in shown if same(key, value)]
-    if keys and not right:
-        raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
-    return right[0] if right else ""
-
-
-def target_without(request: Request, keys: list[str]) -> str:
-    """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
-    path, mark, query = request.raw_path.partition("?")
-    pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
-    kept = [pair for pair, name, value in pairs
-            if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
-    return path + (mark + "&".join(kept) if kept else "")
 
 
 # == Passing answers on ============================================================================
@@ -1137,8 +1131,7 @@ def passing(headers: Any, *without: str) -> Headers:
 
 
 class Relay:
-    """One answer on its way to the client, at the client's speed; `call` is None for what passes
-    through.  Only a plain event stream of a model call can take comments and an error event."""
+    """One answer on its way; only a plain event stream of a `call` takes comments and errors."""
 
     def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
         self.request, self.content, self.call = request, upstream.content, call
@@ -1252,9 +1245,8 @@ class Ampcode:
         data: Any = call.raw if call else request.content if request.body_exists else None
         if call or data is None:
             headers.popall("Content-Length", None)
-        asked = request.rel_url.raw_path, request.query_string.partition("=")[0]
-        edits = asked == ("/api/internal", "getUserInfo")
-        if edits := edits and self.live.config["ampcode"]["client-inference"]:
+        asked = re.match(r"/api/internal\?getUserInfo(?![\w-])", request.raw_path)
+        if edits := bool(asked and self.live.config["ampcode"]["client-inference"]):
             headers["Accept-Encoding"] = "identity"
         url, idle = self.address(request), self.live.config["streaming"]["idle-timeout-seconds"]
         idle = idle if call else 0
@@ -1327,7 +1319,7 @@ def without_flag(body: bytes) -> bytes:
 QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
                    r"(?P<field>status|utilization|reset)")  # fmt: skip
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
-STREAM_ERRORS = {kinds[0]: status for status, kinds in KINDS.items()}
+STREAM_ERRORS = {kinds[0]: code for code, kinds in KINDS.items()}
 
 
 class Forwarder(Ampcode):
@@ -1341,7 +1333,7 @@ class Forwarder(Ampcode):
         error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
             call.route, call.provider, call.served_model = "local", rows[0]["name"], call.model
-        while picked := await self.pool.choose(rows, call.model, call.thread, spent, until):
+        while picked := await self.pool.choose(rows, call, spent, until):
             row, account = picked
             if not call.worded or call.provider != row["name"]:
                 call.provider, (call.headers, call.worded) = row["name"], worded(call, row)
@@ -1500,11 +1492,9 @@ AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 
 
-class Server:
+class Server(Forwarder):
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
-        self.live, self.net, self.clock = live, net, clock
-        self.pool = Pool(live, net, clock)
-        self.forwarder = Forwarder(self.pool)
+        super().__init__(Pool(live, net, clock))
         self.began, self.server_side = clock.monotonic(), 0
         self.routes: Counter[str] = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.requests: deque[Json] = deque(maxlen=100)
@@ -1538,8 +1528,8 @@ class Server:
         said = error_body(call.dialect if call else "", error.status, error.message)
         if error.status == 502 and not call:
             said = {"error": "amp_upstream_proxy_error", "message": error.message}
-        body = error.body or compact(said)
-        response = web.Response(status=error.status, body=body, headers=error.headers)
+        raw = error.body or compact(said)
+        response = web.Response(status=error.status, body=raw, headers=error.headers)
         if not request.content.is_eof():
             response.force_close()
         return response
@@ -1567,13 +1557,13 @@ class Server:
         if method == "HEAD" and path in ("/", "/api/hello"):
             return web.Response(status=200 if path == "/" else 404)
         if is_browser_path(request):
-            return web.Response(status=302, headers={"Location": self.forwarder.address(request)})
+            return web.Response(status=302, headers={"Location": self.address(request)})
         key = client_key(request, config["api-keys"])
         posted = method == "POST" or is_upgrade(request)
         if call and is_upgrade(request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and posted:
-            return await self.forwarder.answer(call, key)
+            return await self.answer(call, key)
         peer = request.transport.get_extra_info("peername") if request.transport else None
         local = config["ampcode"]["restrict-management-to-localhost"] and not call
         if local and not (peer and is_loopback(str(peer[0]))):  # forwarding headers prove nothing
@@ -1585,7 +1575,7 @@ class Server:
         if path.startswith(("/api/thread-actors", "/actors/")) and posted:
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
-        pass_on = self.forwarder.tunnel if is_upgrade(request) else self.forwarder.forward
+        pass_on = self.tunnel if is_upgrade(request) else self.forward
         return await pass_on(request, key)
 
     def report(self) -> Json:
@@ -1641,7 +1631,7 @@ class Server:
             async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
                 going = aiohttp.WSCloseCode.GOING_AWAY
-                await asyncio.gather(*(s.close(code=going) for s in self.forwarder.sockets))
+                await asyncio.gather(*(s.close(code=going) for s in self.sockets))
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
@@ -1734,7 +1724,7 @@ def status(live: Live, args: argparse.Namespace) -> None:
     """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
     config, query = live.config, urlencode({"wake": args.wake} if "wake" in args else {})
     host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
-    url = str(URL.build(scheme="http", host=host, port=config["port"], path="/status", query=query))
+    url = f"http://{host}:{config['port']}/status?{query}"
     request = urllib.request.Request(url, method="POST" if query else "GET")
     request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -1782,8 +1772,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     serving.add_argument("--host", metavar="H", help="listen on this address")
     serving.add_argument("--port", metavar="N", type=int, help="listen on this port")
     serving.add_argument("--debug", action="store_true", help="say more in the log")
-    about = "The model calls of AI coding clients, answered by your own subscriptions."
-    parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], description=about, **bare)
+    about: Any = {"description": (__doc__ or "").partition("\n")[0]}
+    parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], **about, **bare)
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
