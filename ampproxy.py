@@ -72,14 +72,11 @@ CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.
 log = logging.getLogger("ampproxy")
 
 
-class Failure(Exception):
-    """A command cannot be done; the text says why and what to do (exit status 1)."""
+class Failure(Exception): ...
 
 
 @dataclass(eq=False)
-class ProxyError(Exception):
-    """An answer that is no success; `said`, `body` and `headers` are the provider's, if any."""
-
+class ProxyError(Exception):  # `said`, `body` and `headers` are the provider's, if any
     status: int
     message: str
     retry_after: float = 0
@@ -695,7 +692,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
-    form = {"client_id": row["client-id"], **form}
+    form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
     if status == 200 and isinstance(answer.get("access_token"), str):
         return answer
@@ -926,9 +923,8 @@ class Pool:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
         for path in self.accounts.keys() - stamps.keys():
             del self.accounts[path]
-        for path, now in stamps.items():
-            if now != self.stamps.get(path):
-                self.read(path)
+        for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
+            self.read(path)
         self.stamps = stamps
 
     def read(self, path: Path) -> None:
@@ -1067,8 +1063,7 @@ class Pool:
                     return
                 if not account.token.get("refresh_token"):
                     raise ProxyError(401, "refused, and there is no refresh token")
-                form = {"grant_type": "refresh_token"}
-                form |= {"refresh_token": account.token["refresh_token"]}
+                form = {"refresh_token": account.token["refresh_token"]}
                 async with asyncio.timeout(REFRESH_WAIT):
                     answer = await ask_token(self.net, row, form)
                 account.token = await self.save(account, token_fields(answer, self.clock.time()))
@@ -1130,9 +1125,7 @@ def passing(headers: Any, *without: str) -> Headers:
     return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
 
 
-class Relay:
-    """One answer on its way; only a plain event stream of a `call` takes comments and errors."""
-
+class Relay:  # one answer on its way; only a plain event stream of a `call` takes comments
     def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
         self.request, self.content, self.call = request, upstream.content, call
         status, reason = upstream.status, upstream.reason
@@ -1413,9 +1406,8 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         headers[name] = ",".join(given.getall(name))
-    stream = call.body.get("stream") is True
     headers["Accept-Encoding"] = "identity"  # comments have no place in a packed stream
-    headers["Accept"] = "text/event-stream" if stream else "application/json"
+    headers["Accept"] = "text/event-stream" if call.body.get("stream") else "application/json"
     headers["Content-Type"] = "application/json"
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
