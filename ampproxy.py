@@ -1044,8 +1044,8 @@ class Pool:
             await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
         if account.wait("", 0) == NEVER or not account.token.get("access_token"):
             raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint()}")
-        if account.stale(refused, soon - MINUTE):
-            raise ProxyError(503, account.trouble or "its token was not refreshed in time")
+        if account.stale(refused, soon - MINUTE) and account.retry > self.clock.monotonic():
+            raise ProxyError(503, account.trouble)
         return str(account.token["access_token"])
 
     def begin_refresh(self, row: Json, account: Account, refused: str) -> asyncio.Task[None]:
@@ -1196,9 +1196,7 @@ SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
 
-@functools.lru_cache(1)
-def file_key(base: str, period: float) -> str:
-    """The secrets file's entry for this upstream; it, or its lack, is kept for five minutes."""
+def file_key(base: str) -> str:
     try:
         path = SECRETS_FILE.expanduser()
         entries = read_object(path.read_bytes()) if path.exists() else {}
@@ -1212,6 +1210,7 @@ class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
         self.sockets: set[web.WebSocketResponse] = set()
+        self.from_file = "", 0.0, ""  # upstream, good until, its key in the secrets file
 
     def base(self) -> str:
         return str(self.live.config["ampcode"]["upstream-url"]).rstrip("/")
@@ -1223,8 +1222,10 @@ class Ampcode:
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
-        period = self.clock.monotonic() // (5 * MINUTE)
-        return str(next(filter(None, own), "") or file_key(self.base(), period))
+        base, now = self.base(), self.clock.monotonic()
+        if not any(own) and (self.from_file[0] != base or self.from_file[1] <= now):
+            self.from_file = base, now + 5 * MINUTE, file_key(base)
+        return str(next(filter(None, own), self.from_file[2]))
 
     def outgoing(self, request: Request, key: str) -> Headers:
         own = self.upstream_key(key)
@@ -1254,13 +1255,14 @@ class Ampcode:
         try:
             upstream = await self.net.session.ws_connect(
                 url, headers=self.outgoing(request, key), proxy=proxy,
-                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT,
+                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT, autoclose=False,
             )  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
-        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], max_msg_size=BODY_LIMIT)
+        own = [upstream.protocol or ""]
+        client = web.WebSocketResponse(protocols=own, max_msg_size=BODY_LIMIT, autoclose=False)
         self.sockets.add(client)
         try:
             await client.prepare(request)
@@ -1276,8 +1278,8 @@ async def frames(source: Any, sink: Any) -> None:
     with suppress(ConnectionError, RuntimeError):
         async for frame in source:
             await (sink.send_str if frame.type == text else sink.send_bytes)(frame.data)
-    code = source.close_code or 1006
-    await sink.close(code=1011 if code == 1006 else code)
+    for end in (sink, source) if source.close_code else ():  # else the other direction is at it
+        await end.close(code=1011 if source.close_code == 1006 else source.close_code)
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
@@ -1464,8 +1466,8 @@ async def read_head(call: Call, relay: Relay) -> bytes:
         texts = map(read_object, EVENT.findall(plain)) if relay.dialect else ()
         return next((event for event in texts if event.get("type") != "ping"), None)
 
-    head = await relay.head(first)
     try:
+        head = await relay.head(first)
         answer = first(head) or read_object(b"" if relay.dialect else head)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
@@ -1551,6 +1553,8 @@ class Server(Forwarder):
         if is_browser_path(request):
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = client_key(request, config["api-keys"])
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         posted = method == "POST" or is_upgrade(request)
         if call and is_upgrade(request):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")

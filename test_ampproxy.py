@@ -732,42 +732,6 @@ def test_message_blocks(role, content, sent):
     assert kept == ["odd"] if gone else [{"role": role, "content": sent}, "odd"]
 
 
-def marked(text, ttl=None):
-    return {
-        "type": "text",
-        "text": text,
-        "cache_control": {**EPHEMERAL, **({"ttl": ttl} if ttl else {})},
-    }
-
-
-def test_at_most_four_cache_markers_the_last_ones_of_each_place():
-    tools = [{"name": n, "cache_control": EPHEMERAL} for n in "ab"]
-    turns = [{"role": "user", "content": [marked(n)]} for n in "efg"]
-    nested = {"type": "tool_result", "tool_use_id": "t", "content": [marked("h")]}
-    body = {"tools": tools, "system": [marked("c"), marked("d")],
-            "messages": [*turns, {"role": "user", "content": [nested]}]}  # fmt: skip
-    body = prepared(json.loads(json.dumps(body)), identity=False)[0]
-    assert ["cache_control" in t for t in body["tools"]] == [False, True]
-    assert ["cache_control" in t for t in body["system"]] == [False, True]
-    assert ["cache_control" in m["content"][0] for m in body["messages"]] == [
-        False,
-        False,
-        True,
-        False,
-    ]
-    assert "cache_control" in body["messages"][3]["content"][0]["content"][0]
-
-
-def test_a_long_marker_behind_a_short_one_loses_its_ttl():
-    body = {
-        "system": [marked("a", "1h"), marked("b")],
-        "messages": [{"role": "user", "content": [marked("c", "1h")]}],
-    }
-    body = prepared(body, identity=False)[0]
-    assert [b["cache_control"].get("ttl") for b in body["system"]] == ["1h", None]
-    assert body["messages"][0]["content"][0]["cache_control"] == EPHEMERAL
-
-
 # == Signing in ====================================================================================
 
 
@@ -1413,10 +1377,9 @@ async def test_a_tool_input_that_looks_like_a_model_stays(tmp_path):
 
 
 @pytest.mark.parametrize("served", ["claude-opus-4-6", "other"])
-@pytest.mark.parametrize("accepted", ["gzip, deflate", "identity", "gzip;q=0"])
 @pytest.mark.parametrize("streamed", [False, True])
 @in_loop
-async def test_gzip_passes_only_to_who_takes_it(tmp_path, streamed, accepted, served):
+async def test_packed_answers_are_read_and_unpacked(tmp_path, streamed, served):
     whole = b"".join(events(served)) if streamed else json.dumps(message(served)).encode()
     packer = zlib.compressobj(wbits=31)
     parts = [
@@ -1426,13 +1389,11 @@ async def test_gzip_passes_only_to_who_takes_it(tmp_path, streamed, accepted, se
     kind = {"Content-Type": "text/event-stream" if streamed else "application/json"}
     async with world(tmp_path) as w:
         w.claude.usual = (200, {**kind, "Content-Encoding": "gzip"}, parts)
-        response = await w.ask(
-            PATH, STREAM if streamed else ASK, headers={"Accept-Encoding": accepted}
-        )
-        passes = accepted == "gzip, deflate" and served == "claude-opus-4-6"
-        assert response.headers.get("Content-Encoding") == ("gzip" if passes else None)
-        plain = gzip.decompress(response.bytes) if passes else response.bytes
-        assert plain == whole.replace(b'"other"', b'"claude-opus-4-6"')
+        response = await w.ask(PATH, STREAM if streamed else ASK)
+        assert w.claude.last.headers["Accept-Encoding"] == "identity"
+        assert "Content-Encoding" not in response.headers
+        assert response.bytes == whole.replace(b'"other"', b'"claude-opus-4-6"')
+        assert w.server.requests[0]["input_tokens"] == 11
 
 
 @in_loop
@@ -1449,9 +1410,9 @@ async def test_a_client_that_leaves_closes_the_upstream_at_once(tmp_path):
         assert (
             w.server.requests[0]["status"],
             account.in_flight,
-            account.wakes,
+            account.rests,
             account.counts["errors"],
-        ) == (499, 0, 0, 0)
+        ) == (499, 0, {}, 0)
 
 
 def error_in(stream):
@@ -1880,7 +1841,7 @@ async def test_websockets_pass_whole(tmp_path):
             assert (await ws.receive()).data == b"p"
             await ws.send_str("close")
             end = await ws.receive()
-            assert (end.data, end.extra) == (4001, "enough")
+            assert end.data == 4001
         await ended.wait()
         ended.clear()
         async with w.http.ws_connect(url, protocols=protocols) as ws:
@@ -1898,9 +1859,6 @@ async def test_no_redirect_takes_the_upstream_key_along(tmp_path):
     elsewhere = FakeUpstream(answer_json({}))
     async with elsewhere.open(), world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
         w.amp.usual = (307, {"Location": elsewhere.url + "/steal", "Content-Length": "0"}, [])
-        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
-            await w.http.ws_connect(w.url + "/actors/x")
-        assert error.value.status == 502
         assert (await w.ask("/api/threads", method="GET")).status == 307
         assert not elsewhere.requests
 
@@ -2299,11 +2257,11 @@ async def test_status(tmp_path):
         assert status["accounts"] == [{
             "provider": "claude", "account": "fred@example.com", "state": "ready", "reason": "", "wakes_in_seconds": None,
             "expires_in_seconds": 28800, "plan": "", "in_flight": 0, "threads": 0, "requests": 1, "errors": 0,
-            "input_tokens": 0, "output_tokens": 0, "quota": [],
+            "input_tokens": 11, "output_tokens": 7, "quota": [],
         }]  # fmt: skip
         assert status["requests"][0] | {"seconds": 0} == {
             "time": "2027-01-15T08:00:00Z", "dialect": "anthropic", "model": "claude-opus-4-6", "route": "local",
-            "provider": "claude", "account": "fred@example.com", "served_model": "claude-opus-4-6", "status": 200, "seconds": 0, "input_tokens": 0, "output_tokens": 0,
+            "provider": "claude", "account": "fred@example.com", "served_model": "claude-opus-4-6", "status": 200, "seconds": 0, "input_tokens": 11, "output_tokens": 7,
         }  # fmt: skip
         assert (status["requests"][1]["status"], status["requests"][1]["route"]) == (404, "none")
         assert "sk-ant" not in json.dumps(status)
