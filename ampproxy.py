@@ -1718,7 +1718,7 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
 
 def status(live: Live, args: argparse.Namespace) -> None:
     """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
-    config, query = live.config, urlencode({"wake": args.wake} if "wake" in args else {})
+    config, query = live.config, urlencode({"wake": args.wake} if args.wake else {})
     host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
     url = f"http://{host}:{config['port']}/status?{query}"
     request = urllib.request.Request(url, method="POST" if query else "GET")

@@ -30,6 +30,7 @@ import symtable
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -1167,61 +1168,489 @@ async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
         assert (await w.ask("/v1/messages", ASK)).status == 200
 
 
-REFUSALS = [  # status, body, headers -> asked again?, seconds of rest, does the fallback answer
-    (
-        429,
-        {"error": {"type": "rate_limit_error", "message": "limit"}},
-        {"Retry-After": "90"},
-        False,
-        90,
-        True,
-    ),
-    (429, {"error": {"type": "rate_limit_error", "message": "limit"}}, {}, False, 60, True),
-    (400, {"error": {"message": "You're out of extra usage"}}, {}, False, 0, False),
-    (400, {"error": {"type": "invalid_request_error", "message": "no"}}, {}, False, 0, False),
-    (413, {"error": {"type": "request_too_large", "message": "no"}}, {}, False, 0, False),
-    (422, {"error": {"message": "no"}}, {}, False, 0, False),
-    (402, {"error": {"message": "pay"}}, {}, False, 1800, True),
-    (403, {"error": {"message": "no"}}, {}, False, 1800, True),
-    (404, {"error": {"type": "not_found_error", "message": "model"}}, {}, False, 0, True),
-    (500, {"error": {"message": "oh"}}, {}, True, 5, True),
-    (529, {"error": {"type": "overloaded_error", "message": "busy"}}, {}, True, 30, True),
-]
+def limit(message="limit", **headers):
+    """A 429 of Claude's."""
+    body = {"type": "error", "error": {"type": "rate_limit_error", "message": message}}
+    return answer_json(body, 429, **headers)
 
 
-@pytest.mark.parametrize(("status", "body", "headers", "again", "rest", "falls_back"), REFUSALS)
+def said(status, message="no", kind="invalid_request_error", **headers):
+    body = {"type": "error", "error": {"type": kind, "message": message}}
+    return answer_json(body, status, **headers)
+
+
+def window(name, status, reset, used="1.0"):
+    """The headers of one quota window; `reset` in seconds from the clock's beginning."""
+    start = f"anthropic-ratelimit-unified-{name}-"
+    return {
+        start + "status": status,
+        start + "utilization": used,
+        start + "reset": str(1_800_000_000 + reset),
+    }
+
+
+# One row for each row of RESTS, at least: the answer -> tries, what rests (the account, the model or
+# nobody), for how many seconds, and who else is tried: the next account and ampcode.com, or nobody.
+SPENT = limit(**window("5h", "rejected", 900), **window("7d", "allowed", 9000, "0.5"))
+ROWS = {
+    "extra usage": (said(400, "You're out of extra usage"), 1, "", 0, "nobody"),
+    "long context": (limit("Extra usage is required for long context"), 1, "", 0, "nobody"),
+    "401": (said(401), 2, "account", float("inf"), "next"),
+    "402": (said(402), 1, "account", 1800, "next"),
+    "403": (said(403), 1, "account", 1800, "next"),
+    "404": (said(404, "model: claude-x", "not_found_error"), 1, "model", 1800, "next"),
+    "400 model": (said(400, "the model claude-x is not supported"), 1, "model", 1800, "next"),
+    "a model's week": (limit(**window("7d_oi", "rejected", 700)), 1, "model", 700, "next"),
+    "429": (limit(), 1, "account", 60, "next"),
+    "429 until": (limit(**{"Retry-After": "90"}), 1, "account", 90, "next"),
+    "a spent window": (SPENT, 1, "account", 900, "next"),
+    "429 for days": (limit(**{"Retry-After": "400000"}), 1, "account", 1800, "next"),
+    "408": (said(408), 3, "account", 30, "next"),
+    "529": (said(529, "busy", "overloaded_error"), 3, "account", 30, "next"),
+    "529 until": (said(529, **{"Retry-After": "40"}), 1, "account", 40, "next"),
+    "500": (said(500), 3, "account", 5, "next"),
+    "502": (said(502), 3, "account", 5, "next"),
+    "503": (said(503), 3, "account", 5, "next"),
+    "504": (said(504), 3, "account", 5, "next"),
+    "a dead connection": ((200, {}, ["cut"]), 3, "account", 5, "next"),
+    "an empty stream": ((200, SSE, []), 3, "account", 5, "next"),
+    "an error first": ((200, SSE, [event("error", error={"type": "overloaded_error"})]), 3, "account", 30, "next"),
+    "520": (said(520), 1, "account", 5, "next"),
+    "400": (said(400), 1, "", 0, "nobody"),
+    "413": (said(413), 1, "", 0, "nobody"),
+    "422": (said(422), 1, "", 0, "nobody"),
+}  # fmt: skip
+
+
+def resting(w, index=0):
+    """{"" for the account, or the model: seconds that the rest still lasts}."""
+    now = w.clock.monotonic()
+    rests = w.server.pool.accounts[w.tokens[index]].rests
+    return {key: pytest.approx(rest.wakes - now) for key, rest in rests.items()}
+
+
+def test_each_row_of_the_table_is_a_case():
+    met = set()
+    for status, headers, parts in (row[0] for row in ROWS.values()):
+        body = b"".join(part for part in parts if part != "cut").decode()
+        full = [name.split("-")[3] for name, value in headers.items() if value == "rejected"]
+        error = ampproxy.ProxyError(status if status != 200 else 502, "", said=f"{body} {full}")
+        error.said = error.said.replace("'", "")
+        met.add(ampproxy.verdict(error))
+    assert met >= {row[1:] for row in ampproxy.RESTS}
+
+
+@pytest.mark.parametrize("name", ROWS)
 @in_loop
-async def test_what_an_error_means(tmp_path, status, body, headers, again, rest, falls_back):
+async def test_what_an_error_means(tmp_path, name):
+    answer, tries, what, length, then = ROWS[name]
     async with world(tmp_path) as w:
-        w.claude.usual = answer_json({"type": "error", **body}, status, **headers)
-        got, said, got_headers = await w.ask_json("/v1/messages", ASK)
-        assert (got, said) == (status, {"type": "error", **body}), "the provider's own words"
-        assert len(w.claude.requests) == (3 if again else 1)
-        assert got_headers.get("Retry-After") == headers.get("Retry-After")
-        assert got_headers.get("x-should-retry") == ("false" if headers else None)
-        account = w.server.pool.accounts[w.tokens[0]]
-        assert max(0, account.wakes - w.clock.monotonic()) == pytest.approx(rest)
-        w.clock.now += rest + 1
+        w.claude.usual = answer
+        got, body, headers = await w.ask_json("/v1/messages", ASK)
+        if answer[0] != 200:
+            assert (got, body) == (answer[0], json.loads(answer[2][0])), "the provider's own words"
+        assert len(w.claude.requests) == tries
+        key = {"account": "", "model": ASK["model"]}.get(what)
+        assert resting(w) == ({key: length} if what else {})
+        asked = {**answer[1], **headers}.get("Retry-After")
+        assert headers.get("x-should-retry") == ("false" if asked and int(asked) > 30 else None)
+        w.clock.now += 100_000
         response = await w.ask(PATH, ASK)
-        assert response.headers["x-ampproxy-route"] == ("amp" if falls_back else "local")
-        assert response.status == (200 if falls_back else status)
+        assert response.headers["x-ampproxy-route"] == ("local" if then == "nobody" else "amp")
+        if then == "next":
+            assert response.status == 200
+
+
+FRIENDS = ("ann@example.com", "bob@example.com", "cyd@example.com")
+
+
+def bearer_of(request):
+    return request.headers["Authorization"].removeprefix("Bearer sk-ant-oat-")
+
+
+def failing(who, answer):
+    """A Claude that gives `answer` to one account, while `failing.now` is set, and serves the others."""
+
+    async def handle(request):
+        name = bearer_of(request)
+        status, headers, parts = answer if name in who else answer_json(message())
+        if parts == ["cut"]:
+            request.transport.abort()
+            return web.Response()
+        return web.Response(status=status, headers=headers, body=b"".join(parts))
+
+    return handle
+
+
+WAYS = {str(row[1:]): name for name, row in ROWS.items() if row[4] == "next"}
+
+
+@pytest.mark.parametrize("name", [*WAYS.values(), "a dead connection", "an error first"])
+@in_loop
+async def test_no_thread_notices_that_an_account_fails(tmp_path, name):
+    """300 threads on 3 accounts, one of which begins to fail: nothing is lost, only its threads move."""
+    config = {"ampcode": {"fallback": "never"}}
+    async with world(tmp_path, tokens=FRIENDS, **config) as w:
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.http._connector._limit = 0
+
+        async def turn(served):
+            async def one(thread):
+                headers = {"X-Amp-Thread-Id": f"T-{thread}"}
+                response = await w.ask(
+                    "/v1/messages", {**ASK, "max_tokens": thread + 1}, headers=headers
+                )
+                assert response.status == 200, response.bytes
+
+            del w.claude.requests[:]
+            await asyncio.gather(*(one(thread) for thread in range(300)))
+            for request in w.claude.requests:
+                served[json.loads(request.bytes)["max_tokens"]] = bearer_of(request)
+            return Counter(served.values())
+
+        before, after = {}, {}
+        assert set((await turn(before)).values()) == {100}, "new threads are spread evenly"
+        w.claude.usual = failing({"bob@example.com"}, ROWS[name][0])
+        counts = await turn(after)
+        assert counts.keys() == {"ann@example.com", "cyd@example.com"}
+        assert abs(counts["ann@example.com"] - counts["cyd@example.com"]) < 20, "shared evenly"
+        moved = {thread for thread in before if before[thread] != after[thread]}
+        assert moved == {thread for thread in before if before[thread] == "bob@example.com"}
+
+
+async def answered_by(w, headers=(), body=ASK, path="/v1/messages"):
+    """Who served one request."""
+    response = await w.ask(path, body, headers=headers)
+    assert response.status == 200, response.bytes
+    return bearer_of(w.claude.last)
+
+
+@pytest.mark.parametrize(("headers", "extra"), [
+    ({"X-Amp-Thread-Id": "T-N"}, {}), ({"X-Claude-Code-Session-Id": "N"}, {}), ({"session-id": "N"}, {}),
+    ({"thread-id": "N"}, {}), ({"x-session-id": "N"}, {}), ({"x-session-affinity": "N"}, {}),
+    ({}, {"metadata": {"user_id": '{"session_id": "N"}'}}), ({}, {"prompt_cache_key": "N"}),
+    ({"X-Amp-Thread-Id": "T-N", "session-id": "other"}, {"prompt_cache_key": "x"}),
+])  # fmt: skip
+@in_loop
+async def test_a_thread_stays_where_it_is(tmp_path, headers, extra):
+    def of(thread):
+        change = lambda value: json.loads(json.dumps(value).replace("N", thread))  # noqa: E731
+        return change(headers), {**ASK, **change(extra)}
+
+    async with world(tmp_path, tokens=FRIENDS) as w:
+        first = [await answered_by(w, *of(thread)) for thread in "1234"]
+        assert sorted(first[:3]) == list(FRIENDS)
+        assert [await answered_by(w, *of(thread)) for thread in "4321"] == first[::-1]
+        w.clock.now += 7000
+        assert await answered_by(w, *of("1")) == first[0]
+        w.clock.now += 7000
+        assert await answered_by(w, *of("1")) == first[0], "each use counts anew"
+        status = (await w.ask_json("/status", method="GET"))[1]
+        assert sum(account["threads"] for account in status["accounts"]) == 1, "two hours are over"
 
 
 @in_loop
-async def test_a_resting_account_is_left_alone_and_wakes(tmp_path):
-    async with world(tmp_path) as w:
+async def test_without_a_thread_the_longest_unused_is_asked(tmp_path):
+    odd = {**ASK, "metadata": {"user_id": 5}, "prompt_cache_key": ["x"]}
+    async with world(tmp_path, tokens=FRIENDS) as w:
+        assert [await answered_by(w, body=odd) for _ in range(6)] == [*FRIENDS, *FRIENDS]
+        assert not w.server.pool.homes
+
+
+@in_loop
+async def test_the_table_of_threads_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "THREADS", 50)
+    async with world(tmp_path, tokens=FRIENDS) as w:
+        for thread in range(60):
+            await answered_by(w, {"session-id": str(thread)})
+        assert len(w.server.pool.homes) == 50
+        assert "claude 9" not in w.server.pool.homes
+        assert "claude 59" in w.server.pool.homes
+
+
+@pytest.mark.parametrize(("strategy", "served"), [
+    ("round-robin", "ann bob cyd ann bob cyd"), ("fill-first", "ann ann ann ann ann ann"),
+    ("least-connections", "ann bob cyd ann bob cyd"),
+])  # fmt: skip
+@in_loop
+async def test_strategies_for_new_threads(tmp_path, strategy, served):
+    async with world(tmp_path, tokens=FRIENDS, routing={"strategy": strategy}) as w:
+        asked = [await answered_by(w, {"session-id": str(n)}) for n in range(6)]
+        assert [name[:3] for name in asked] == served.split()
+
+
+@in_loop
+async def test_least_connections_counts_what_runs_and_recent_threads(tmp_path):
+    gate, began = asyncio.Event(), asyncio.Event()
+
+    async def slow(request):
+        began.set()
+        await gate.wait()
+        return web.json_response(message())
+
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        w.claude.script = [slow, slow]
+        running = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in "12"]
+        while len(w.claude.requests) < 2:
+            await began.wait()
+            began.clear()
+        assert sorted(map(bearer_of, w.claude.requests)) == list(FRIENDS[:2])
+        one = await answered_by(w, {"session-id": "1"})
+        other = await answered_by(w, {"session-id": "2"})
+        assert {one, other} == set(FRIENDS[:2]), "the first now has a thread more"
+        gate.set()
+        await asyncio.gather(*running)
+
+
+@in_loop
+async def test_priority_and_disabled(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS) as w:
+        token_file(w.auth, "bob@example.com", priority=5)
+        token_file(w.auth, "ann@example.com", disabled=True)
+        w.server.tick()
+        for _ in range(3):
+            assert await answered_by(w) == "bob@example.com"
+        w.claude.script = [limit()]
+        assert await answered_by(w) == "cyd@example.com"
+        states = {
+            a["account"][:3]: a["state"]
+            for a in (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        }
+        assert states == {"ann": "disabled", "bob": "resting", "cyd": "ready"}
+
+
+@in_loop
+async def test_no_new_thread_for_an_account_that_is_nearly_spent(tmp_path):
+    def told(name, *windows):
+        headers = {k: v for w in windows for k, v in window(*w).items()}
+        return answer_json(message(), **headers)
+
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        token_file(w.auth, "ann@example.com", priority=9)
+        w.server.tick()
         w.claude.script = [
-            answer_json({"error": {"message": "limit"}}, 429, **{"Retry-After": "90"})
+            told("ann", ("5h", "allowed_warning", 600, "0.97"), ("7d", "allowed", 9000, "0.5"))
         ]
-        await w.ask("/v1/messages", ASK)
-        status, body, headers = await w.ask_json("/v1/messages", ASK)
-        assert status == 429
-        assert (headers["Retry-After"], headers["x-should-retry"]) == ("90", "false")
-        assert "claude fre..." in body["error"]["message"]
-        assert "fred@" not in body["error"]["message"]
-        w.clock.now += 91
+        assert await answered_by(w, {"session-id": "1"}) == "ann@example.com"
+        assert await answered_by(w, {"session-id": "1"}) == "ann@example.com", "its thread stays"
+        assert await answered_by(w, {"session-id": "2"}) == "bob@example.com"
+        account = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]
+        assert account["quota"] == [
+            {"window": "5h", "used_percent": 97.0, "resets_in_seconds": 600},
+            {"window": "7d", "used_percent": 50.0, "resets_in_seconds": 9000},
+        ]
+        w.claude.script = [limit()]
+        assert await answered_by(w, {"session-id": "3"}) == "ann@example.com", "the other one rests"
+        w.clock.now += 601
+        assert await answered_by(w, {"session-id": "4"}) == "ann@example.com", "the window is over"
+
+
+@in_loop
+async def test_odd_quota_headers_are_survived(tmp_path):
+    odd = {"anthropic-ratelimit-unified-5h-utilization": "x", "anthropic-ratelimit-unified-5h-reset": "2027-01-15T09:00:00Z",
+           "anthropic-ratelimit-unified-overage-status": "rejected", "anthropic-ratelimit-unified-status": "rejected",
+           "anthropic-ratelimit-unified-7d-reset": "nan"}  # fmt: skip
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json(message(), **odd)
+        await answered_by(w)
+        quota = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]["quota"]
+        assert quota == [
+            {"window": "5h", "used_percent": 0, "resets_in_seconds": 3600},
+            {"window": "7d", "used_percent": 0, "resets_in_seconds": 0},
+        ]
+
+
+@in_loop
+async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
+    async with world(tmp_path, ampcode={"fallback": "never"}, **{"max-retry-interval": 0}) as w:
+        gate = asyncio.Event()
+
+        async def late(request):
+            await gate.wait()
+            return web.json_response({"error": {"type": "rate_limit_error"}}, status=429)
+
+        w.claude.usual = late
+        asked = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(20)]
+        while len(w.claude.requests) < 20:
+            await asyncio.sleep(0)
+        w.clock.now += 1
+        gate.set()
+        await asyncio.gather(*asked)
+        assert resting(w) == {"": 60}, "20 failures, one window"
+        for length in (120, 240, 480, 960, 1800, 1800):
+            w.clock.now += 100_000
+            await w.ask("/v1/messages", ASK)
+            assert resting(w) == {"": length}
+        w.clock.now += 1801
+        gate.clear()
+        asked = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(20)]
+        while sum(task.done() for task in asked) < 19 or len(w.claude.requests) < 27:
+            await asyncio.sleep(0)
+        assert len(w.claude.requests) == 27, "one probe, the others wait or are told"
+        w.claude.usual = answer_json(message())
+        gate.set()
+        assert sorted([(await task).status for task in asked]) == [429] * 20
+        w.clock.now += 1801
         assert (await w.ask("/v1/messages", ASK)).status == 200
-        assert len(w.claude.requests) == 2
+        assert resting(w) == {}
+        w.claude.script = [limit()]
+        await w.ask("/v1/messages", ASK)
+        assert resting(w) == {"": 60}, "it begins anew"
+
+
+@in_loop
+async def test_a_success_from_before_the_rest_does_not_end_it(tmp_path):
+    gate = asyncio.Event()
+
+    async def slow(request):
+        await gate.wait()
+        return web.json_response(message())
+
+    async with world(tmp_path, ampcode={"fallback": "never"}, **{"max-retry-interval": 0}) as w:
+        w.claude.script = [slow, limit()]
+        early = asyncio.create_task(w.ask("/v1/messages", ASK))
+        while not w.claude.requests:
+            await asyncio.sleep(0)
+        w.clock.now += 1
+        assert (await w.ask("/v1/messages", ASK)).status == 429
+        gate.set()
+        assert (await early).status == 200
+        assert resting(w) == {"": 60}
+
+
+@in_loop
+async def test_a_client_that_leaves_during_the_probe_lets_the_next_one_probe(tmp_path):
+    async with world(tmp_path, ampcode={"fallback": "never"}) as w:
+        w.claude.script = [limit(), (200, SSE, [asyncio.Event()])]
+        await w.ask("/v1/messages", ASK)
+        w.clock.now += 61
+        probe = asyncio.create_task(w.ask("/v1/messages", STREAM))
+        while len(w.claude.requests) < 2:
+            await asyncio.sleep(0)
+        probe.cancel()
+        await w.claude.gone.wait()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@in_loop
+async def test_an_hour_on_the_clock(tmp_path):
+    """A plan is spent for 40 minutes; a request a minute, and the other account answers meanwhile."""
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        spent = 2400
+
+        async def claude(request):
+            if bearer_of(request) == "ann@example.com" and w.clock.now < spent:
+                left = {"retry-after": str(int(spent + 3 * 86400 - w.clock.now))}
+                return web.json_response(
+                    {"error": {"type": "rate_limit_error"}}, status=429, headers=left
+                )
+            return web.json_response(message())
+
+        w.claude.usual, asked = claude, []
+        for minute in range(60):
+            w.clock.now = minute * 60
+            w.server.tick()
+            before = len(w.claude.requests)
+            assert (
+                await w.ask("/v1/messages", ASK, headers={"session-id": f"{minute}"})
+            ).status == 200
+            asked += [(minute, bearer_of(r)[:3]) for r in w.claude.requests[before:]]
+        assert [minute for minute, who in asked if who == "ann" and minute < 40] == [0, 30], (
+            "one probe"
+        )
+        assert sum(who == "bob" for _, who in asked) == 60
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "stays"), [("7", 30, True), ("11", 30, False), ("7", 5, False)]
+)
+@in_loop
+async def test_a_short_retry_after_is_waited_for_on_the_same_account(tmp_path, asked, most, stays):
+    async with world(tmp_path, tokens=FRIENDS[:2], **{"max-retry-interval": most}) as w:
+        w.claude.script = [limit(**{"Retry-After": asked})]
+        began = w.clock.now
+        served = await answered_by(w, {"session-id": "1"})
+        assert served == ("ann@example.com" if stays else "bob@example.com")
+        assert w.clock.now - began == (7 if stays else 0)
+        assert resting(w) == ({} if stays else {"": int(asked)})
+
+
+@in_loop
+async def test_when_all_rest_the_shortest_rest_is_waited_for(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        w.claude.script = [limit(**{"Retry-After": "29"}), limit(**{"Retry-After": "25"})]
+        began = w.clock.now
+        assert await answered_by(w, path=PATH) == "bob@example.com"
+        assert w.clock.now - began == 25
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_when_all_rest_for_long_each_account_is_named(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS) as w:
+        token_file(w.auth, "cyd@example.com", expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.usual = failing({"ann@example.com"}, limit(**{"Retry-After": "300"}))
+        assert await answered_by(w) == "bob@example.com"
+        w.claude.usual = said(403)
+        for path, answered in (("/v1/messages", 403), (PATH, 200)):
+            status, body, headers = await w.ask_json(path, ASK)
+            assert status == answered
+        status, body, headers = await w.ask_json("/v1/messages", ASK)
+        assert (headers["Retry-After"], headers["x-should-retry"]) == ("300", "false")
+        told = body["error"]["message"]
+        for words in ("ann@example.com: claude answered 429 rate_limit_error; wakes in 300 s",
+                      "bob@example.com: claude answered 403 invalid_request_error; wakes in 1800 s",
+                      "cyd@example.com: ", "invalid_grant; run `ampproxy.py login claude`"):  # fmt: skip
+            assert words in told
+        assert len(w.amp.requests) == 1
+        states = (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        assert [(a["state"], a["wakes_in_seconds"]) for a in states] == [
+            ("resting", 300), ("resting", 1800), ("needs-login", None)]  # fmt: skip
+        assert states[0]["reason"] == "claude answered 429 rate_limit_error"
+
+
+@in_loop
+async def test_a_model_that_rests_leaves_the_others_awake(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.script = [limit(**window("7d_oi", "rejected", 700))]
+        assert (await w.ask("/v1/messages", ASK)).status == 429
+        assert await answered_by(w, body={**ASK, "model": "claude-haiku-4-5"}) == "fred@example.com"
+        status, _, headers = await w.ask_json("/v1/messages", ASK)
+        assert (status, headers["Retry-After"]) == (429, "700")
+        account = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]
+        assert account["state"] == "ready"
+        assert account["reason"] == "claude-opus-4-6: claude answered 429 rate_limit_error"
+
+
+@in_loop
+async def test_waking_an_account_by_hand(tmp_path):
+    keys = {"api-keys": ["sesame"]}
+    async with world(tmp_path, **keys) as w:
+        sent = {"X-Api-Key": "sesame"}
+        w.claude.script = [limit()]
+        assert (await w.ask("/v1/messages", ASK, headers=sent)).status == 429
+        assert (await w.ask("/status?wake=fred@example.com", b"")).status == 401
+        w.write(port=w.port, **keys)
+        for wanted, status, words in (
+            ("nobody", 1, "no account 'nobody'"),
+            ("fred@example.com", 0, "woken"),
+        ):
+            with Cli(tmp_path, "status", "--wake", wanted) as cli:
+                code, out, err = await cli.end()
+            assert code == status
+            assert words in out + err
+        assert resting(w) == {}
+        assert (await w.ask("/v1/messages", ASK, headers=sent)).status == 200
+        with Cli(tmp_path, "status", "--json") as cli:
+            code, out, _ = await cli.end()
+        assert code == 0
+        assert json.loads(out)["accounts"][0]["requests"] == 2
+    with Cli(tmp_path, "status") as cli:
+        code, out, err = await cli.end()
+    assert (code, out) == (1, "")
+    assert "no proxy" in err
 
 
 # == Model calls to Claude =========================================================================
