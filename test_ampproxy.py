@@ -1168,6 +1168,124 @@ async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
         assert (await w.ask("/v1/messages", ASK)).status == 200
 
 
+@in_loop
+async def test_two_proxies_on_one_directory_refresh_once(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        live = ampproxy.Live(w.file)
+        other = ampproxy.Server(live, ampproxy.Net(live), w.clock)
+        w.server.tick()
+        gate, asked = asyncio.Event(), asyncio.Event()
+
+        async def slow(request):
+            asked.set()
+            await gate.wait()
+            return web.json_response(NEW_TOKEN)
+
+        w.authority.usual = slow
+        async with other.serving() as port:
+            urls = [
+                f"http://127.0.0.1:{at}/v1/messages" for at in (w.port, port) for _ in range(25)
+            ]
+            asking = [asyncio.create_task(w.http.post(url, json=ASK)) for url in urls]
+            await asked.wait()
+            while not all(
+                next(iter(s.pool.accounts.values())).refreshing for s in (w.server, other)
+            ):
+                await asyncio.sleep(0)
+            gate.set()
+            answers = await asyncio.gather(*asking)
+        assert [answer.status for answer in answers] == [200] * 50
+        assert len(w.authority.requests) == 1
+        assert {r.headers["Authorization"] for r in w.claude.requests} == {"Bearer sk-ant-oat-new"}
+
+
+# A process that forks for each line it reads; the child refreshes the token and ends.
+NURSERY = """
+import asyncio, os, sys
+import ampproxy
+
+async def refresh():
+    live = ampproxy.Live(ampproxy.Path(sys.argv[1]))
+    pool = ampproxy.Pool(live, ampproxy.Net(live))
+    pool.scan()
+    for account in pool.accounts.values():
+        await pool.bearer(live.row("claude"), account, str(account.token["access_token"]))
+
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        try:
+            asyncio.run(refresh())
+        finally:
+            os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@in_loop
+async def test_a_kill_at_any_moment_of_a_refresh_leaves_a_good_file(tmp_path):
+    """100 kills; the authority takes each refresh token once, and the file says what it said last."""
+    issued = ["sk-ant-ort-fred@example.com"]
+    kept = voided = 0
+
+    async def rotate(request):
+        await asyncio.sleep(0.002)  # kills fall on both sides of the rotation
+        if json.loads(request.bytes)["refresh_token"] != issued[-1]:
+            return web.json_response({"error": "invalid_grant"}, status=400)
+        issued.append(f"sk-ant-ort-{len(issued)}")
+        await asyncio.sleep(0.002)
+        token = {"access_token": f"sk-ant-oat-{len(issued)}", "expires_in": 28800}
+        return web.json_response({**token, "refresh_token": issued[-1]})
+
+    async with world(tmp_path) as w:
+        w.authority.usual = rotate
+        path, live = w.tokens[0], ampproxy.Live(w.file)
+        nursery = subprocess.Popen([sys.executable, "-c", NURSERY, str(w.file)], cwd=HERE, text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+        async def one(delay):
+            nursery.stdin.write("go\n")
+            nursery.stdin.flush()
+            child = int(await asyncio.to_thread(nursery.stdout.readline))
+            ended = asyncio.create_task(asyncio.to_thread(nursery.stdout.readline))
+            done, _ = await asyncio.wait([ended], timeout=delay)
+            if not done:
+                os.kill(child, signal.SIGKILL)
+            assert await ended == "ended\n"
+            return bool(done)
+
+        try:
+            began = time.monotonic()
+            assert await one(20), "the first one may end"
+            whole = time.monotonic() - began
+            for kill in range(100):
+                await one(whole * kill / 80)
+                token = json.loads(path.read_text())
+                assert token["note"] == "kept"
+                assert token["refresh_token"] in issued
+                assert stat.S_IMODE(path.stat().st_mode) == 0o600
+                pool = ampproxy.Pool(live, w.server.net)
+                pool.scan()
+                [account] = pool.accounts.values()
+                try:
+                    await pool.bearer(live.row("claude"), account, str(token["access_token"]))
+                    kept += 1
+                except ampproxy.ProxyError as error:
+                    voided += 1
+                    assert error.status == 401
+                    assert "run `ampproxy.py login claude`" in error.message
+                    path = token_file(w.auth, refresh_token=issued[-1])
+                    path.chmod(0o600)
+        finally:
+            nursery.stdin.close()
+            nursery.wait(10)
+        assert (kept + voided, kept > 50) == (100, True)
+        assert len(issued) > 60
+
+
 def limit(message="limit", **headers):
     """A 429 of Claude's."""
     body = {"type": "error", "error": {"type": "rate_limit_error", "message": message}}
