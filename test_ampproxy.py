@@ -1232,11 +1232,11 @@ async def test_a_kill_at_any_moment_of_a_refresh_leaves_a_good_file(tmp_path):
     kept = voided = 0
 
     async def rotate(request):
-        await asyncio.sleep(0.002)  # kills fall on both sides of the rotation
+        await asyncio.sleep(0.005)  # kills fall on both sides of the rotation
         if json.loads(request.bytes)["refresh_token"] != issued[-1]:
             return web.json_response({"error": "invalid_grant"}, status=400)
         issued.append(f"sk-ant-ort-{len(issued)}")
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(0.01)
         token = {"access_token": f"sk-ant-oat-{len(issued)}", "expires_in": 28800}
         return web.json_response({**token, "refresh_token": issued[-1]})
 
