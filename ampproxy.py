@@ -55,8 +55,7 @@ try:
     from multidict import CIMultiDict
     from yarl import URL
 except ImportError as error:
-    hint = "start it with `uv run ampproxy.py`, or `python -m pip install aiohttp pyyaml` first"
-    sys.exit(f"ampproxy needs aiohttp and PyYAML ({error.name} is missing): {hint}")
+    sys.exit(f"ampproxy needs {error.name}: `uv run ampproxy.py`, or pip install aiohttp pyyaml")
 
 __version__ = "0.1.0"
 
@@ -108,8 +107,8 @@ def number(value: Any) -> float:
     return value if isinstance(value, (int, float)) and abs(value) < 1e11 else 0
 
 
-def seconds(text: str) -> float:
-    parts = re.findall(r"(\d+)([smh]?)", text)
+def seconds(text: str | int) -> float:
+    parts = re.findall(r"(\d+)([smh]?)", str(text))
     return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
 
 
@@ -380,8 +379,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 # == Claude's rules ================================================================================
-# What api.anthropic.com asks of a request that carries a plan's login (providers.md 1.2 and 1.3,
-# whose numbers stand here).  Pure: changes body and headers in place.  No tool is renamed.
+# What a plan's login asks of a request (providers.md 1.2, 1.3).  Changes body and headers in place.
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
@@ -534,17 +532,22 @@ class Net:
         self.live = live
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=True,
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
             max_line_size=65536, max_field_size=65536,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )  # fmt: skip
+
+    def proxy(self, url: str) -> str | None:
+        """`proxy-url`, else the environment's; aiohttp's own look-up would read ~/.netrc too."""
+        given = urllib.request.getproxies().get(url.partition(":")[0])
+        around = urllib.request.proxy_bypass(URL(url).host or "")
+        return self.live.config["proxy-url"] or (None if around else given)
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
-        proxy = self.live.config["proxy-url"] or None
-        more |= {"timeout": timeout, "proxy": proxy, "allow_redirects": False}
+        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
             response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
@@ -610,14 +613,10 @@ def read_callback(line: str) -> dict[str, str]:
 
 
 def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) -> None:
-    """Hand on each line of standard input; by os.read, as a buffered read would block the exit."""
-    rest, data = b"", b"..."
+    """Hand on each line of standard input; unbuffered, as a buffered read would block the exit."""
     with suppress(OSError, AttributeError, RuntimeError):  # no input at all, or the login is over
-        while data:
-            data = os.read(sys.stdin.fileno(), 65536)
-            *lines, rest = (rest + data if data else rest + b"\n").split(b"\n")
-            for line in lines:
-                loop.call_soon_threadsafe(use, line.decode(errors="replace"))
+        for line in os.fdopen(sys.stdin.fileno(), "rb", 0, closefd=False):
+            loop.call_soon_threadsafe(use, line.decode(errors="replace"))
 
 
 def has_browser() -> bool:
@@ -721,8 +720,7 @@ async def email_of(net: Net, row: Json, answer: Json) -> str:
 
 
 # == Who asks, and what? ===========================================================================
-# A request before its body is read: may it (design.md, "Security"), and is it a model call?  The
-# path's ending names the dialect; the model, not the path, names the provider.
+# A request before its body is read: may it (design.md, "Security"), and is it a model call?
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
@@ -750,7 +748,7 @@ class Call:
         shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
         shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
         shown.append(self.body.get("prompt_cache_key"))
-        return next((text for text in shown if text and isinstance(text, str)), "")
+        return next((text[:1000] for text in shown if text and isinstance(text, str)), "")
 
     @property
     def marks(self) -> dict[str, str]:
@@ -780,8 +778,7 @@ class Call:
 
 
 def find_call(request: Request) -> Call | None:
-    found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
-    if not found:
+    if not (found := MODEL_PATH.fullmatch(request.rel_url.raw_path)):
         return None
     first, _, last = found["end"].partition("/")
     verb = found["verb"] or last or first
@@ -908,7 +905,7 @@ class Account:
         return f"run `ampproxy.py login {self.type}`"
 
     def spent(self, moment: float) -> bool:
-        windows = (w for w in self.quota if w["resets_at"] > moment)
+        windows = (w for w in self.quota if w["resets_at"] > moment and "_" not in w["window"])
         return any(w["used_percent"] >= NEARLY_SPENT for w in windows)
 
 
@@ -936,8 +933,7 @@ class Pool:
             return
         account = self.accounts.setdefault(path, Account(path, token))
         if token.get("access_token") != account.token.get("access_token"):
-            account.rests.clear()
-            account.retry = 0.0
+            account.rests, account.retry = {}, 0.0
         account.token = token
 
     def of(self, row: Json) -> list[Account]:
@@ -951,8 +947,7 @@ class Pool:
             for row in rows:
                 left = [(a.wait(call.model, now), a) for a in self.of(row) if a not in spent]
                 if free := [account for wait, account in left if not wait]:
-                    thread = call.thread and f"{row['name']} {call.thread}"
-                    return row, self.home(thread, free, now)
+                    return row, self.home(call.thread and row["name"] + call.thread, free, now)
                 waits += [wait for wait, _ in left]
             if now + min(waits) > until:
                 return None
@@ -997,7 +992,6 @@ class Pool:
                 rest.probing = False
 
     def answered(self, account: Account, model: str, began: float) -> None:
-        """A success ends the rests, unless it was under way when they began."""
         for key in ("", model):
             if key in account.rests and account.rests[key].began < began:
                 del account.rests[key]
@@ -1026,14 +1020,13 @@ class Pool:
             then = account.hint() if wait == NEVER else f"wakes in {wait:.0f} s"
             reasons = ", ".join(rest.reason for rest in account.resting(model))
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
-        first, message = min(waits), "no account can answer; " + ". ".join(told)
+        first, message = min(waits, default=NEVER), "no account can answer; " + ". ".join(told)
         return ProxyError(401, message) if first == NEVER else ProxyError(429, message, first)
 
     def wake(self, name: str) -> list[str]:
         found = [a for a in self.accounts.values() if name in (a.email, a.path.name, a.path.stem)]
         for account in found:
-            account.rests.clear()
-            account.retry = 0.0
+            account.rests, account.retry = {}, 0.0
         return [account.email for account in found]
 
     async def bearer(self, row: Json, account: Account, refused: str = "") -> str:
@@ -1107,8 +1100,7 @@ class Pool:
 
 
 # == Passing answers on ============================================================================
-# From an upstream to the client as it comes: bytes, headers, end.  Until a first byte has gone out
-# a ProxyError can still become something better; after it, what breaks ends the answer visibly.
+# Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, GZIP = 4096, b"\x1f\x8b"
 ENDINGS = {"anthropic": (b'"message_stop"', b"\nevent: error")}  # near the end of a whole stream
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
@@ -1190,8 +1182,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
 
 
 # == ampcode.com ===================================================================================
-# What is no model call goes there as it came: path and query, bodies both ways, WebSockets.  Only
-# the credentials change.  Model calls that nobody else answers come here too, and may cost credits.
+# What is no model call goes there as it came, but for the credentials; so do, and may cost credits,
+# the model calls that nobody else answers.
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
@@ -1251,7 +1243,7 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
-        url, proxy = URL(self.address(request), encoded=True), self.live.config["proxy-url"] or None
+        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
         try:
             upstream = await self.net.session.ws_connect(
                 url, headers=self.outgoing(request, key), proxy=proxy,
@@ -1299,13 +1291,11 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 
 
 def without_flag(body: bytes) -> bytes:
-    with suppress(ValueError):
+    with suppress(ValueError, LookupError, TypeError, AttributeError):
         answer = read_object(body)
-        match answer:
-            case {"result": {"features": [*features]}}:
-                kept = [f for f in features if not (isinstance(f, dict) and f.get("name") == FLAG)]
-                answer["result"]["features"] = kept
-                return body if kept == features else compact(answer)
+        features = answer["result"]["features"]
+        answer["result"]["features"] = [f for f in features if f.get("name") != FLAG]
+        return compact(answer) if answer["result"]["features"] != features else body
     return body
 
 
@@ -1408,9 +1398,8 @@ def worded(call: Call, row: Json) -> tuple[Headers, bytes]:
     headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         headers[name] = ",".join(given.getall(name))
-    headers["Accept-Encoding"] = "identity"  # comments have no place in a packed stream
+    headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
     headers["Accept"] = "text/event-stream" if call.body.get("stream") else "application/json"
-    headers["Content-Type"] = "application/json"
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif not call.body.get("max_tokens"):
@@ -1653,8 +1642,7 @@ def set_up_log(live: Live) -> None:
     handler.addFilter(redact)
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.DEBUG if live.config["debug"] else logging.INFO)
-    for name in ("aiohttp", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' own logs stay silent
     for line in live.warnings:
         log.warning("%s", line)
 
