@@ -1010,7 +1010,7 @@ class Pool:
                 length = min(length, self.live.config["max-cooldown"])
             rest.wakes, rest.reason = max(rest.wakes, now + length), error.message
             then = f"rests for {length:.0f} s" if length < NEVER else account.hint()
-            log.warning("%s %s: %s; %s", account, key, error.message, then)
+            log.warning("%s: %s; %s", f"{account} {key}".strip(), error.message, then)
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
         """Each account by name, why it rests and until when; Retry-After is the first to wake."""
