@@ -1475,6 +1475,27 @@ AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 
 
+class Connection(web.RequestHandler):  # who cuts a body short is still told what was wrong with it
+    body: Any = None
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        body = next((payload for _, payload in reversed(self._messages)), self.body)
+        if body is None or body.is_eof():
+            return None  # it left: the connection closes, the handler is cancelled
+        body.set_exception(ConnectionResetError("cut short"))
+        return True
+
+
+class Listener(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
+        protocol.body = payload
+        parts = (message, payload, protocol, *more, self._loop)
+        return Request(*parts, client_max_size=BODY_LIMIT)
+
+
 class Server(Forwarder):
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         super().__init__(Pool(live, net, clock))
@@ -1605,11 +1626,9 @@ class Server(Forwarder):
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         self.pool.scan()
-        limits: Any = {"loop": asyncio.get_running_loop(), "client_max_size": BODY_LIMIT}
-        server = web.Server(
-            self.handle, request_factory=lambda *parts: Request(*parts, **limits), access_log=None,
-            handler_cancellation=True, auto_decompress=False, max_line_size=65536,
-            max_field_size=65536,
+        server = Listener(
+            self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
+            max_line_size=65536, max_field_size=65536,
         )  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:

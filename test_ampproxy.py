@@ -1564,6 +1564,37 @@ async def test_no_new_thread_for_an_account_that_is_nearly_spent(tmp_path):
         assert await answered_by(w, {"session-id": "4"}) == "ann@example.com", "the window is over"
 
 
+@pytest.mark.parametrize(("ttl", "seconds"), [(90, 90), ("90", 90), ("1h30m", 5400), ("10s", 10)])
+@in_loop
+async def test_how_long_an_idle_thread_is_remembered(tmp_path, ttl, seconds):
+    async with world(tmp_path, tokens=FRIENDS, routing={"session-affinity-ttl": ttl}) as w:
+        await answered_by(w, {"session-id": "1"})
+        w.clock.now += seconds
+        await answered_by(w, {"session-id": "2"})
+        assert len(w.server.pool.homes) == 2
+        w.clock.now += 1
+        await answered_by(w, {"session-id": "3"})
+        assert len(w.server.pool.homes) == 2, "the first one is forgotten"
+
+
+@in_loop
+async def test_a_full_window_of_one_class_of_models_is_not_the_accounts(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        w.claude.script = [
+            answer_json(message(), **window("7d_oi", "allowed_warning", 700, "0.99"))
+        ]
+        assert await answered_by(w) == "ann@example.com"
+        await answered_by(w)
+        assert await answered_by(w) == "ann@example.com"
+
+
+@in_loop
+async def test_a_netrc_file_is_none_of_our_business(tmp_path):
+    Path("~/.netrc").expanduser().write_text("default login joe password secret\n")
+    async with world(tmp_path) as w:
+        assert await answered_by(w) == "fred@example.com"
+
+
 @in_loop
 async def test_odd_quota_headers_are_survived(tmp_path):
     odd = {"anthropic-ratelimit-unified-5h-utilization": "x", "anthropic-ratelimit-unified-5h-reset": "2027-01-15T09:00:00Z",
