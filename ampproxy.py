@@ -158,8 +158,7 @@ KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
     413: ("request_too_large", "invalid_request_error", "INVALID_ARGUMENT"),
     429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED"),
     500: ("api_error", "server_error", "INTERNAL"),
-    529: ("overloaded_error", "server_error", "UNAVAILABLE"),
-}
+    529: ("overloaded_error", "server_error", "UNAVAILABLE")}  # fmt: skip
 
 
 def error_body(dialect: str, status: int, message: str) -> Json:
@@ -214,8 +213,7 @@ DEFAULTS: Json = yaml.safe_load(r"""
    callback-port: 54545, callback-path: /callback, refresh-lead: 300},
   codex: &later {enabled: true, dialect: '', base-url: '', authorize-url: '', token-url: '',
    profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
-   client-id: '', client-secret: ''},
-  gemini: *later, antigravity: *later}}
+   client-id: '', client-secret: ''}, gemini: *later, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
@@ -533,9 +531,8 @@ class Net:
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
-            max_line_size=65536, max_field_size=65536,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        )  # fmt: skip
+            max_line_size=65536, max_field_size=65536)  # fmt: skip
 
     def proxy(self, url: str) -> str | None:
         """`proxy-url`, else the environment's; aiohttp's own look-up would read ~/.netrc too."""
@@ -665,8 +662,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
     async def handle(request: Request) -> Answer:
         if request.path != row["callback-path"] or not take(request.raw_path):
             return web.Response(status=404, text="This is not the callback.\n")
-        said = "The login was refused" if "error" in request.query else "Done, back to the terminal"
-        return web.Response(text=f"{said}. You can close this page.\n")
+        return web.Response(text="The terminal says how the login went; you can close this page.\n")
 
     def paste(line: str) -> None:
         if line.strip() and not take(line):
@@ -850,8 +846,7 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"408|529",                           "account",  30,          "again"),
     (r"50[0234]",                          "account",  5,           "again"),
     (r"5",                                 "account",  5,           "next"),
-    (r"",                                  "",         0,           "stop"),
-)  # fmt: skip
+    (r"",                                  "",         0,           "stop"))  # fmt: skip
 # * where the error names no time; doubled with each failure in a row, at most max-cooldown.  again:
 # the same account as often as request-retry says, wait: only after a short Retry-After, then next.
 SHORT_WAIT, RETRY_PAUSE, PROBE_POLL, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 0.2, 30, 30
@@ -1246,9 +1241,8 @@ class Ampcode:
         url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=self.outgoing(request, key), proxy=proxy,
-                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT, autoclose=False,
-            )  # fmt: skip
+                url, headers=self.outgoing(request, key), proxy=proxy, autoclose=False,
+                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT)  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
@@ -1589,8 +1583,7 @@ class Server(Forwarder):
             "version": __version__, "uptime_seconds": round(self.clock.monotonic() - self.began),
             "routes": dict(self.routes), "server_side_threads": self.server_side,
             "accounts": [self.report_account(account) for account in self.pool.accounts.values()],
-            "requests": list(self.requests),
-        }  # fmt: skip
+            "requests": list(self.requests)}  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
         now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
@@ -1606,8 +1599,7 @@ class Server(Forwarder):
             "wakes_in_seconds": round(wait) if state == "resting" else None,
             "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
             "in_flight": account.in_flight, "threads": self.pool.threads(account),
-            **{name: account.counts[name] for name in names},
-        }  # fmt: skip
+            **{name: account.counts[name] for name in names}}  # fmt: skip
 
     async def watch(self) -> None:
         while True:
@@ -1628,8 +1620,7 @@ class Server(Forwarder):
         self.pool.scan()
         server = Listener(
             self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536,
-        )  # fmt: skip
+            max_line_size=65536, max_field_size=65536)  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
@@ -1762,8 +1753,7 @@ ARGUMENTS: dict[str, Json] = {
               "--no-browser": {"action": "store_true", "help": "print the address only"}},
     "logout": {"provider": {"choices": NAMES},
                "account": {"nargs": "?", "help": "e-mail address or file name"}},
-    "status": {"--json": {"action": "store_true"}, "--wake": {"metavar": "ACCOUNT"}},
-}  # fmt: skip
+    "status": {"--json": {"action": "store_true"}, "--wake": {"metavar": "ACCOUNT"}}}  # fmt: skip
 COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
 
 

@@ -837,7 +837,7 @@ async def test_login_from_the_address_to_the_file(tmp_path, way):
             done = f"{asked['redirect_uri']}?code=c0de&state={asked['state']}"
             if way == "callback":
                 async with aiohttp.ClientSession() as http, http.get(done) as page:
-                    assert "back to the terminal" in await page.text()
+                    assert "says how the login went" in await page.text()
             status, out, err = await cli.end(f"nonsense\n{done}\n" if way == "paste" else None)
         assert (status, err) == (0, "")
         assert ("Still waiting" in out) == (way == "paste")
