@@ -143,8 +143,7 @@ SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.
 
 def redact(record: logging.LogRecord) -> bool:
     """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
-    hide = lambda found: (found["kind"] or "") + mask(found["mail"] or found[0])  # noqa: E731
-    line = SECRET.sub(hide, record.getMessage())
+    line = SECRET.sub(lambda m: (m["kind"] or "") + mask(m["mail"] or m[0]), record.getMessage())
     record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
     return True
 
@@ -222,9 +221,8 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
 
 
 def misfit(example: Any, value: Any, name: str) -> str:
-    kind, (low, high) = type(example), RANGES.get(name, (0, 1e9))
+    kind, words, (low, high) = type(example), WORDS[type(example)], RANGES.get(name, (0, 1e9))
     fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
-    words = WORDS[kind]
     if kind in (int, float):
         fits, words = fits and low <= value <= high, f"{words} from {low} to {high:g}"
     elif kind is str and "|" in example:
@@ -1184,12 +1182,11 @@ FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy 
 
 
 def file_key(base: str) -> str:
+    entries, path = Json(), SECRETS_FILE.expanduser()
     try:
-        path = SECRETS_FILE.expanduser()
-        entries = read_object(path.read_bytes()) if path.exists() else {}
+        entries = read_object(path.read_bytes() if path.exists() else b"{}")
     except (OSError, ValueError) as error:
         log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
-        entries = {}
     return str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
 
 
@@ -1222,15 +1219,14 @@ class Ampcode:
 
     async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
         """One request there and its answer back; the body of a `call` was read already."""
-        headers = self.outgoing(request, key)
+        headers, url = self.outgoing(request, key), self.address(request)
         data: Any = call.raw if call else request.content if request.body_exists else None
         if call or data is None:
             headers.popall("Content-Length", None)
         asked = re.match(r"/api/internal\?getUserInfo(?![\w-])", request.raw_path)
         if edits := bool(asked and self.live.config["ampcode"]["client-inference"]):
             headers["Accept-Encoding"] = "identity"
-        url, idle = self.address(request), self.live.config["streaming"]["idle-timeout-seconds"]
-        idle = idle if call else 0
+        idle = self.live.config["streaming"]["idle-timeout-seconds"] if call else 0
         async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
             relay = Relay(request, upstream, passing(upstream.headers), call)
             relay.response.headers.update(call.marks if call else {})
@@ -1260,10 +1256,9 @@ class Ampcode:
 
 
 async def frames(source: Any, sink: Any) -> None:
-    text = aiohttp.WSMsgType.TEXT
     with suppress(ConnectionError, RuntimeError):
         async for frame in source:
-            await (sink.send_str if frame.type == text else sink.send_bytes)(frame.data)
+            await (sink.send_str if isinstance(frame.data, str) else sink.send_bytes)(frame.data)
     for end in (sink, source) if source.close_code else ():  # else the other direction is at it
         await end.close(code=1011 if source.close_code == 1006 else source.close_code)
 
