@@ -137,8 +137,8 @@ def mask(secret: str) -> str:
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
 
 
-SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]+@[\w.-]+)|"
-                    r"(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
+SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,64}@[\w.-]+)"
+                    r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
 
 
 def redact(record: logging.LogRecord) -> bool:
@@ -561,7 +561,10 @@ class Net:
         try:
             return response.status, read_object(inflate(raw) or raw)
         except ValueError:
-            return response.status, {"error": raw[:300].decode(errors="replace")}
+            said = (
+                "no JSON object" if response.status == 200 else raw[:300].decode(errors="replace")
+            )
+            return response.status, {"error": said}
 
 
 def error_text(answer: Json, *keys: str) -> str:
@@ -687,16 +690,16 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
     status, answer = await net.ask_json("POST", row["token-url"], json=form)
-    if status == 200 and isinstance(answer.get("access_token"), str):
+    if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
-    said = error_text(answer).replace(form.get("refresh_token") or form["code"], "...")
+    said = error_text(answer).replace(str(form.get("refresh_token") or form["code"]), "...")
     message = f"{row['name']}'s token endpoint answered {status}: {said}"
     raise ProxyError(401 if re.search(FATAL, message) else 503, message)
 
 
 def token_fields(answer: Json, now: float) -> Json:
     named = {name: answer[name] for name in ("refresh_token", "id_token") if answer.get(name)}
-    ends = now + (number(answer.get("expires_in")) or HOUR)
+    ends = now + max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
     times = {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
     return {"access_token": answer["access_token"], **named, **times}
 
@@ -722,7 +725,7 @@ MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publis
                         r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses|models/"
                         r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
-USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d+)')
+USAGE = re.compile(rb'"(?:(input|prompt)|output|completion)_tokens"\s*:\s*(\d{1,12})')
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 
@@ -751,7 +754,7 @@ class Call:
         return {f"x-ampproxy-{name}": value for name, value in clean if value}
 
     def count(self, data: bytes) -> None:
-        for sent, figure in USAGE.findall(data):
+        for sent, figure in USAGE.findall(data) if self.verb != "count_tokens" else ():
             name = "input_tokens" if sent else "output_tokens"
             self.tokens[name] = max(self.tokens[name], int(figure))
 
@@ -859,7 +862,7 @@ def verdict(error: ProxyError) -> tuple[str, float, str]:
 
 @dataclass
 class Rest:  # why an account, or one model of it, is left alone; the times are monotonic
-    reason: str = ""
+    error: ProxyError
     began: float = -NEVER
     wakes: float = 0.0
     strikes: int = 0  # failures in a row
@@ -872,6 +875,7 @@ class Account:
         self.email = str(token.get("email") or path.stem)
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
+        self.replaced: Any = None  # the access token that the present one came for
         self.in_flight, self.turn = 0, 0
         self.counts, self.quota = Counter[str](), list[Json]()
         self.refreshing: asyncio.Task[None] | None = None
@@ -883,7 +887,7 @@ class Account:
         return [self.rests[key] for key in {"", model} if key in self.rests]
 
     def wait(self, model: str, now: float) -> float:
-        waits = (PROBE_POLL if r.probing else r.wakes - now for r in self.resting(model))
+        waits = (max(r.wakes - now, PROBE_POLL * r.probing) for r in self.resting(model))
         return max(0.0, *waits, 0.0)
 
     def state(self, now: float) -> str:
@@ -899,7 +903,7 @@ class Account:
 
     def spent(self, moment: float) -> bool:
         windows = (w for w in self.quota if w["resets_at"] > moment and "_" not in w["window"])
-        return any(w["used_percent"] >= NEARLY_SPENT for w in windows)
+        return any(w["full"] or w["used_percent"] >= NEARLY_SPENT for w in windows)
 
 
 class Pool:
@@ -911,7 +915,7 @@ class Pool:
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        for path in self.accounts.keys() - stamps.keys():
+        for path in self.accounts.keys() - stamps.keys() - self.stamps.keys():  # gone for two looks
             del self.accounts[path]
         for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
             self.read(path)
@@ -925,9 +929,11 @@ class Pool:
             log.error("%s is no token file: %s", path, why(error))
             return
         account = self.accounts.setdefault(path, Account(path, token))
+        if token.get("access_token") == account.replaced != account.token.get("access_token"):
+            return  # what could not be saved is newer
         if token.get("access_token") != account.token.get("access_token"):
             account.rests, account.retry = {}, 0.0
-        account.token = token
+        account.token, account.type = token, str(token["type"])
 
     def of(self, row: Json) -> list[Account]:
         mine = (a for a in self.accounts.values() if a.type == row["name"])
@@ -970,15 +976,15 @@ class Pool:
         return full, -number(account.token.get("priority")), busy, turn, account.path
 
     @contextmanager
-    def lease(self, account: Account, model: str) -> Iterator[None]:
-        """While a request is under way; the first after a rest is a probe, others wait for it."""
+    def lease(self, account: Account, model: str) -> Iterator[float]:
+        """While a request that began just now runs; the first after a rest is the probe."""
         probed = account.resting(model)
         account.in_flight += 1
         account.counts["requests"] += 1
         for rest in probed:
             rest.probing = True
         try:
-            yield
+            yield self.clock.monotonic()
         finally:
             account.in_flight -= 1
             for rest in probed:
@@ -995,26 +1001,33 @@ class Pool:
         account.counts["errors"] += 1
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
-            rest = account.rests.setdefault(key, Rest())
+            for name in [
+                k for k, r in account.rests.items() if k not in ("", key) and r.wakes < now
+            ]:
+                del account.rests[name]
+            rest = account.rests.setdefault(key, Rest(error))
             if rest.began < began:
                 rest.began, rest.strikes = now, rest.strikes + 1
             if length != NEVER:
                 length = error.retry_after or length * 2 ** min(rest.strikes - 1, 20)
-                length = min(length, self.live.config["max-cooldown"])
-            rest.wakes, rest.reason = max(rest.wakes, now + length), error.message
+                length = max(1, min(length, self.live.config["max-cooldown"]))
+            rest.wakes, rest.error = max(rest.wakes, now + length), error
             then = f"rests for {length:.0f} s" if length < NEVER else account.hint()
-            log.warning("%s: %s; %s", f"{account} {key}".strip(), error.message, then)
+            log.warning("%s: %s; %s", f"{account} {key[:100]}".strip(), error.message, then)
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
         """Each account by name, why it rests and until when; Retry-After is the first to wake."""
-        now, told, waits = self.clock.monotonic(), [], []
+        now, told, waits, kinds = self.clock.monotonic(), [], [NEVER], set[int]()
         for account in (account for row in rows for account in self.of(row)):
             waits.append(wait := account.wait(model, now))
             then = account.hint() if wait == NEVER else f"wakes in {wait:.0f} s"
-            reasons = ", ".join(rest.reason for rest in account.resting(model))
+            reasons = ", ".join(rest.error.message for rest in account.resting(model))
+            kinds |= {rest.error.status for rest in account.resting(model)}
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
-        first, message = min(waits, default=NEVER), "no account can answer; " + ". ".join(told)
-        return ProxyError(401, message) if first == NEVER else ProxyError(429, message, first)
+        first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
+        if first == NEVER or kinds <= {400, 404}:
+            return ProxyError(401 if first == NEVER else 404, message)
+        return ProxyError(429, message, first)
 
     def wake(self, name: str) -> list[str]:
         found = [a for a in self.accounts.values() if name in (a.email, a.path.name, a.path.stem)]
@@ -1030,8 +1043,9 @@ class Pool:
             await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
         if account.wait("", 0) == NEVER or not account.token.get("access_token"):
             raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint()}")
-        if account.stale(refused, soon - MINUTE) and account.retry > self.clock.monotonic():
-            raise ProxyError(503, account.trouble)
+        pending = account.refreshing or account.retry > self.clock.monotonic()
+        if account.stale(refused, soon - MINUTE) and pending:
+            raise ProxyError(503, account.trouble or "the token is not renewed yet")
         return str(account.token["access_token"])
 
     def begin_refresh(self, row: Json, account: Account, refused: str) -> asyncio.Task[None]:
@@ -1052,7 +1066,9 @@ class Pool:
                 form = {"refresh_token": account.token["refresh_token"]}
                 async with asyncio.timeout(REFRESH_WAIT):
                     answer = await ask_token(self.net, row, form)
-                account.token = await self.save(account, token_fields(answer, self.clock.time()))
+                old, fields = account.token, token_fields(answer, self.clock.time())
+                account.token = await self.save(account, fields)
+                account.replaced = old.get("access_token")
                 log.info("%s: token refreshed", account)
         except (ProxyError, *NET_ERRORS) as error:
             wrong = error if isinstance(error, ProxyError) else ProxyError(503, why(error))
@@ -1317,10 +1333,10 @@ class Forwarder(Ampcode):
                 *_, then = verdict(error := failed)
                 if then == "stop":
                     raise
-                if then != "wait":
+                if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
         many = sum(len(self.pool.of(row)) for row in rows) > 1
-        if rows and (error is nobody or (error.status == 429 and many)):
+        if rows and (error is nobody or many):
             error = self.pool.nobody(rows, call.model)
         fallback = config["ampcode"]["fallback"]
         if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
@@ -1332,8 +1348,8 @@ class Forwarder(Ampcode):
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
         """One account, as often as `request-retry` says; a refused token is renewed once."""
         left, refused, call.account = self.live.config["request-retry"], "", account.email
-        short = min(SHORT_WAIT, self.live.config["max-retry-interval"])
-        with self.pool.lease(account, call.model):
+        short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
+        with self.pool.lease(account, call.model) as first:
             while True:
                 began = self.clock.monotonic()
                 token = await self.pool.bearer(row, account, refused)
@@ -1346,10 +1362,13 @@ class Forwarder(Ampcode):
                     left -= 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif then in ("again", "wait") and left > 0 and pause <= short:
+                    elif (
+                        then in ("again", "wait") and left + (then == "wait") > 0 and pause <= short
+                    ):
                         await self.clock.sleep(pause)
                     else:
-                        self.pool.rest(account, error, call.model, began)
+                        if error.status != 401 or token == account.token.get("access_token"):
+                            self.pool.rest(account, error, call.model, first)
                         raise
 
     async def exchange(self, call: Call, row: Json, account: Account, began: float) -> Answer:
@@ -1417,7 +1436,9 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
         answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
-    full = {w["window"]: w["resets_at"] - now for w in quota_of(headers) if w["full"]}
+    full = {
+        w["window"]: w["resets_at"] - now for w in quota_of(headers) if w["full"] and status == 429
+    }
     error.retry_after = max(0, number(headers.get("Retry-After")), *full.values())
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
@@ -1583,7 +1604,8 @@ class Server(Forwarder):
     def report_account(self, account: Account) -> Json:
         now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
         state, wait = account.state(now), account.wait("", now)
-        reasons = (f"{m}: {rest.reason}".removeprefix(": ") for m, rest in account.rests.items())
+        rests = sorted(account.rests.items())
+        reasons = (f"{m[:100]}: {rest.error.message}".removeprefix(": ") for m, rest in rests[:20])
         quota = [{"window": w["window"], "used_percent": w["used_percent"],
                   "resets_in_seconds": max(0, round(w["resets_at"] - time))}
                  for w in account.quota]  # fmt: skip
@@ -1713,13 +1735,13 @@ def status(live: Live, args: argparse.Namespace) -> None:
     """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
     config, query = live.config, urlencode({"wake": args.wake} if args.wake else {})
     host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
-    url = f"http://{host}:{config['port']}/status?{query}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config['port']}/status?{query}"
     request = urllib.request.Request(url, method="POST" if query else "GET")
     request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=10) as answer:
-            report = json.load(answer)
+            report = read_object(answer.read())
     except (OSError, ValueError) as error:
         raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
     if report.get("woken") == []:

@@ -1744,7 +1744,7 @@ async def test_when_all_rest_for_long_each_account_is_named(tmp_path):
         w.claude.usual = failing({"ann@example.com"}, limit(**{"Retry-After": "300"}))
         assert await answered_by(w) == "bob@example.com"
         w.claude.usual = said(403)
-        for path, answered in (("/v1/messages", 403), (PATH, 200)):
+        for path, answered in (("/v1/messages", 429), (PATH, 200)):
             status, body, headers = await w.ask_json(path, ASK)
             assert status == answered
         status, body, headers = await w.ask_json("/v1/messages", ASK)
