@@ -23,7 +23,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -112,10 +112,6 @@ def seconds(text: str | int) -> float:
     return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
 
 
-def dicts(value: Any) -> Iterator[Json]:
-    return (v for v in value if isinstance(v, dict)) if isinstance(value, list) else iter(())
-
-
 def inflate(raw: bytes) -> bytes | None:
     with suppress(zlib.error):
         unpacker = zlib.decompressobj(31)
@@ -170,10 +166,10 @@ def error_body(dialect: str, status: int, message: str) -> Json:
     return {"error": {"message": message, "type": openai, "code": openai} if dialect else message}
 
 
-def error_frame(dialect: str, message: str) -> bytes:
+def error_frame(dialect: str, status: int, message: str) -> bytes:
     """The event that ends a broken stream; its first newline closes a line that was cut short."""
     event = b"event: error\n" if dialect == "anthropic" else b""
-    return b"\n%bdata: %b\n\n" % (event, compact(error_body(dialect, 502, message)))
+    return b"\n%bdata: %b\n\n" % (event, compact(error_body(dialect, status, message)))
 
 
 # == Configuration and provider table ==============================================================
@@ -277,7 +273,7 @@ class ConfigFile:
         match example, value:  # short forms: a switch for a row, a text for a list or a model
             case {"enabled": _}, bool():
                 return {**default(example), "enabled": value}
-            case [""], str() if name == "to":
+            case [""], str() if name == "to" and value:
                 return [value]
             case {"alias": _}, str():
                 return {"name": value, "alias": ""}
@@ -342,6 +338,7 @@ class Live:
         if running and file and file.empty:
             raise Failure(f"{self.path}: is empty")
         self.config, self.warnings = config, file.warnings if file else []
+        self.auth_dir = Path(config["auth-dir"]).expanduser()
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
@@ -355,10 +352,6 @@ class Live:
             return False
         log.info("%s is taken up", self.path)
         return True
-
-    @property
-    def auth_dir(self) -> Path:
-        return Path(self.config["auth-dir"]).expanduser()
 
     def row(self, name: str) -> Json:
         row = {**self.config["providers"][name], "name": name}
@@ -447,7 +440,7 @@ def with_identity(system: Any) -> list[Any]:
     """The system blocks behind the sentence that a login needs; Claude Code's own have it."""
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = [block for block in blocks if is_clean(block)]
-    texts = [str(block.get("text")) for block in dicts(blocks[:2])]
+    texts = [str(block.get("text")) for block in blocks[:2] if isinstance(block, dict)]
     if texts and texts[0].startswith("x-anthropic-billing-header"):
         texts.pop(0)
     there = bool(texts) and texts[0].startswith(IDENTITY)
@@ -456,10 +449,9 @@ def with_identity(system: Any) -> list[Any]:
 
 RULES = {"claude": prepare_claude}
 
+
 # == Token files ===================================================================================
 # One JSON file an account, in CLIProxyAPI's format; fields of others, and their edits, survive.
-
-
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -523,12 +515,18 @@ def expiry(token: Json) -> float:
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
 
+async def stay(*_: object) -> None:
+    """For WebSockets, whose redirects aiohttp would follow without asking, keys and all."""
+    raise ValueError("it redirects")
+
+
 class Net:
     def __init__(self, live: Live) -> None:
-        self.live = live
+        self.live, trace = live, aiohttp.TraceConfig()
+        trace.on_request_redirect.append(stay)
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             max_line_size=65536, max_field_size=65536)  # fmt: skip
 
@@ -539,8 +537,9 @@ class Net:
         return self.live.config["proxy-url"] or (None if around else given)
 
     @asynccontextmanager
-    async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
+    async def ask(self, method: str, url: str, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
+        idle = more.pop("idle", self.live.config["streaming"]["idle-timeout-seconds"])
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
         more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
@@ -556,7 +555,7 @@ class Net:
     async def ask_json(self, method: str, url: str, **more: Any) -> tuple[int, Json]:
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
         headers |= more.pop("headers", {})
-        async with self.ask(method, url, 30, headers=headers, **more) as response:
+        async with self.ask(method, url, idle=30, headers=headers, **more) as response:
             raw = await response.read()
         try:
             return response.status, read_object(inflate(raw) or raw)
@@ -814,9 +813,8 @@ def bare(value: str) -> str:
 
 def client_key(request: Request, keys: list[str]) -> str:
     """Which of `keys` the client shows, in any of the five places; ProxyError 401 for none."""
-    shown = [request.headers.get(name, "") for name in KEY_HEADERS]
-    shown += [request.query.get(name, "") for name in KEY_PARAMETERS]
-    shown = [bare(value) for value in shown if value.strip()]
+    given = (*map(request.headers.get, KEY_HEADERS), *map(request.query.get, KEY_PARAMETERS))
+    shown = [bare(value) for value in given if value and value.strip()]
     right = [key for key in keys for value in shown if same(key, value)]
     if keys and not right:
         raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
@@ -873,15 +871,14 @@ class Account:
     def __init__(self, path: Path, token: Json) -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
+        self.name = f"{self.type} {mask(self.email)}"
+        self.hint = f"run `ampproxy.py login {self.type}`"
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced: Any = None  # the access token that the present one came for
         self.in_flight, self.turn = 0, 0
         self.counts, self.quota = Counter[str](), list[Json]()
         self.refreshing: asyncio.Task[None] | None = None
-
-    def __str__(self) -> str:
-        return f"{self.type} {mask(self.email)}"
 
     def resting(self, model: str) -> list[Rest]:
         return [self.rests[key] for key in {"", model} if key in self.rests]
@@ -898,9 +895,6 @@ class Account:
     def stale(self, refused: str, moment: float) -> bool:
         return refused == self.token.get("access_token") or expiry(self.token) < moment
 
-    def hint(self) -> str:
-        return f"run `ampproxy.py login {self.type}`"
-
     def spent(self, moment: float) -> bool:
         windows = (w for w in self.quota if w["resets_at"] > moment and "_" not in w["window"])
         return any(w["full"] or w["used_percent"] >= NEARLY_SPENT for w in windows)
@@ -915,8 +909,8 @@ class Pool:
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        for path in self.accounts.keys() - stamps.keys() - self.stamps.keys():  # gone for two looks
-            del self.accounts[path]
+        known = stamps.keys() | self.stamps.keys()  # what is gone for two looks is gone
+        self.accounts = {path: a for path, a in self.accounts.items() if path in known}
         for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
             self.read(path)
         self.stamps = stamps
@@ -933,7 +927,7 @@ class Pool:
             return  # what could not be saved is newer
         if token.get("access_token") != account.token.get("access_token"):
             account.rests, account.retry = {}, 0.0
-        account.token, account.type = token, str(token["type"])
+        account.token = token
 
     def of(self, row: Json) -> list[Account]:
         mine = (a for a in self.accounts.values() if a.type == row["name"])
@@ -1012,15 +1006,15 @@ class Pool:
                 length = error.retry_after or length * 2 ** min(rest.strikes - 1, 20)
                 length = max(1, min(length, self.live.config["max-cooldown"]))
             rest.wakes, rest.error = max(rest.wakes, now + length), error
-            then = f"rests for {length:.0f} s" if length < NEVER else account.hint()
-            log.warning("%s: %s; %s", f"{account} {key[:100]}".strip(), error.message, then)
+            then = f"rests for {length:.0f} s" if length < NEVER else account.hint
+            log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
         """Each account by name, why it rests and until when; Retry-After is the first to wake."""
         now, told, waits, kinds = self.clock.monotonic(), [], [NEVER], set[int]()
         for account in (account for row in rows for account in self.of(row)):
             waits.append(wait := account.wait(model, now))
-            then = account.hint() if wait == NEVER else f"wakes in {wait:.0f} s"
+            then = account.hint if wait == NEVER else f"wakes in {wait:.0f} s"
             reasons = ", ".join(rest.error.message for rest in account.resting(model))
             kinds |= {rest.error.status for rest in account.resting(model)}
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
@@ -1042,7 +1036,7 @@ class Pool:
             task = account.refreshing or self.begin_refresh(row, account, refused)
             await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
         if account.wait("", 0) == NEVER or not account.token.get("access_token"):
-            raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint()}")
+            raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint}")
         pending = account.refreshing or account.retry > self.clock.monotonic()
         if account.stale(refused, soon - MINUTE) and pending:
             raise ProxyError(503, account.trouble or "the token is not renewed yet")
@@ -1061,18 +1055,16 @@ class Pool:
                 late = account.stale(refused, self.clock.time() + MINUTE)
                 if not late or account.retry > self.clock.monotonic():
                     return
-                if not account.token.get("refresh_token"):
+                if not (token := account.token.get("refresh_token")):
                     raise ProxyError(401, "refused, and there is no refresh token")
-                form = {"refresh_token": account.token["refresh_token"]}
                 async with asyncio.timeout(REFRESH_WAIT):
-                    answer = await ask_token(self.net, row, form)
+                    answer = await ask_token(self.net, row, {"refresh_token": token})
                 old, fields = account.token, token_fields(answer, self.clock.time())
                 account.token = await self.save(account, fields)
                 account.replaced = old.get("access_token")
-                log.info("%s: token refreshed", account)
+                log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
-            wrong = error if isinstance(error, ProxyError) else ProxyError(503, why(error))
-            self.refresh_failed(account, wrong)
+            self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
 
     async def save(self, account: Account, changes: Json) -> Json:
         """On disk before it is used; where that fails, tried again each second."""
@@ -1083,7 +1075,7 @@ class Pool:
                     save_token(account.path, token)
                     break
             except OSError as error:
-                log.error("%s: the new token cannot be saved: %s", account, why(error))
+                log.error("%s: the new token cannot be saved: %s", account.name, why(error))
             await asyncio.sleep(1)
         return token
 
@@ -1093,7 +1085,7 @@ class Pool:
         if account.token.get("access_token") == old:
             account.trouble = f"refresh failed: {error.message}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
-            log.error("%s: %s", account, account.trouble)
+            log.error("%s: %s", account.name, account.trouble)
             if error.status == 401 or account.stale("", self.clock.time()):
                 self.rest(account, error, "", NEVER)
 
@@ -1129,8 +1121,8 @@ def passing(headers: Any, *without: str) -> Headers:
 class Relay:  # one answer on its way; only a plain event stream of a `call` takes comments
     def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
         self.request, self.content, self.call = request, upstream.content, call
-        status, reason = upstream.status, upstream.reason
-        self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
+        headers.update(call.marks if call else {})
+        self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
         self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
         self.silence = call.silence if self.dialect else None
@@ -1155,8 +1147,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         self.tail = (self.tail + data[-TAIL:])[-TAIL:]
         if not self.response.prepared:
             await self.response.prepare(self.request)
-        if data:
-            await self.response.write(data)
+        await self.response.write(data)
 
     async def head(self, enough: Callable[[bytearray], object]) -> bytes:
         data = bytearray()
@@ -1176,7 +1167,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             broken = error.message
         return await self.finish("" if any(end in self.tail for end in ends) else broken)
 
-    async def finish(self, broken: str = "") -> Answer:
+    async def finish(self, broken: str = "", status: int = 502) -> Answer:
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
         if broken and self.call:
             self.call.trouble += f"; {broken}" if self.call.trouble else broken
@@ -1185,7 +1176,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 self.request.transport.abort()
             raise ConnectionResetError(broken)
         if broken:
-            await self.write(error_frame(self.dialect, broken))
+            await self.write(error_frame(self.dialect, status, broken))
         await self.response.write_eof()
         return self.response
 
@@ -1237,15 +1228,12 @@ class Ampcode:
         """One request there and its answer back; the body of a `call` was read already."""
         headers, url = self.outgoing(request, key), self.address(request)
         data: Any = call.raw if call else request.content if request.body_exists else None
-        if call or data is None:
-            headers.popall("Content-Length", None)
         asked = re.match(r"/api/internal\?getUserInfo(?![\w-])", request.raw_path)
         if edits := bool(asked and self.live.config["ampcode"]["client-inference"]):
             headers["Accept-Encoding"] = "identity"
-        idle = self.live.config["streaming"]["idle-timeout-seconds"] if call else 0
-        async with self.net.ask(request.method, url, idle, headers=headers, data=data) as upstream:
+        more: Any = {"headers": headers, "data": data} | ({} if call else {"idle": 0})
+        async with self.net.ask(request.method, url, **more) as upstream:
             relay = Relay(request, upstream, passing(upstream.headers), call)
-            relay.response.headers.update(call.marks if call else {})
             return await relay.rest(await opened(relay, edits))
 
     async def tunnel(self, request: Request, key: str) -> Answer:
@@ -1272,11 +1260,12 @@ class Ampcode:
 
 
 async def frames(source: Any, sink: Any) -> None:
-    with suppress(ConnectionError, RuntimeError):
+    with suppress(ConnectionError, RuntimeError, TypeError):  # a broken frame has no data
         async for frame in source:
             await (sink.send_str if isinstance(frame.data, str) else sink.send_bytes)(frame.data)
-    for end in (sink, source) if source.close_code else ():  # else the other direction is at it
-        await end.close(code=1011 if source.close_code == 1006 else source.close_code)
+    code = {0: 1000, 1006: 1011}.get(source.close_code, source.close_code)
+    for end in (sink, source) if code else ():  # else the other direction is at it
+        await end.close(code=code)
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
@@ -1338,8 +1327,7 @@ class Forwarder(Ampcode):
         many = sum(len(self.pool.of(row)) for row in rows) > 1
         if rows and (error is nobody or many):
             error = self.pool.nobody(rows, call.model)
-        fallback = config["ampcode"]["fallback"]
-        if call.amp and (fallback == "always" or (fallback == "unserved" and not rows)):
+        if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             call.account, call.trouble = "", error.message
             return await self.forward(call.request, key, call)
@@ -1375,14 +1363,11 @@ class Forwarder(Ampcode):
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
-        idle, now = self.live.config["streaming"]["idle-timeout-seconds"], self.clock.time()
-        more: Any = {"headers": call.headers, "data": call.worded}
-        async with self.net.ask("POST", url, idle, **more) as upstream:
+        async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
             account.quota = quota_of(upstream.headers) or account.quota
             if upstream.status != 200:
-                raise await refusal(upstream, row["name"], now)
+                raise await refusal(upstream, row["name"], self.clock.time())
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
-            headers.update(call.marks)
             relay, head = Relay(call.request, upstream, headers, call), b""
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
@@ -1396,7 +1381,7 @@ class Forwarder(Ampcode):
                 if not relay.response.prepared:
                     raise
                 self.pool.rest(account, late, call.model, began)
-                return await relay.finish(late.message)
+                return await relay.finish(late.message, late.status)
             finally:
                 call.count(head + relay.tail)
                 account.counts.update(call.tokens)
@@ -1522,12 +1507,13 @@ class Server(Forwarder):
             raise  # the client is gone, or was cut off on purpose
         except Exception as error:  # a ProxyError, or a fault of this program, which survives it
             if not isinstance(error, ProxyError):
-                log.error("internal error: %s", why(error), exc_info=self.live.config["debug"])
+                log.error("internal error: %s: %s", type(error).__name__, why(error))
                 error = ProxyError(500, "internal error of ampproxy, see its log")
             response = self.refuse(request, call, error)
         finally:
             if call and call.raw:
-                status = 499 if response is None else response.status  # 499: the client left
+                gone = 502 if call.trouble else 499  # cut off on purpose, or the client left
+                status = gone if response is None else response.status
                 self.note(call, status, self.clock.monotonic() - began)
         return response
 
@@ -1575,10 +1561,10 @@ class Server(Forwarder):
         key = client_key(request, config["api-keys"])
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        posted = method == "POST" or is_upgrade(request)
-        if call and is_upgrade(request):
+        upgrade = is_upgrade(request)
+        if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
-        if call and posted:
+        if call and method == "POST":
             return await self.answer(call, key)
         peer = request.transport.get_extra_info("peername") if request.transport else None
         local = config["ampcode"]["restrict-management-to-localhost"] and not call
@@ -1588,11 +1574,10 @@ class Server(Forwarder):
             return web.json_response(self.report())
         if method == "POST" and path == "/status":
             return web.json_response({"woken": self.pool.wake(request.query.get("wake", ""))})
-        if path.startswith(("/api/thread-actors", "/actors/")) and posted:
+        if (method == "POST" or upgrade) and path.startswith(("/api/thread-actors", "/actors/")):
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
-        pass_on = self.tunnel if is_upgrade(request) else self.forward
-        return await pass_on(request, key)
+        return await (self.tunnel if upgrade else self.forward)(request, key)
 
     def report(self) -> Json:
         return {
@@ -1642,8 +1627,7 @@ class Server(Forwarder):
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
-                going = aiohttp.WSCloseCode.GOING_AWAY
-                await asyncio.gather(*(s.close(code=going) for s in self.sockets))
+                await asyncio.gather(*(s.close(code=1001) for s in self.sockets))  # going away
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
@@ -1680,11 +1664,8 @@ NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        start = importlib.import_module("uvloop").run
-    except ImportError:
-        start = asyncio.run
-    return start(work)
+    name = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+    return importlib.import_module(name).run(work)
 
 
 def serve(live: Live, args: argparse.Namespace) -> None:
@@ -1787,9 +1768,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        made = commands.add_parser(name, help=command.__doc__, description=command.__doc__,
-                                   parents=[serving if name == "serve" else common])  # fmt: skip
-        made.allow_abbrev = False
+        about = {"help": command.__doc__, "description": command.__doc__, "allow_abbrev": False}
+        made = commands.add_parser(name, parents=[serving if name == "serve" else common], **about)
         for argument, more in ARGUMENTS.get(name, {}).items():
             made.add_argument(argument, **more)
     args = parser.parse_args(argv)

@@ -625,6 +625,8 @@ async def test_files_are_picked_up_while_running(tmp_path, caplog):
         assert (await w.ask("/v1/messages", ASK)).status == 404
         path.unlink()
         w.server.tick()
+        assert w.server.pool.accounts, "an editor may be at it"
+        w.server.tick()
         status = json.loads((await w.ask("/status", method="GET")).bytes)
         assert status["accounts"] == []
 
@@ -2438,6 +2440,9 @@ async def test_no_redirect_takes_the_upstream_key_along(tmp_path):
     elsewhere = FakeUpstream(answer_json({}))
     async with elsewhere.open(), world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
         w.amp.usual = (307, {"Location": elsewhere.url + "/steal", "Content-Length": "0"}, [])
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            await w.http.ws_connect(w.url + "/actors/x")
+        assert error.value.status == 502
         assert (await w.ask("/api/threads", method="GET")).status == 307
         assert not elsewhere.requests
 
