@@ -560,9 +560,7 @@ class Net:
         try:
             return response.status, read_object(inflate(raw) or raw)
         except ValueError:
-            said = (
-                "no JSON object" if response.status == 200 else raw[:300].decode(errors="replace")
-            )
+            said = raw[:300].decode(errors="replace") if response.status != 200 else "no JSON"
             return response.status, {"error": said}
 
 
@@ -995,10 +993,8 @@ class Pool:
         account.counts["errors"] += 1
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
-            for name in [
-                k for k, r in account.rests.items() if k not in ("", key) and r.wakes < now
-            ]:
-                del account.rests[name]
+            kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
+            account.rests = kept
             rest = account.rests.setdefault(key, Rest(error))
             if rest.began < began:
                 rest.began, rest.strikes = now, rest.strikes + 1
@@ -1350,9 +1346,7 @@ class Forwarder(Ampcode):
                     left -= 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif (
-                        then in ("again", "wait") and left + (then == "wait") > 0 and pause <= short
-                    ):
+                    elif then in ("again", "wait") and left > -(then == "wait") and pause <= short:
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
@@ -1421,9 +1415,8 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
         answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
-    full = {
-        w["window"]: w["resets_at"] - now for w in quota_of(headers) if w["full"] and status == 429
-    }
+    windows = quota_of(headers) if status == 429 else []
+    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
     error.retry_after = max(0, number(headers.get("Retry-After")), *full.values())
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
