@@ -1776,6 +1776,187 @@ async def test_a_model_that_rests_leaves_the_others_awake(tmp_path):
         assert account["reason"] == "claude-opus-4-6: claude answered 429 rate_limit_error"
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"max-cooldown": 0}, {"max-retry-interval": 0}, {"max-retry-interval": 2}]
+)
+@in_loop
+async def test_short_waits_come_to_an_end(tmp_path, config):
+    """Accounts that ask for a second each, again and again, do not keep a client for ever."""
+    for tokens, answer in ((FRIENDS, limit(**{"Retry-After": "1"})), (FRIENDS[:1], limit())):
+        (tmp_path / str(len(tokens))).mkdir()
+        async with world(tmp_path / str(len(tokens)), tokens=tokens, **config) as w:
+            w.claude.usual = answer
+            assert (await w.ask("/v1/messages", ASK)).status == 429
+            assert w.clock.now < 60
+            assert len(w.claude.requests) < 120
+
+
+@in_loop
+async def test_failures_side_by_side_are_one_however_late_their_last_try(tmp_path):
+    async with world(tmp_path, **{"max-retry-interval": 0}) as w:
+        w.claude.usual = said(503)
+        await asyncio.gather(*(w.ask("/v1/messages", ASK) for _ in range(10)))
+        assert w.server.pool.accounts[w.tokens[0]].rests[""].strikes == 1
+        assert len(w.claude.requests) == 30, "retried at any max-retry-interval"
+
+
+@in_loop
+async def test_a_throttle_is_waited_for_at_any_number_of_tries(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS[:2], **{"request-retry": 1}) as w:
+        w.claude.script = [limit(**{"Retry-After": "2"})]
+        assert await answered_by(w) == "ann@example.com"
+        assert w.clock.now == 2
+
+
+@in_loop
+async def test_a_window_that_is_full_is_no_reason_for_a_long_rest_after_a_529(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.usual = said(529, **window("7d_oi", "rejected", 400_000))
+        assert (await w.ask("/v1/messages", ASK)).status == 529
+        assert (len(w.claude.requests), resting(w)) == (3, {"": 30})
+
+
+@in_loop
+async def test_a_model_that_all_accounts_lack_is_404_and_soon_forgotten(tmp_path, caplog):
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        w.claude.usual = said(404, "model: claude-typo", "not_found_error")
+        for number in range(30):
+            for _ in "12":
+                answer = await w.ask(
+                    "/v1/messages", {**ASK, "model": f"claude-{number}-" + "x" * 3000}
+                )
+                assert (answer.status, answer.headers.get("Retry-After")) == (404, None)
+            w.clock.now += 1801
+        account = w.server.pool.accounts[w.tokens[0]]
+        assert len(account.rests) == 1
+        assert max(map(len, caplog.messages)) < 600
+        accounts = (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        assert len(json.dumps(accounts)) < 3000
+
+
+@in_loop
+async def test_one_account_rests_and_one_needs_a_login(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.script = [limit(**{"Retry-After": "600"}), said(401)]
+        status, body, headers = await w.ask_json("/v1/messages", ASK)
+        assert (status, headers["Retry-After"]) == (429, "600")
+        assert "ann@example.com: claude answered 429" in body["error"]["message"]
+        assert "bob@example.com: " in body["error"]["message"]
+
+
+@in_loop
+async def test_a_probe_whose_login_has_ended_says_so(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.script = [limit()]
+        await w.ask("/v1/messages", ASK)
+        w.clock.now += 9 * 3600
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+
+
+@in_loop
+async def test_a_new_login_during_a_401_is_not_marked(tmp_path):
+    async with world(tmp_path) as w:
+
+        async def late(request):
+            token_file(w.auth, access_token="from-a-new-login")
+            w.server.tick()
+            return web.json_response({"error": {"type": "authentication_error"}}, status=401)
+
+        w.claude.script = [said(401), late]
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        assert resting(w) == {}
+        assert await answered_by(w) == "Bearer from-a-new-login"
+
+
+@in_loop
+async def test_a_file_that_vanishes_for_a_moment_takes_nothing_along(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.script = [limit()]
+        await w.ask("/v1/messages", ASK, headers={"session-id": "1"})
+        kept = w.tokens[0].read_text()
+        w.tokens[0].unlink()
+        w.server.tick()
+        w.tokens[0].write_text(kept)
+        w.server.tick()
+        assert resting(w) == {"": 60}
+
+
+@in_loop
+async def test_a_token_that_could_not_be_saved_at_all_is_not_replaced_by_the_old_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ampproxy, "REFRESH_WAIT", 1)
+    refuse = {"now": True}
+    real = os.fsync
+
+    def full(number):
+        if refuse["now"]:
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        assert await answered_by(w) == "new"
+        refuse["now"] = False
+        assert json.loads(path.read_text())["access_token"] == "sk-ant-oat-fred@example.com"
+        os.utime(path)
+        w.server.tick()
+        assert await answered_by(w) == "new", "a look at the old file changes nothing"
+        w.clock.now += 8 * 3600
+        w.authority.usual = answer_json({**NEW_TOKEN, "access_token": "sk-ant-oat-third"})
+        assert await answered_by(w) == "third"
+        assert w.authority.body()["refresh_token"] == "sk-ant-ort-new", (
+            "not the one redeemed before"
+        )
+        assert json.loads(path.read_text())["access_token"] == "sk-ant-oat-third"
+
+
+@pytest.mark.parametrize("answer", [
+    answer_json([{"access_token": "sk-secret"}]), (200, {}, [b'{"access_token": "sk-secret'])])  # fmt: skip
+@in_loop
+async def test_nonsense_from_the_authority_is_not_quoted(tmp_path, caplog, answer):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer
+        _, body, _ = await w.ask_json("/v1/messages", ASK)
+        status = (await w.ask_json("/status", method="GET"))[1]
+        assert "secret" not in json.dumps([body, status]) + caplog.text
+
+
+@pytest.mark.parametrize("odd", [5, ["x"], {"a": 1}])
+@in_loop
+async def test_an_odd_refresh_token_is_no_storm(tmp_path, odd):
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z", refresh_token=odd)
+        w.server.tick()
+        w.authority.usual = answer_json({"error": "bad"}, 500)
+        for _ in range(3):
+            assert (await w.ask("/v1/messages", ASK)).status >= 400
+        assert len(w.authority.requests) == 1
+        assert not w.claude.requests
+
+
+@in_loop
+async def test_what_counts_as_tokens(tmp_path):
+    async with world(tmp_path) as w:
+        w.claude.script = [answer_json({"input_tokens": 120_000})]
+        await w.ask("/v1/messages/count_tokens", ASK)
+        w.claude.script = [answer_json(message(usage={"input_tokens": 7, "output_tokens": 3}))]
+        await w.ask("/v1/messages", ASK)
+        w.claude.script = [
+            (200, SSE, [events()[0].replace(b": 11", b": " + b"9" * 5000), *events()[1:]])
+        ]
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+        rows = [(r["input_tokens"], r["output_tokens"], r["status"]) for r in w.server.requests]
+        assert rows[:2] == [(0, 0, 200), (7, 3, 200)]
+        assert rows[2][2] == 200
+
+
 @in_loop
 async def test_waking_an_account_by_hand(tmp_path):
     keys = {"api-keys": ["sesame"]}
@@ -1799,10 +1980,12 @@ async def test_waking_an_account_by_hand(tmp_path):
             code, out, _ = await cli.end()
         assert code == 0
         assert json.loads(out)["accounts"][0]["requests"] == 2
-    with Cli(tmp_path, "status") as cli:
-        code, out, err = await cli.end()
-    assert (code, out) == (1, "")
-    assert "no proxy" in err
+    for host, shown in (("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")):
+        w.write(port=w.port, host=host)
+        with Cli(tmp_path, "status") as cli:
+            code, out, err = await cli.end()
+        assert (code, out) == (1, "")
+        assert "no proxy to ask at " + shown in err
 
 
 # == Model calls to Claude =========================================================================
@@ -2433,6 +2616,49 @@ async def test_websockets_pass_whole(tmp_path):
         assert (seen["protocols"], seen["key"]) == (",".join(protocols), "Bearer sgamp_up")
         assert w.amp.last.raw_path.endswith("?rvt-key=T%2F1")
         assert w.server.server_side == 0
+
+
+@pytest.mark.parametrize("side", ["client", "upstream"])
+@in_loop
+async def test_a_close_without_a_code_travels_too(tmp_path, side):
+    closed, codes = asyncio.Event(), []
+
+    async def actor(request):
+        socket = web.WebSocketResponse(autoclose=False)
+        await socket.prepare(request)
+        if side == "upstream":
+            await socket._writer.send_frame(b"", aiohttp.WSMsgType.CLOSE)
+        await socket.receive()
+        codes.append(socket.close_code)
+        closed.set()
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        async with w.http.ws_connect(w.url + "/actors/x", autoclose=False) as ws:
+            if side == "client":
+                await ws._writer.send_frame(b"", aiohttp.WSMsgType.CLOSE)
+            assert (await ws.receive()).type == aiohttp.WSMsgType.CLOSE
+        await closed.wait()
+        while w.server.sockets:
+            await asyncio.sleep(0)
+        assert codes == [1000]
+
+
+@in_loop
+async def test_a_broken_frame_ends_the_tunnel(tmp_path, caplog):
+    async def actor(request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        request.transport.write(b"\x83\x00")  # a reserved kind of frame
+        await socket.receive()
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        async with w.http.ws_connect(w.url + "/actors/x") as ws:
+            assert (await ws.receive()).type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        assert "internal error" not in caplog.text
 
 
 @in_loop
