@@ -733,6 +733,7 @@ class Call:
         self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
         self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
         self.silence: float | None = None  # seconds after which a comment goes out
+        self.cut = False  # the answer broke off, not the client
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
     @property
@@ -1015,7 +1016,7 @@ class Pool:
             kinds |= {rest.error.status for rest in account.resting(model)}
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
         first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
-        if first == NEVER or kinds <= {400, 404}:
+        if first == NEVER or set() < kinds <= {400, 404}:
             return ProxyError(401 if first == NEVER else 404, message)
         return ProxyError(429, message, first)
 
@@ -1167,6 +1168,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
         if broken and self.call:
             self.call.trouble += f"; {broken}" if self.call.trouble else broken
+            self.call.cut = True
         if broken and not self.dialect:
             if self.request.transport:
                 self.request.transport.abort()
@@ -1320,8 +1322,7 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
-        many = sum(len(self.pool.of(row)) for row in rows) > 1
-        if rows and (error is nobody or many):
+        if rows and (error is nobody or sum(len(self.pool.of(row)) for row in rows) > 1):
             error = self.pool.nobody(rows, call.model)
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
@@ -1505,14 +1506,16 @@ class Server(Forwarder):
             response = self.refuse(request, call, error)
         finally:
             if call and call.raw:
-                gone = 502 if call.trouble else 499  # cut off on purpose, or the client left
+                gone = 502 if call.cut else 499  # 499: the client left
                 status = gone if response is None else response.status
                 self.note(call, status, self.clock.monotonic() - began)
         return response
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
         """The error as the client gets it; SDKs are told not to sit through a wait over 30 s."""
-        error.headers.update(call.marks if call else {})
+        if call:
+            call.trouble = call.trouble or error.message
+            error.headers.update(call.marks)
         error.headers.setdefault("Content-Type", "application/json")
         if error.retry_after:
             error.headers["Retry-After"] = str(max(1, round(error.retry_after)))

@@ -3055,6 +3055,27 @@ async def test_upstreams_that_answer_nonsense(tmp_path, answer, path):
 
 
 @in_loop
+async def test_what_the_log_and_the_status_say_of_a_call_that_failed(tmp_path, caplog):
+    async with world(tmp_path) as w:
+        w.claude.script = [limit(**{"Retry-After": "90"})]
+        await w.ask("/v1/messages", ASK)
+        assert "claude fre... 429 0.0s claude answered 429 rate_limit_error" in caplog.text
+        w.amp.usual = (
+            200,
+            {"Content-Type": "application/json", "Content-Length": "50"},
+            [b"{", "cut"],
+        )
+        with pytest.raises(aiohttp.ClientError):
+            await w.ask(PATH, ASK)
+        while len(w.server.requests) < 2:
+            await asyncio.sleep(0)
+        assert [(r["route"], r["status"]) for r in w.server.requests] == [
+            ("local", 429),
+            ("amp", 502),
+        ]
+
+
+@in_loop
 async def test_status(tmp_path):
     async with world(tmp_path) as w:
         w.claude.usual = (200, SSE, events())
