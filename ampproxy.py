@@ -1712,7 +1712,8 @@ def status(live: Live, args: argparse.Namespace) -> None:
     """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
     config, query = live.config, urlencode({"wake": args.wake} if args.wake else {})
     host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config['port']}/status?{query}"
+    where = f"[{host}]" if ":" in host else host
+    url = f"http://{where}:{config['port']}/status?{query}".rstrip("?")
     request = urllib.request.Request(url, method="POST" if query else "GET")
     request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
