@@ -116,7 +116,7 @@ def inflate(raw: bytes) -> bytes | None:
     with suppress(zlib.error):
         unpacker = zlib.decompressobj(31)
         plain = unpacker.decompress(raw, BODY_LIMIT + 1)
-        return plain if unpacker.eof and not unpacker.unused_data else None
+        return plain if unpacker.eof and not unpacker.unused_data.strip(b"\0") else None
     return None
 
 
@@ -337,8 +337,8 @@ class Live:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
         if running and file and file.empty:
             raise Failure(f"{self.path}: is empty")
-        self.config, self.warnings = config, file.warnings if file else []
         self.auth_dir = Path(config["auth-dir"]).expanduser()
+        self.config, self.warnings = config, file.warnings if file else []
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
@@ -347,7 +347,7 @@ class Live:
         self.seen = now
         try:
             self.load(running=True)
-        except Failure as error:
+        except (Failure, RuntimeError) as error:  # the latter for a ~user that there is not
             log.error("%s; the configuration from before stays in effect", error)
             return False
         log.info("%s is taken up", self.path)
@@ -587,7 +587,6 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
 
 # == Signing in ====================================================================================
 # OAuth with PKCE (RFC 7636); the callback comes to this machine, or is pasted, whichever is first.
-LOGIN_WAIT = 10 * MINUTE
 FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
 say = functools.partial(print, flush=True)
 
@@ -678,8 +677,8 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
             say(f"If the browser runs on another machine, run this there first:\n\n{tunnel}")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
-        if not (await asyncio.wait([callback], timeout=LOGIN_WAIT))[0]:
-            raise Failure(f"no callback came within {LOGIN_WAIT // MINUTE} minutes")
+        if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
+            raise Failure("no callback came within 10 minutes")
         return callback.result(), redirect
 
 
@@ -1262,7 +1261,7 @@ async def frames(source: Any, sink: Any) -> None:
         async for frame in source:
             await (sink.send_str if isinstance(frame.data, str) else sink.send_bytes)(frame.data)
     code = {0: 1000, 1006: 1011}.get(source.close_code, source.close_code)
-    for end in (sink, source) if code else ():  # else the other direction is at it
+    for end in (sink, source) if code and sink.close_code is None else ():  # else it is under way
         await end.close(code=code)
 
 
@@ -1285,9 +1284,9 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 def without_flag(body: bytes) -> bytes:
     with suppress(ValueError, LookupError, TypeError, AttributeError):
         answer = read_object(body)
-        features = answer["result"]["features"]
-        answer["result"]["features"] = [f for f in features if f.get("name") != FLAG]
-        return compact(answer) if answer["result"]["features"] != features else body
+        given, result = answer["result"]["features"], answer["result"]
+        result["features"] = [f for f in given if isinstance(f, str) or f.get("name") != FLAG]
+        return compact(answer) if result["features"] != given else body
     return body
 
 
@@ -1434,6 +1433,8 @@ def renamed(data: bytes, answer: Json, asked: str) -> bytes:
     if not isinstance(name, str) or name == asked:
         return data
     pattern = rb'("model"\s*:\s*)' + re.escape(json.dumps(name).encode())
+    if data.lstrip().startswith(b"{") and len(re.findall(pattern, data)) != 1:
+        return compact({**answer, "model": asked})  # a tool's input has such a key too
     return re.sub(pattern, lambda m: bytes(m[1]) + json.dumps(asked).encode(), data, count=1)
 
 

@@ -3076,6 +3076,54 @@ async def test_what_the_log_and_the_status_say_of_a_call_that_failed(tmp_path, c
 
 
 @in_loop
+async def test_a_tools_input_before_the_models_name_stays(tmp_path):
+    content = [{"type": "tool_use", "id": "t", "name": "n", "input": {"model": "claude-opus-4-6"}}]
+    async with world(tmp_path) as w:
+        w.claude.usual = answer_json(
+            {"type": "message", "content": content, "model": "claude-opus-4-6"}
+        )
+        _, body, _ = await w.ask_json("/v1/messages", {**ASK, "model": "claude-opus"})
+        assert (body["model"], body["content"]) == ("claude-opus", content)
+
+
+@in_loop
+async def test_an_upstream_that_closes_hears_its_own_code(tmp_path):
+    codes, ended = [], asyncio.Event()
+
+    async def actor(request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.close(code=4999)
+        codes.append(socket.close_code)
+        ended.set()
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        async with w.http.ws_connect(w.url + "/actors/x") as ws:
+            assert (await ws.receive()).data == 4999
+        await ended.wait()
+        assert codes == [4999]
+
+
+@in_loop
+async def test_a_reload_with_a_home_that_is_none_changes_nothing(tmp_path, caplog):
+    async with world(tmp_path) as w:
+        assert not w.reload(**{"max-cooldown": 77, "auth-dir": "~nobody-at-all/x"})
+        assert w.server.live.config["max-cooldown"] == 1800
+        assert "stays in effect" in caplog.text
+
+
+@in_loop
+async def test_padded_gzip_is_gzip(tmp_path):
+    async with world(tmp_path) as w:
+        packed = gzip.compress(json.dumps(ASK).encode()) + bytes(8)
+        assert (
+            await w.ask("/v1/messages", packed, headers={"Content-Encoding": "gzip"})
+        ).status == 200
+
+
+@in_loop
 async def test_status(tmp_path):
     async with world(tmp_path) as w:
         w.claude.usual = (200, SSE, events())
