@@ -437,7 +437,6 @@ def is_clean(block: Any) -> bool:
 
 
 def with_identity(system: Any) -> list[Any]:
-    """The system blocks behind the sentence that a login needs; Claude Code's own have it."""
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = [block for block in blocks if is_clean(block)]
     texts = [str(block.get("text")) for block in blocks[:2] if isinstance(block, dict)]
@@ -515,8 +514,7 @@ def expiry(token: Json) -> float:
 NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
 
 
-async def stay(*_: object) -> None:
-    """For WebSockets, whose redirects aiohttp would follow without asking, keys and all."""
+async def stay(*_: object) -> None:  # for WebSockets: aiohttp would follow, keys and all
     raise ValueError("it redirects")
 
 
@@ -701,7 +699,6 @@ def token_fields(answer: Json, now: float) -> Json:
 
 
 async def email_of(net: Net, row: Json, answer: Json) -> str:
-    """Of the token answer, else the profile; a token that cannot read it is named by its hash."""
     token = str(answer["access_token"])
     with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
         if not (answer.get("account") or {}).get("email_address"):
@@ -729,10 +726,9 @@ SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", 
 class Call:
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
-        self.model, self.raw, self.worded, self.trouble = model, b"", b"", ""
+        self.model, self.raw, self.worded, self.trouble, self.cut = model, b"", b"", "", False
         self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
         self.silence: float | None = None  # seconds after which a comment goes out
-        self.cut = False  # the answer broke off, not the client
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
     @property
@@ -1055,9 +1051,8 @@ class Pool:
                     raise ProxyError(401, "refused, and there is no refresh token")
                 async with asyncio.timeout(REFRESH_WAIT):
                     answer = await ask_token(self.net, row, {"refresh_token": token})
-                old, fields = account.token, token_fields(answer, self.clock.time())
-                account.token = await self.save(account, fields)
-                account.replaced = old.get("access_token")
+                account.replaced = account.token.get("access_token")
+                account.token = await self.save(account, token_fields(answer, self.clock.time()))
                 log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
@@ -1482,8 +1477,7 @@ class Listener(web.Server):
 
     def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
         protocol.body = payload
-        parts = (message, payload, protocol, *more, self._loop)
-        return Request(*parts, client_max_size=BODY_LIMIT)
+        return Request(*(message, payload, protocol, *more, self._loop), client_max_size=BODY_LIMIT)
 
 
 class Server(Forwarder):
@@ -1697,32 +1691,39 @@ def logout(live: Live, args: argparse.Namespace) -> None:
     say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
 
+def ask_proxy(live: Live, wake: str | None = None) -> Json:
+    config, query = live.config, "?" + urlencode({"wake": wake}) if wake else ""
+    host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config['port']}/status{query}"
+    request = urllib.request.Request(url, method="POST" if query else "GET")
+    request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=10) as answer:
+            return read_object(answer.read())
+    except (OSError, ValueError) as error:
+        raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
+
+
 def accounts(live: Live, args: argparse.Namespace) -> None:
-    """List the accounts."""
+    """List the accounts; their state as the running proxy sees it, if there is one."""
+    states = dict[str, str]()
+    with suppress(Failure, LookupError, TypeError):
+        states = {row["account"]: row["state"] for row in ask_proxy(live)["accounts"]}
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        say(line.format(a.type, a.email, str(a.token.get("plan") or "-"), ends, a.state(0), a.path))
+        plan, state = str(a.token.get("plan") or "-"), states.get(a.email, a.state(0))
+        say(line.format(a.type, a.email, plan, ends, state, a.path))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 
 def status(live: Live, args: argparse.Namespace) -> None:
     """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
-    config, query = live.config, urlencode({"wake": args.wake} if args.wake else {})
-    host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
-    where = f"[{host}]" if ":" in host else host
-    url = f"http://{where}:{config['port']}/status?{query}".rstrip("?")
-    request = urllib.request.Request(url, method="POST" if query else "GET")
-    request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=10) as answer:
-            report = read_object(answer.read())
-    except (OSError, ValueError) as error:
-        raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
+    report = ask_proxy(live, args.wake)
     if report.get("woken") == []:
         raise Failure(f"there is no account {args.wake!r}: `ampproxy.py accounts` lists them")
     say(json.dumps(report, indent=2, ensure_ascii=False))
@@ -1747,8 +1748,7 @@ def masked(value: Any, key: str = "") -> Any:
 ARGUMENTS: dict[str, Json] = {
     "login": {"provider": {"nargs": "?", "choices": NAMES},
               "--no-browser": {"action": "store_true", "help": "print the address only"}},
-    "logout": {"provider": {"choices": NAMES},
-               "account": {"nargs": "?", "help": "e-mail address or file name"}},
+    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?"}},
     "status": {"--json": {"action": "store_true"}, "--wake": {"metavar": "ACCOUNT"}}}  # fmt: skip
 COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
 

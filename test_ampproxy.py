@@ -1976,15 +1976,23 @@ async def test_waking_an_account_by_hand(tmp_path):
             assert words in out + err
         assert resting(w) == {}
         assert (await w.ask("/v1/messages", ASK, headers=sent)).status == 200
+        w.claude.script = [limit()]
+        await w.ask("/v1/messages", {**ASK, "model": "claude-haiku-4-5"}, headers=sent)
+        with Cli(tmp_path, "accounts") as cli:
+            code, out, _ = await cli.end()
+        assert (code, "resting" in out) == (0, True), "as the running proxy sees it"
         with Cli(tmp_path, "status", "--json") as cli:
             code, out, _ = await cli.end()
         assert code == 0
-        assert json.loads(out)["accounts"][0]["requests"] == 2
+        assert json.loads(out)["accounts"][0]["requests"] == 3
     for host, shown in (("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")):
         w.write(port=w.port, host=host)
         with Cli(tmp_path, "status") as cli:
             code, out, err = await cli.end()
         assert (code, out) == (1, "")
+        with Cli(tmp_path, "accounts") as cli:
+            code, out, _ = await cli.end()
+        assert (code, "ready" in out) == (0, True)
         assert "no proxy to ask at " + shown in err
 
 
