@@ -727,8 +727,8 @@ class Call:
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.raw, self.worded, self.trouble, self.cut = model, b"", b"", "", False
-        self.body, self.headers, self.tokens = Json(), Headers(), Counter[str]()
-        self.silence: float | None = None  # seconds after which a comment goes out
+        self.body, self.headers, self.silence = Json(), Headers(), 0.0  # until a comment goes out
+        self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
     @property
@@ -870,8 +870,8 @@ class Account:
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced: Any = None  # the access token that the present one came for
-        self.in_flight, self.turn = 0, 0
-        self.counts, self.quota = Counter[str](), list[Json]()
+        self.in_flight, self.threads, self.turn, self.quota = 0, 0, 0, list[Json]()
+        self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
 
     def resting(self, model: str) -> list[Rest]:
@@ -897,9 +897,8 @@ class Account:
 class Pool:
     def __init__(self, live: Live, net: Any = None, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.accounts, self.stamps = dict[Path, Account](), dict[Path, Any]()
+        self.accounts, self.stamps, self.turn = dict[Path, Account](), dict[Path, Any](), 0
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
-        self.turn = 0
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
@@ -941,25 +940,29 @@ class Pool:
             await self.clock.sleep(min(waits))
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
-        oldest = now - seconds(self.live.config["routing"]["session-affinity-ttl"])
-        while self.homes and next(iter(self.homes.values()))[1] < oldest:
-            del self.homes[next(iter(self.homes))]
-        account, _ = self.homes.pop(thread, (None, now))
+        ttl, homes = self.live.config["routing"]["session-affinity-ttl"], self.homes
+        oldest = now - seconds(ttl)
+        account = self.leave(thread, oldest)
+        while homes and (len(homes) >= THREADS or next(iter(homes.values()))[1] < oldest):
+            self.leave(next(iter(homes)))
         if account not in free:
             account = min(free, key=self.order)
         if thread:
-            self.homes[thread] = account, now
-        if len(self.homes) > THREADS:
-            del self.homes[next(iter(self.homes))]
+            homes[thread] = account, now
+            account.threads += 1
         self.turn = account.turn = self.turn + 1
         return account
 
-    def threads(self, account: Account) -> int:
-        return sum(home is account for home, _ in self.homes.values())
+    def leave(self, thread: str, oldest: float = NEVER) -> Account | None:
+        """Forget where a thread was; its account, if it was used since `oldest`."""
+        account, used = self.homes.pop(thread, (None, 0.0))
+        if account:
+            account.threads -= 1
+        return account if used >= oldest else None
 
     def order(self, account: Account) -> tuple[Any, ...]:
         strategy, full = self.live.config["routing"]["strategy"], account.spent(self.clock.time())
-        busy = account.in_flight + self.threads(account) if strategy == "least-connections" else 0
+        busy = account.in_flight + account.threads if strategy == "least-connections" else 0
         turn = 0 if strategy == "fill-first" else account.turn
         return full, -number(account.token.get("priority")), busy, turn, account.path
 
@@ -990,8 +993,7 @@ class Pool:
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
             kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-            account.rests = kept
-            rest = account.rests.setdefault(key, Rest(error))
+            account.rests, rest = kept, kept.setdefault(key, Rest(error))
             if rest.began < began:
                 rest.began, rest.strikes = now, rest.strikes + 1
             if length != NEVER:
@@ -1011,7 +1013,7 @@ class Pool:
             kinds |= {rest.error.status for rest in account.resting(model)}
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
         first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
-        if first == NEVER or set() < kinds <= {400, 404}:
+        if first == NEVER or (kinds and kinds <= {400, 404}):
             return ProxyError(401 if first == NEVER else 404, message)
         return ProxyError(429, message, first)
 
@@ -1116,7 +1118,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
         self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
-        self.silence = call.silence if self.dialect else None
+        self.silence = (call.silence or None) if self.dialect else None
         self.unpacker: Any = None  # for bytes that are packed and must be read
         self.tail = b"\n\n"
 
@@ -1140,13 +1142,13 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             await self.response.prepare(self.request)
         await self.response.write(data)
 
-    async def head(self, enough: Callable[[bytearray], object]) -> bytes:
+    async def head(self, enough: Callable[[bytearray], Any]) -> tuple[bytes, Any]:
         data = bytearray()
-        while not (enough(data) or self.content.at_eof() or len(data) > BODY_LIMIT):
+        while not ((found := enough(data)) or self.content.at_eof() or len(data) > BODY_LIMIT):
             data += await self.read()
-        return bytes(data)
+        return bytes(data), found
 
-    async def rest(self, first: bytes) -> Answer:
+    async def send(self, first: bytes) -> Answer:
         """`first` and all that follows; a stream is whole that has its dialect's end."""
         ends = ENDINGS.get(self.dialect, ())
         broken = "the stream stopped before its end" if ends else ""
@@ -1161,7 +1163,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
     async def finish(self, broken: str = "", status: int = 502) -> Answer:
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
         if broken and self.call:
-            self.call.trouble += f"; {broken}" if self.call.trouble else broken
+            self.call.trouble = f"{self.call.trouble}; {broken}".removeprefix("; ")
             self.call.cut = True
         if broken and not self.dialect:
             if self.request.transport:
@@ -1226,7 +1228,7 @@ class Ampcode:
         more: Any = {"headers": headers, "data": data} | ({} if call else {"idle": 0})
         async with self.net.ask(request.method, url, **more) as upstream:
             relay = Relay(request, upstream, passing(upstream.headers), call)
-            return await relay.rest(await opened(relay, edits))
+            return await relay.send(await opened(relay, edits))
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
@@ -1263,10 +1265,10 @@ async def frames(source: Any, sink: Any) -> None:
 async def opened(relay: Relay, edits: bool) -> bytes:
     """First bytes; all, changed, of gzip that no header announces and of what may hold the flag."""
     headers = relay.response.headers
-    packed = PACKED in headers or "zip" in headers.get("Content-Type", "")
-    if not edits and (packed or relay.events):
+    kind = headers.get("Content-Type", "")
+    if not edits and (PACKED in headers or relay.events or "zip" in kind):
         return b""
-    raw = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
+    raw, _ = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
     whole = relay.content.at_eof()
     body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
@@ -1298,7 +1300,7 @@ class Forwarder(Ampcode):
         """From the accounts as the pool chooses them, else from ampcode.com, else a ProxyError."""
         await call.read()
         config, spent = self.live.config, set[Account]()
-        call.silence = config["streaming"]["keepalive-seconds"] or None
+        call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
         rows = [r for r in self.live.rows_for(call.model, call.dialect) if self.pool.of(r)]
         error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
@@ -1326,7 +1328,8 @@ class Forwarder(Ampcode):
 
     async def attempt(self, call: Call, row: Json, account: Account) -> Answer:
         """One account, as often as `request-retry` says; a refused token is renewed once."""
-        left, refused, call.account = self.live.config["request-retry"], "", account.email
+        tried, refused, call.account = 0, "", account.email
+        most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
         with self.pool.lease(account, call.model) as first:
             while True:
@@ -1338,10 +1341,10 @@ class Forwarder(Ampcode):
                 except ProxyError as error:
                     *_, then = verdict(error)
                     pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
-                    left -= 1
+                    tried += 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif then in ("again", "wait") and left > -(then == "wait") and pause <= short:
+                    elif tried < most.get(then, 0) and pause <= short:
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
@@ -1353,9 +1356,9 @@ class Forwarder(Ampcode):
         pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
         url = row["base-url"] + row["paths"][call.verb] + (f"?{urlencode(pairs)}" if pairs else "")
         async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
-            account.quota = quota_of(upstream.headers) or account.quota
+            account.quota = (windows := quota_of(upstream.headers)) or account.quota
             if upstream.status != 200:
-                raise await refusal(upstream, row["name"], self.clock.time())
+                raise await refusal(upstream, row["name"], windows, self.clock.time())
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             relay, head = Relay(call.request, upstream, headers, call), b""
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
@@ -1365,14 +1368,14 @@ class Forwarder(Ampcode):
                 self.pool.answered(account, call.model, began)
                 if not relay.dialect:
                     relay.response.content_length = len(head)
-                return await relay.rest(head)
+                return await relay.send(head)
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
                 self.pool.rest(account, late, call.model, began)
                 return await relay.finish(late.message, late.status)
             finally:
-                call.count(head + relay.tail)
+                call.count(head[:TAIL] + relay.tail)
                 account.counts.update(call.tokens)
 
 
@@ -1402,7 +1405,7 @@ def quota_of(headers: Any) -> list[Json]:
              "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
 
 
-async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
+async def refusal(upstream: Upstream, name: str, windows: list[Json], now: float) -> ProxyError:
     """An answer that is no success.  Its words may quote the prompt: only the client sees them."""
     raw, answer, headers = b"", Json(), upstream.headers
     with suppress(*NET_ERRORS):
@@ -1410,8 +1413,7 @@ async def refusal(upstream: Upstream, name: str, now: float) -> ProxyError:
         answer = read_object(raw := inflate(raw) or raw)
     status = upstream.status if upstream.status >= 400 else 502
     error = ProxyError(status, f"{name} answered {upstream.status} {error_text(answer, 'type')}")
-    windows = quota_of(headers) if status == 429 else []
-    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
+    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"] and status == 429}
     error.retry_after = max(0, number(headers.get("Retry-After")), *full.values())
     error.said = f"{error_text(answer)} [{','.join(full)}]"
     if answer and status == upstream.status:
@@ -1441,8 +1443,8 @@ async def read_head(call: Call, relay: Relay) -> bytes:
         return next((event for event in texts if event.get("type") != "ping"), None)
 
     try:
-        head = await relay.head(first)
-        answer = first(head) or read_object(b"" if relay.dialect else head)
+        head, event = await relay.head(first)
+        answer: Json = event or read_object(b"" if relay.dialect else head)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
     if answer.get("type") == "error":
@@ -1509,7 +1511,7 @@ class Server(Forwarder):
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
         """The error as the client gets it; SDKs are told not to sit through a wait over 30 s."""
         if call:
-            call.trouble = call.trouble or error.message
+            call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
             error.headers.update(call.marks)
         error.headers.setdefault("Content-Type", "application/json")
         if error.retry_after:
@@ -1528,8 +1530,7 @@ class Server(Forwarder):
     def note(self, call: Call, status: int, took: float) -> None:
         self.routes[call.route] += 1
         names = ("dialect", "model", "route", "provider", "account", "served_model")
-        row = {name: getattr(call, name)[:200] for name in names}
-        row |= {name: call.tokens[name] for name in ("input_tokens", "output_tokens")}
+        row = {name: getattr(call, name)[:200] for name in names} | call.tokens
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
         self.requests.append(row)
         told = f"{call.trouble}; {HINT}" if call.route == "amp" else call.trouble
@@ -1585,14 +1586,13 @@ class Server(Forwarder):
         quota = [{"window": w["window"], "used_percent": w["used_percent"],
                   "resets_in_seconds": max(0, round(w["resets_at"] - time))}
                  for w in account.quota]  # fmt: skip
-        names = ("requests", "errors", "input_tokens", "output_tokens")
         return {
             "provider": account.type, "account": account.email, "state": state,
             "reason": "; ".join(reasons), "quota": quota, "plan": account.token.get("plan", ""),
             "wakes_in_seconds": round(wait) if state == "resting" else None,
             "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
-            "in_flight": account.in_flight, "threads": self.pool.threads(account),
-            **{name: account.counts[name] for name in names}}  # fmt: skip
+            "in_flight": account.in_flight, "threads": account.threads,
+            **account.counts}  # fmt: skip
 
     async def watch(self) -> None:
         while True:

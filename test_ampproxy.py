@@ -157,6 +157,12 @@ def message(model="claude-opus-4-6", **more):
     }  # fmt: skip
 
 
+def held(gate, answer):
+    """The answer, its body behind the gate."""
+    status, headers, parts = answer
+    return status, headers, [gate, *parts]
+
+
 def event(kind, **fields):
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
 
@@ -944,15 +950,11 @@ async def test_an_expired_token_is_refreshed_once_for_all_and_saved_before_use(t
         w.server.tick()
         gate, seen = asyncio.Event(), []
 
-        async def slow(request):
-            await gate.wait()
-            return web.json_response(NEW_TOKEN)
-
         async def check(request):
             seen.append(json.loads(path.read_text())["access_token"])
             return web.json_response(message())
 
-        w.authority.usual, w.claude.usual = slow, check
+        w.authority.usual, w.claude.usual = held(gate, answer_json(NEW_TOKEN)), check
         asks = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(50)]
         while sum(a.in_flight for a in w.server.pool.accounts.values()) < 50:
             await asyncio.sleep(0)
@@ -1049,16 +1051,11 @@ async def test_a_client_that_leaves_does_not_cancel_the_refresh(tmp_path):
     async with world(tmp_path, tokens=()) as w:
         path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
         w.server.tick()
-        gate, there = asyncio.Event(), asyncio.Event()
-
-        async def slow(request):
-            there.set()
-            await gate.wait()
-            return web.json_response(NEW_TOKEN)
-
-        w.authority.usual = slow
+        gate = asyncio.Event()
+        w.authority.usual = held(gate, answer_json(NEW_TOKEN))
         ask = asyncio.create_task(w.ask("/v1/messages", ASK))
-        await there.wait()
+        while not w.authority.requests:
+            await asyncio.sleep(0)
         refreshing = w.server.pool.accounts[path].refreshing
         ask.cancel()
         while w.server.pool.accounts[path].in_flight:
@@ -1177,21 +1174,14 @@ async def test_two_proxies_on_one_directory_refresh_once(tmp_path):
         live = ampproxy.Live(w.file)
         other = ampproxy.Server(live, ampproxy.Net(live), w.clock)
         w.server.tick()
-        gate, asked = asyncio.Event(), asyncio.Event()
-
-        async def slow(request):
-            asked.set()
-            await gate.wait()
-            return web.json_response(NEW_TOKEN)
-
-        w.authority.usual = slow
+        gate = asyncio.Event()
+        w.authority.usual = held(gate, answer_json(NEW_TOKEN))
         async with other.serving() as port:
             urls = [
                 f"http://127.0.0.1:{at}/v1/messages" for at in (w.port, port) for _ in range(25)
             ]
             asking = [asyncio.create_task(w.http.post(url, json=ASK)) for url in urls]
-            await asked.wait()
-            while not all(
+            while not w.authority.requests or not all(
                 next(iter(s.pool.accounts.values())).refreshing for s in (w.server, other)
             ):
                 await asyncio.sleep(0)
@@ -1502,19 +1492,12 @@ async def test_strategies_for_new_threads(tmp_path, strategy, served):
 
 @in_loop
 async def test_least_connections_counts_what_runs_and_recent_threads(tmp_path):
-    gate, began = asyncio.Event(), asyncio.Event()
-
-    async def slow(request):
-        began.set()
-        await gate.wait()
-        return web.json_response(message())
-
+    gate = asyncio.Event()
     async with world(tmp_path, tokens=FRIENDS[:2]) as w:
-        w.claude.script = [slow, slow]
+        w.claude.script = [held(gate, answer_json(message()))] * 2
         running = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in "12"]
         while len(w.claude.requests) < 2:
-            await began.wait()
-            began.clear()
+            await asyncio.sleep(0)
         assert sorted(map(bearer_of, w.claude.requests)) == list(FRIENDS[:2])
         one = await answered_by(w, {"session-id": "1"})
         other = await answered_by(w, {"session-id": "2"})
@@ -1616,12 +1599,7 @@ async def test_odd_quota_headers_are_survived(tmp_path):
 async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
     async with world(tmp_path, ampcode={"fallback": "never"}, **{"max-retry-interval": 0}) as w:
         gate = asyncio.Event()
-
-        async def late(request):
-            await gate.wait()
-            return web.json_response({"error": {"type": "rate_limit_error"}}, status=429)
-
-        w.claude.usual = late
+        w.claude.usual = held(gate, limit())
         asked = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(20)]
         while len(w.claude.requests) < 20:
             await asyncio.sleep(0)
@@ -1653,13 +1631,8 @@ async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
 @in_loop
 async def test_a_success_from_before_the_rest_does_not_end_it(tmp_path):
     gate = asyncio.Event()
-
-    async def slow(request):
-        await gate.wait()
-        return web.json_response(message())
-
     async with world(tmp_path, ampcode={"fallback": "never"}, **{"max-retry-interval": 0}) as w:
-        w.claude.script = [slow, limit()]
+        w.claude.script = [held(gate, answer_json(message())), limit()]
         early = asyncio.create_task(w.ask("/v1/messages", ASK))
         while not w.claude.requests:
             await asyncio.sleep(0)
