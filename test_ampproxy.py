@@ -2109,6 +2109,10 @@ async def test_a_large_answer_in_one_piece(tmp_path):
     async with world(tmp_path) as w:
         w.claude.usual = answer_json(whole)
         assert (await w.ask_json(PATH, ASK))[1] == whole
+        assert (w.server.requests[0]["input_tokens"], w.server.requests[0]["output_tokens"]) == (
+            11,
+            7,
+        )
 
 
 @in_loop
