@@ -1168,6 +1168,21 @@ async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
 
 
 @in_loop
+async def test_a_refresh_that_hangs_is_given_up(tmp_path, monkeypatch):
+    assert ampproxy.REFRESH_WAIT == 30
+    monkeypatch.setattr(ampproxy, "REFRESH_WAIT", 0.1)
+    async with world(tmp_path, tokens=()) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        gate = asyncio.Event()
+        w.authority.usual = held(gate, answer_json(NEW_TOKEN))
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, "refresh failed" in body["error"]["message"]) == (503, True)
+        assert len(w.authority.requests) == 1
+        gate.set()
+
+
+@in_loop
 async def test_two_proxies_on_one_directory_refresh_once(tmp_path):
     async with world(tmp_path, tokens=()) as w:
         token_file(w.auth, expired="2020-01-01T00:00:00Z")
