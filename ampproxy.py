@@ -35,7 +35,6 @@ import sys
 import threading
 import time
 import urllib.request
-import uuid
 import webbrowser
 import zlib
 from collections import Counter, deque
@@ -110,8 +109,9 @@ def number(value: Any) -> float:
 
 
 def seconds(text: str | int) -> float:
-    parts = re.findall(r"(\d+)([smh]?)", str(text))
-    return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smh]?)", str(text))
+    units = {"ms": 0.001, "m": MINUTE, "h": HOUR}
+    return sum(float(n) * units.get(unit, 1) for n, unit in parts)
 
 
 def inflate(raw: bytes) -> bytes | None:
@@ -170,8 +170,12 @@ def error_body(dialect: str, status: int, message: str) -> Json:
 
 def error_frame(dialect: str, status: int, message: str) -> bytes:
     """The event that ends a broken stream; its first newline closes a line that was cut short."""
-    event = b"event: error\n" if dialect == "anthropic" else b""
-    return b"\n%bdata: %b\n\n" % (event, compact(error_body(dialect, status, message)))
+    body, event = error_body(dialect, status, message), b""
+    if dialect == "responses":  # Codex takes notice of no other (clients.md)
+        failed = {"status": "failed", **body, "output": []}
+        body, event = {"type": "response.failed", "response": failed}, b"event: response.failed\n"
+    event = b"event: error\n" if dialect == "anthropic" else event
+    return b"\n%bdata: %b\n\n" % (event, compact(body))
 
 
 # == Configuration and provider table ==============================================================
@@ -195,92 +199,30 @@ DEFAULTS: Json = yaml.safe_load(r"""
  openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
                          excluded-models: [''], api-key-entries: [{api-key!: ''}]}],
  providers: {
-  claude: &claude {
-   enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com, more-hosts: [''],
+  claude: {
+   enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com, key-headers: {},
    paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}, identity: true,
    headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
             user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
    models: [claude-*], excluded-models: [''], names: {},  # what the backend calls a model
-   known: [claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-opus-4-5-20251101,
-           claude-sonnet-4-6, claude-sonnet-4-5-20250929, claude-haiku-4-5-20251001],
-   max-tokens: 32000, drops: [''], streams: [''],  # models that the backend only streams
+   known: [claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
+           claude-haiku-4-5-20251001], max-tokens: 32000,  # for a client that sets none
    authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
-   token-url: https://api.anthropic.com/v1/oauth/token, token-form: false, device-url: '',
+   token-url: https://api.anthropic.com/v1/oauth/token,
    profile-url: https://api.anthropic.com/api/oauth/profile,
-   instructions: You are a helpful assistant.,  # where a client gives none and one is required
    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
-   callback-port: 54545, callback-path: /callback, refresh-lead: 300,
-   envelope: {}, metadata: {}, onboarding: {}},
-  codex: {<<: *claude, aliases: [openai, chatgpt],
-   base-url: https://chatgpt.com/backend-api/codex,
-   paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
-   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0},
-   passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
-   models: [gpt-*, codex-*], streams: ['*'],
-   known: [gpt-5.5, gpt-5.4, gpt-5.4-mini, gpt-5.3-codex-spark, codex-auto-review],
-   drops: [max_output_tokens, max_completion_tokens, max_tokens, temperature, top_p, top_k, user,
-           truncation, context_management, prompt_cache_retention, prompt_cache_options, metadata,
-           safety_identifier, stream_options, frequency_penalty, presence_penalty, logprobs, n,
-           top_logprobs, seed, stop, logit_bias, response_format, reasoning_effort],
-   authorize-url: https://auth.openai.com/oauth/authorize,
-   authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true',
-                     prompt: login},
-   token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
-   device-url: https://auth.openai.com/api/accounts/deviceauth,
-   client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access,
-   callback-port: 1455, callback-path: /auth/callback},
-  gemini: &google {<<: *claude, aliases: [google, gemini-cli],
-   base-url: https://cloudcode-pa.googleapis.com,
-   paths: &inside {generateContent: '/v1internal:generateContent',
-                   streamGenerateContent: '/v1internal:streamGenerateContent',
-                   countTokens: '/v1internal:countTokens'},
-   headers: {User-Agent: GeminiCLI/0.34.0}, passes: [''], models: [gemini-*],
-   known: [gemini-3.1-pro-preview, gemini-3-pro-preview, gemini-3-flash-preview, gemini-2.5-pro,
-           gemini-2.5-flash, gemini-2.5-flash-lite],
-   authorize-url: https://accounts.google.com/o/oauth2/v2/auth,
-   authorize-query: {access_type: offline, prompt: consent},
-   token-url: https://oauth2.googleapis.com/token, token-form: true,
-   profile-url: 'https://www.googleapis.com/oauth2/v1/userinfo?alt=json',
-   client-id: 681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com,
-   client-secret: "GOCSPX\
-     -4uHgMPm-1o7Sk-geV6Cu5clXFsxl",
-   scope: "https://www.googleapis.com/auth/cloud-platform \
-     https://www.googleapis.com/auth/userinfo.email \
-     https://www.googleapis.com/auth/userinfo.profile",
-   callback-port: 8085, callback-path: /oauth2callback,
-   metadata: {ideType: IDE_UNSPECIFIED, platform: PLATFORM_UNSPECIFIED, pluginType: GEMINI},
-   onboarding: {tierId: legacy-tier}},
-  antigravity: {<<: *google, aliases: [antigravity],
-   base-url: https://daily-cloudcode-pa.googleapis.com,
-   more-hosts: [https://cloudcode-pa.googleapis.com],
-   headers: {User-Agent: antigravity/2.1.0 darwin/arm64},
-   models: [gemini-*, claude-*, gpt-oss-*],
-   known: [gemini-3.1-pro-preview, gemini-3-pro-preview, gemini-3-flash-preview, claude-sonnet-4-6,
-           claude-opus-4-6-thinking, gpt-oss-120b-medium],
-   names: {gemini-3-pro-preview: gemini-3-pro-high, gemini-3.1-pro-preview: gemini-3.1-pro-high,
-           gemini-3-flash-preview: gemini-3-flash, gemini-3-pro-image-preview: gemini-3-pro-image,
-           gemini-2.5-computer-use-preview-10-2025: rev19-uic3-1p},
-   streams: [claude-*, gemini-3-pro*, '*-image*'],
-   profile-url: 'https://www.googleapis.com/oauth2/v2/userinfo?alt=json',
-   client-id: 1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com,
-   client-secret: "GOCSPX\
-     -K58FWR486LdLJ1mLB8sXC4z6qDAf",
-   scope: "https://www.googleapis.com/auth/cloud-platform \
-     https://www.googleapis.com/auth/userinfo.email \
-     https://www.googleapis.com/auth/userinfo.profile https://www.googleapis.com/auth/cclog \
-     https://www.googleapis.com/auth/experimentsandconfigs",
-   callback-port: 51121, callback-path: /oauth-callback, metadata: {ideType: ANTIGRAVITY},
-   envelope: {userAgent: antigravity, requestType: agent},
-   onboarding: {tier_id: free-tier}}}}
+   callback-port: 54545, callback-path: /callback, refresh-lead: 300},
+  codex: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
+   profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
+   client-id: '', client-secret: ''}, gemini: *later, antigravity: *later}}
 """)
 KEY_ROWS: Json = yaml.safe_load(r"""
 claude-api-key: {
-  base-url: https://api.anthropic.com, models: [claude-*],
-  key-header: x-api-key, home: //api.anthropic.com,
+  base-url: https://api.anthropic.com, models: [claude-*], headers: {anthropic-version: '2023-06-01'},
   paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
-  headers: {anthropic-version: '2023-06-01'}, passes: [anthropic-*, user-agent, x-stainless-*]}
+  key-headers: {//api.anthropic.com: x-api-key}, passes: [anthropic-*, user-agent, x-stainless-*]}
 codex-api-key: {
   base-url: https://api.openai.com, models: [gpt-*, chatgpt-*, codex-*, 'o[134]*'],
   paths: {responses: /v1/responses, compact: /v1/responses/compact,
@@ -290,11 +232,11 @@ gemini-api-key: {
   paths: {generateContent: '/v1beta/models/{}:generateContent',
           streamGenerateContent: '/v1beta/models/{}:streamGenerateContent',
           countTokens: '/v1beta/models/{}:countTokens'},
-  key-header: x-goog-api-key, passes: [x-goog-api-client, user-agent]}
-openai-compatibility: {models: [], paths: {completions: /v1/chat/completions},
-                       passes: [user-agent, x-stainless-*]}
+  key-headers: {'': x-goog-api-key}, passes: [x-goog-api-client, user-agent]}
+openai-compatibility: {paths: {completions: /v1/chat/completions}, models: [],
+  passes: [user-agent, x-stainless-*]}
 """)
-TEXT_TABLES = {"headers", "paths", "authorize-query", "names", "metadata", "envelope", "onboarding"}
+TEXT_TABLES = {"headers", "paths", "authorize-query", "names", "key-headers"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
@@ -423,8 +365,7 @@ class Live:
             raise Failure(f"{self.path}: is empty")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
-        enabled = (name for name, row in config["providers"].items() if row["enabled"])
-        self.rows = [self.row(name) for name in enabled]
+        self.rows = [self.row(name) for name, row in config["providers"].items() if row["enabled"]]
         self.rows += [key_row(kind, entry) for kind in KEY_ROWS for entry in config[kind]]
 
     def reload(self) -> bool:
@@ -441,7 +382,7 @@ class Live:
         return True
 
     def row(self, name: str) -> Json:
-        return {**self.config["providers"][name], "name": name, "tier": name, "keys": []}
+        return {**self.config["providers"][name], "name": name, "tier": name, "keys": {}}
 
     def rows_for(self, model: str, verb: str) -> list[Json]:
         return [row for row in self.rows if verb in row["paths"] and serves(row, model)]
@@ -449,19 +390,14 @@ class Live:
 
 def key_row(kind: str, entry: Json) -> Json:
     """An entry of a list of API keys as a row of the provider table."""
-    base = {**DEFAULTS["providers"]["claude"], "headers": {}, **KEY_ROWS[kind], "more-hosts": []}
-    row = base | {name: value for name, value in entry.items() if value}
-    row |= {"tier": kind, "name": entry.get("name", kind), "key-header": "Authorization"}
-    row |= {"headers": {**base["headers"], **entry["headers"]}, "identity": False}
-    row["keys"] = [key["api-key"] for key in entry.get("api-key-entries", [entry])]
-    if base.get("home", "") in row["base-url"]:
-        row["key-header"] = base.get("key-header", "Authorization")
-    if entry["models"]:
-        row["models"] = row["known"] = [
-            model["alias"] or model["name"] for model in entry["models"]
-        ]
-        row["names"] = {m["alias"]: m["name"] for m in entry["models"] if m["alias"]}
-    return row
+    row = DEFAULTS["providers"]["claude"] | {"headers": {}, "known": []} | KEY_ROWS[kind]
+    headers, keys = {**row["headers"], **entry["headers"]}, entry.get("api-key-entries", [entry])
+    row |= {name: value for name, value in entry.items() if value}
+    names = {f"key-{hashlib.sha256(key['api-key'].encode()).hexdigest()[:8]}": key for key in keys}
+    row["keys"] = {name: key["api-key"] for name, key in names.items()}
+    if models := {model["alias"] or model["name"]: model["name"] for model in entry["models"]}:
+        row |= {"models": [*models], "known": [*models], "names": models}
+    return row | {"headers": headers, "tier": kind, "name": entry.get("name", kind)}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -470,6 +406,88 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def serves(row: Json, model: str) -> bool:
     return matches(model, row["models"]) and not matches(model, row["excluded-models"])
+
+
+# == Claude's rules ================================================================================
+# What a plan's login asks of a request (providers.md 1.2, 1.3).  Changes body and headers in place.
+IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
+SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
+TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
+
+
+def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
+    """The beta list, then the body.  context-1m would be billed beside the plan: it is dropped."""
+    listed = body.pop("betas", None)
+    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ())]
+    asked.append(row["headers"]["anthropic-beta"])
+    betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
+    headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
+    if "fast-mode" not in headers["anthropic-beta"]:
+        body.pop("speed", None)
+    settle_thinking(body)
+    if isinstance(body.get("messages"), list):
+        body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
+    if row["identity"]:
+        body["system"] = with_identity(body.get("system"))
+
+
+def settle_thinking(body: Json) -> None:
+    """Rules 1 to 6: what may stand beside thinking, and how large its budget may be."""
+    choice, thinking, limit = (body.get(k) for k in ("tool_choice", "thinking", "max_tokens"))
+    if isinstance(choice, dict) and choice.get("type") in ("any", "tool"):
+        body.pop("thinking", None)
+        if isinstance(body.get("output_config"), dict):
+            body["output_config"].pop("effort", None)
+    elif isinstance(thinking, dict):
+        if thinking.get("type") == "auto":
+            thinking["type"] = "adaptive"
+        if isinstance(budget := thinking.get("budget_tokens"), int) and isinstance(limit, int):
+            thinking["budget_tokens"] = max(1024, min(budget, limit - 1))
+            if limit <= 1024:
+                body["thinking"] = thinking = {"type": "disabled"}
+        if thinking.get("type") in ("enabled", "adaptive"):
+            for key, least in (("temperature", 1), ("top_p", 0.95), ("top_k", float("inf"))):
+                if key in body and number(body[key]) < least:
+                    del body[key]
+    if "temperature" in body:
+        body.pop("top_p", None)
+
+
+def clean_blocks(holder: Any) -> bool:
+    content = holder.get("content") if isinstance(holder, dict) else None
+    if isinstance(content, list):
+        holder["content"] = [block for block in content if is_clean(block)]
+    return not content or bool(holder["content"])
+
+
+def is_clean(block: Any) -> bool:
+    """A block after cleaning; False for empty text and thinking that no Claude model has signed."""
+    match block:
+        case {"type": "text", "text": ""}:
+            return False
+        case {"type": "thinking"}:
+            return bool(SIGNATURE.match(str(block.get("signature"))))
+        case {"type": "tool_use", "id": str(name)}:
+            block["id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+            for key in block.keys() - TOOL_USE_KEYS:
+                del block[key]
+        case {"type": "tool_result", "tool_use_id": str(name)}:
+            block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+            clean_blocks(block)
+    return True
+
+
+def with_identity(system: Any) -> list[Any]:
+    blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
+    blocks = [block for block in blocks if is_clean(block)]
+    texts = [str(block.get("text")) for block in blocks[:2] if isinstance(block, dict)]
+    if texts and texts[0].startswith("x-anthropic-billing-header"):
+        texts.pop(0)
+    there = bool(texts) and texts[0].startswith(IDENTITY)
+    return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
+
+
+RULES = {"claude": prepare_claude}
 
 
 # == Token files ===================================================================================
@@ -494,24 +512,12 @@ def read_token(path: Path) -> Json:
     token = read_object(path.read_bytes())
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
-    if isinstance(inner := token.get("token"), dict):
-        return {**token, **inner, "expired": inner.get("expiry"), "type": token["type"]}
     return token
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
-    """What is on disk, with changes; Gemini's files keep the tokens in a table of their own."""
     with suppress(OSError, ValueError):
         known = read_token(path)
-    if isinstance(inner := known.get("token"), dict):
-        inner = {
-            **inner,
-            **{k: changes[k] for k in ("access_token", "refresh_token") if k in changes},
-        }
-        changes = {
-            **changes,
-            "token": {**inner, "expiry": changes.get("expired", inner.get("expiry"))},
-        }
     return {**known, **changes}
 
 
@@ -542,17 +548,6 @@ def moment(value: Any) -> float:
 
 def expiry(token: Json) -> float:
     return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
-
-
-def claims(token: Json) -> Json:
-    """E-mail, account_id and plan, as far as an id token tells (providers.md 2.1)."""
-    with suppress(ValueError, LookupError, AttributeError):
-        part = str(token["id_token"]).split(".")[1]
-        told = read_object(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
-        auth = told.get("https://api.openai.com/auth") or {}
-        plan = str(auth.get("chatgpt_plan_type") or "")
-        return {"email": told["email"], "account_id": auth.get("chatgpt_account_id"), "plan": plan}
-    return {}
 
 
 # == The network ===================================================================================
@@ -631,7 +626,6 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
 
 # == Signing in ====================================================================================
 # OAuth with PKCE (RFC 7636); the callback comes to this machine, or is pasted, whichever is first.
-ONBOARD_TRIES = 5
 FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
 say = functools.partial(print, flush=True)
 
@@ -671,32 +665,26 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
     query |= {"code_challenge": challenge, "code_challenge_method": "S256"}
     net = Net(live)
     try:
-        found, redirect = await await_callback(net, row, query, browser)
+        found, redirect = await await_callback(row, query, browser)
         if "error" in found:
             raise Failure(f"the login was refused: {error_text(found)}")
         if not same(found.get("state", ""), state):
             raise Failure("the state of that callback belongs to another login: start again")
-        form = {"grant_type": "authorization_code", "code": found["code"]}
-        form |= {"redirect_uri": found.get("redirect_uri", redirect)}
-        form |= {"code_verifier": found.get("code_verifier", verifier)}
-        answer = await ask_token(net, row, form | ({} if row["token-form"] else {"state": state}))
-        token = {"type": row["name"], "refresh_token": "", "id_token": ""}
-        token |= await identity_of(net, row, answer) | token_fields(answer, time.time())
-        if row["metadata"]:
-            token["project_id"] = await find_project(net, row, token["access_token"])
-        email = re.sub(r"[^A-Za-z0-9.@+_-]", "_", token["email"])
-        path = live.auth_dir / f"{row['name']}-{email}.json"
-        save_token(path, merge_token(path, {}, token))
-        return token["email"], path
+        form = {"grant_type": "authorization_code", "code": found["code"], "state": state}
+        form |= {"redirect_uri": redirect, "code_verifier": verifier}
+        answer = await ask_token(net, row, form)
+        email = await email_of(net, row, answer)
+        path = live.auth_dir / f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+        token = {"type": row["name"], "email": email, "refresh_token": "", "id_token": ""}
+        save_token(path, merge_token(path, {}, token | token_fields(answer, time.time())))
+        return email, path
     except (ProxyError, *NET_ERRORS) as error:
         raise Failure(f"the login could not be completed: {why(error)}") from error
     finally:
         await net.session.close()
 
 
-async def await_callback(
-    net: Net, row: Json, query: Json, browser: bool
-) -> tuple[dict[str, str], str]:
+async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
     """Show the way, wait at the port and at standard input: what came, and the redirect address."""
     loop = asyncio.get_running_loop()
     callback: asyncio.Future[dict[str, str]] = loop.create_future()
@@ -728,39 +716,15 @@ async def await_callback(
             say(f"If the browser runs on another machine, run this there first:\n\n{tunnel}")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
-        offered = row["device-url"] and not browser
-        way = device_code(net, row, query["state"], take) if offered else asyncio.sleep(0)
-        device = asyncio.create_task(way)
-        done, _ = await asyncio.wait([callback], timeout=10 * MINUTE)
-        device.cancel()
-        if not done:
+        if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
             raise Failure("no callback came within 10 minutes")
         return callback.result(), redirect
-
-
-async def device_code(net: Net, row: Json, state: str, take: Callable[[str], object]) -> None:
-    """ChatGPT's way for machines without a browser: a code to type in elsewhere."""
-    url, body = row["device-url"], {"client_id": row["client-id"]}
-    with suppress(ProxyError, LookupError):
-        _, asked = await net.ask_json("POST", f"{url}/usercode", json=body)
-        code, site = asked.get("user_code") or asked["usercode"], str(URL(url).origin())
-        say(f"Or open {site}/codex/device in any browser and enter the code {code}")
-        body = {"device_auth_id": asked["device_auth_id"], "user_code": code}
-        status, answer = 403, Json()
-        while status in (403, 404):
-            await CLOCK.sleep(number(asked.get("interval")) or 5)
-            status, answer = await net.ask_json("POST", f"{url}/token", json=body)
-        found = {"code": answer["authorization_code"], "code_verifier": answer["code_verifier"]}
-        found |= {"redirect_uri": f"{site}/deviceauth/callback", "state": state}
-        take(urlencode(found))
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
-    form |= {"client_secret": row["client-secret"]} if row["client-secret"] else {}
-    body: Any = {"data" if row["token-form"] else "json": form}
-    status, answer = await net.ask_json("POST", row["token-url"], **body)
+    status, answer = await net.ask_json("POST", row["token-url"], json=form)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     said = error_text(answer).replace(str(form.get("refresh_token") or form["code"]), "...")
@@ -775,42 +739,15 @@ def token_fields(answer: Json, now: float) -> Json:
     return {"access_token": answer["access_token"], **named, **times}
 
 
-async def identity_of(net: Net, row: Json, answer: Json) -> Json:
-    """Whose login this is: e-mail, account_id and plan, as far as the provider tells."""
+async def email_of(net: Net, row: Json, answer: Json) -> str:
     token = str(answer["access_token"])
-    with suppress(ProxyError, AttributeError, TypeError, LookupError, *NET_ERRORS):
-        if found := {name: value for name, value in claims(answer).items() if value}:
-            return found
+    with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
         if not (answer.get("account") or {}).get("email_address"):
             bearer = {"Authorization": f"Bearer {token}"}
             _, answer = await net.ask_json("GET", row["profile-url"], headers=bearer)
         account = answer.get("account", answer)
-        return {"email": str(account.get("email_address") or account["email"])}
-    return {"email": "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]}
-
-
-async def find_project(net: Net, row: Json, token: str) -> str:
-    """The Code Assist project of a Google login, made now if there is none (providers.md 3, 4)."""
-    hosts, more = [row["base-url"], *row["more-hosts"]], {"Authorization": f"Bearer {token}"}
-    ((name, tier),) = row["onboarding"].items()
-    metadata, url = row["metadata"], f"{hosts[-1]}/v1internal:loadCodeAssist"
-    status, answer = await net.ask_json("POST", url, headers=more, json={"metadata": metadata})
-    tiers = [found for found in answer.get("allowedTiers") or () if found.get("isDefault")]
-    if "_" in name:
-        metadata = {
-            re.sub("[A-Z]", lambda m: f"_{m[0].lower()}", k): v for k, v in metadata.items()
-        }
-    made = {name: tiers[0]["id"] if tiers else tier, "metadata": metadata}
-    for _ in range(ONBOARD_TRIES):
-        project = (answer.get("response") or answer).get("cloudaicompanionProject")
-        if found := project.get("id") if isinstance(project, dict) else project:
-            return str(found)
-        if status != 200:
-            break
-        url = f"{hosts[0]}/v1internal:onboardUser"
-        status, answer = await net.ask_json("POST", url, headers=more, json=made)
-        await CLOCK.sleep(0 if answer.get("done") else 2)
-    raise ProxyError(403, f"{row['name']} gave no project: {status} {error_text(answer)}")
+        return str(account.get("email_address") or account["email"])
+    return "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
 
 # == Who asks, and what? ===========================================================================
@@ -819,14 +756,10 @@ BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
 MODEL_PATH = re.compile(
-    r"(?P<amp>/api/provider/(?P<name>[^/]+))?(?P<v>/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
+    r"(?P<amp>/api/provider/(?P<alias>[^/]+))?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
     r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models"
-    r"(?:/(?P<model>[^/:]+):(?P<verb>\w+))?)"
-)
+    r"(?:/(?P<model>[^/:]+):(?P<verb>\w+))?)")  # fmt: skip
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
-SUFFIX = re.compile(
-    r"(?P<n>.+)\((?P<e>[\w-]*)\)|(?P<gpt>gpt-(?!oss).+)-(?P<level>low|medium|x?high)", re.I
-)
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
                    rb'completion_tokens|candidatesTokenCount)"\s*:\s*(\d{1,12})')  # fmt: skip
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
@@ -837,10 +770,8 @@ class Call:
     def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
         self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
         self.model, self.raw, self.worded, self.trouble, self.cut = model, b"", b"", "", False
+        self.row = Json()  # whose words `headers` and `worded` are
         self.body, self.headers, self.silence = Json(), Headers(), 0.0  # until a comment goes out
-        self.now = 0.0
-        self.row, self.streams, self.folds = Json(), False, False  # is asked; may and does stream
-        self.wanted, self.effort, self.items = "", "", dict[int, Any]()  # of Codex's answer
         self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
@@ -876,14 +807,15 @@ class Call:
         model = self.model or self.body.get("model")
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "The request names no model")
-        self.streams = self.verb == "streamGenerateContent" or self.body.get("stream") is True
-        found = SUFFIX.fullmatch(model)
-        self.model, self.wanted = model, (found["n"] or found["gpt"]) if found else model
-        self.effort = (found["e"] or found["level"] or "").lower() if found else ""
+        self.model = model
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
         self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
+
+    @property
+    def streams(self) -> bool:
+        return self.verb == "streamGenerateContent" or self.body.get("stream") is True
 
 
 def find_call(request: Request) -> Call | None:
@@ -944,162 +876,6 @@ def target_without(request: Request, keys: list[str]) -> str:
     return path + (mark + "&".join(kept) if kept else "")
 
 
-# == Provider rules ================================================================================
-# What a login's backend asks of a request (providers.md 1.3, 2.3, 3, 4): one function for each row,
-# which changes body and headers of the call in place.
-IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
-SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
-TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
-
-
-def prepare_claude(call: Call) -> None:
-    """The beta list, then the body.  context-1m would be billed beside the plan: it is dropped."""
-    body, headers, row = call.body, call.headers, call.row
-    listed = body.pop("betas", None)
-    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ())]
-    asked.append(row["headers"]["anthropic-beta"])
-    betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
-    headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
-    if "fast-mode" not in headers["anthropic-beta"]:
-        body.pop("speed", None)
-    settle_thinking(body)
-    if isinstance(body.get("messages"), list):
-        body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
-    if row["identity"]:
-        body["system"] = with_identity(body.get("system"))
-
-
-def settle_thinking(body: Json) -> None:
-    """Rules 1 to 6: what may stand beside thinking, and how large its budget may be."""
-    choice, thinking, limit = (body.get(k) for k in ("tool_choice", "thinking", "max_tokens"))
-    if isinstance(choice, dict) and choice.get("type") in ("any", "tool"):
-        body.pop("thinking", None)
-        if isinstance(body.get("output_config"), dict):
-            body["output_config"].pop("effort", None)
-    elif isinstance(thinking, dict):
-        if thinking.get("type") == "auto":
-            thinking["type"] = "adaptive"
-        if isinstance(budget := thinking.get("budget_tokens"), int) and isinstance(limit, int):
-            thinking["budget_tokens"] = max(1024, min(budget, limit - 1))
-            if limit <= 1024:
-                body["thinking"] = thinking = {"type": "disabled"}
-        if thinking.get("type") in ("enabled", "adaptive"):
-            for key, least in (("temperature", 1), ("top_p", 0.95), ("top_k", float("inf"))):
-                if key in body and number(body[key]) < least:
-                    del body[key]
-    if "temperature" in body:
-        body.pop("top_p", None)
-
-
-def clean_blocks(holder: Any) -> bool:
-    content = holder.get("content") if isinstance(holder, dict) else None
-    if isinstance(content, list):
-        holder["content"] = [block for block in content if is_clean(block)]
-    return not content or bool(holder["content"])
-
-
-def is_clean(block: Any) -> bool:
-    """A block after cleaning; False for empty text and thinking that no Claude model has signed."""
-    match block:
-        case {"type": "text", "text": ""}:
-            return False
-        case {"type": "thinking"}:
-            return bool(SIGNATURE.match(str(block.get("signature"))))
-        case {"type": "tool_use", "id": str(name)}:
-            block["id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            for key in block.keys() - TOOL_USE_KEYS:
-                del block[key]
-        case {"type": "tool_result", "tool_use_id": str(name)}:
-            block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            clean_blocks(block)
-    return True
-
-
-def with_identity(system: Any) -> list[Any]:
-    blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
-    blocks = [block for block in blocks if is_clean(block)]
-    texts = [str(block.get("text")) for block in blocks[:2] if isinstance(block, dict)]
-    if texts and texts[0].startswith("x-anthropic-billing-header"):
-        texts.pop(0)
-    there = bool(texts) and texts[0].startswith(IDENTITY)
-    return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
-
-
-def prepare_codex(call: Call) -> None:
-    """Nothing that the backend refuses, what it demands, and system text where it reads it."""
-    body, told = call.body, [call.body.get("instructions")]
-    if body.get("previous_response_id"):
-        lack = "ChatGPT's backend keeps no answers: send the whole conversation as `input`"
-        raise ProxyError(400, f"previous_response_id cannot be used here, as {lack}")
-    for name in [*call.row["drops"], *(("stream",) if call.verb == "compact" else ())]:
-        body.pop(name, None)
-    if body.get("service_tier") != "priority":
-        body.pop("service_tier", None)
-    text, items = body.get("input"), list[Any]()
-    for item in text if isinstance(text, list) else [{"role": "user", "content": str(text or "")}]:
-        if isinstance(item, dict) and item.get("role") == "system":
-            told.append(text_of(item.get("content")))
-        elif is_readable(item):
-            items.append(item)
-    text = "\n\n".join(text for text in told if text and isinstance(text, str))
-    body |= {"input": items, "instructions": text or call.row["instructions"]}
-    if call.verb == "responses":
-        body |= {"store": False, "stream": True, "include": ["reasoning.encrypted_content"]}
-        body.setdefault("parallel_tool_calls", True)
-    for tool in body.get("tools") or ():
-        fit_tool(tool)
-
-
-def text_of(content: Any) -> str:
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "\n\n".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
-
-
-def is_readable(item: Any) -> bool:
-    """An input item after cleaning; False for what the backend never kept or cannot decrypt."""
-    if not isinstance(item, dict):
-        return True
-    item.pop("id", None)
-    if len(call_id := str(item.get("call_id") or "")) > 64:
-        item["call_id"] = f"{call_id[:47]}_{hashlib.sha256(call_id.encode()).hexdigest()[:16]}"
-    secret = str(item.get("encrypted_content") or "")
-    foreign = item.get("type") == "reasoning" and not secret.startswith("gAAAA")
-    return not foreign and item.get("type") != "item_reference"
-
-
-def fit_tool(tool: Any) -> None:
-    if isinstance(tool, dict):
-        if str(tool.get("type")).startswith("web_search_preview"):
-            tool["type"] = "web_search"
-        for name in ("defer_loading", "cache_control"):
-            tool.pop(name, None)
-        if tool.get("type") == "function":
-            given = tool.get("parameters")
-            tool["parameters"] = {"type": "object", "properties": {}, **(given or {})}
-
-
-def prepare_google(call: Call) -> None:
-    """Gemini's own words, which `sent` puts in an envelope; Antigravity takes fewer of them."""
-    body = call.body = {camel(name): value for name, value in call.body.items() if name != "model"}
-    if call.row["envelope"] and call.verb != "countTokens":
-        body.pop("safetySettings", None)
-        limits = body.get("generationConfig")
-        if call.served_model.startswith("claude-"):
-            body["toolConfig"] = {"functionCallingConfig": {"mode": "VALIDATED"}}
-        elif isinstance(limits, dict):
-            limits.pop("maxOutputTokens", None)
-        digest = hashlib.sha256(compact(body.get("contents"))[:1000]).digest()
-        body["sessionId"] = f"-{int.from_bytes(digest[:8], 'big') >> 1}"
-
-
-def camel(name: str) -> str:
-    return re.sub(r"_([a-z])", lambda m: m[1].upper(), name)
-
-
-RULES = {"claude": prepare_claude, "codex": prepare_codex, "gemini": prepare_google,
-         "antigravity": prepare_google}  # fmt: skip
-
-
 # == Accounts ======================================================================================
 # Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
 NEVER = float("inf")
@@ -1110,8 +886,6 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"402",                               "account",  30 * MINUTE, "next"),
     (r"403",                               "account",  DAY,         "next"),
     (r"404|400 .*model.* not supported",   "model",    30 * MINUTE, "next"),
-    (r".* model is at capacity",           "model",    MINUTE,      "next"),
-    (r".* usage_not_included",             "account",  30 * MINUTE, "next"),
     (r"429 .*(\[7d_oi\]|_EXHAUSTED)",      "model",    MINUTE,      "wait"),
     (r"429",                               "account",  MINUTE,      "wait"),
     (r"408|529",                           "account",  30,          "again"),
@@ -1139,18 +913,18 @@ class Rest:  # why an account, or one model of it, is left alone; the times are 
 
 
 class Account:
-    def __init__(self, path: Path, token: Json) -> None:
+    def __init__(self, path: Path, token: Json, hint: str = "") -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
-        self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
+        self.hint = hint or f"run `ampproxy.py login {self.type}`"
+        self.row = Json()  # of the provider table, or of a list of keys
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced: Any = None  # the access token that the present one came for
         self.in_flight, self.threads, self.turn, self.quota = 0, 0, 0, list[Json]()
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
-        self.lock = asyncio.Lock()  # while its project is looked for
 
     def resting(self, model: str) -> list[Rest]:
         return [self.rests[key] for key in {"", model} if key in self.rests]
@@ -1176,15 +950,20 @@ class Pool:
     def __init__(self, live: Live, net: Any = None, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
         self.accounts, self.stamps, self.turn = dict[Path, Account](), dict[Path, Any](), 0
-        self.keys = dict[tuple[str, str], Account]()  # of the config, by provider and key
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
 
     def scan(self) -> None:
+        """Make the accounts those of the token files and of the config's keys."""
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
+        keys = [(row["name"], *pair) for row in self.live.rows for pair in row["keys"].items()]
         known = stamps.keys() | self.stamps.keys()  # what is gone for two looks is gone
+        known |= {Path(kind, name) for kind, name, _ in keys}
         self.accounts = {path: a for path, a in self.accounts.items() if path in known}
         for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
             self.read(path)
+        for kind, name, key in keys:
+            token, hint = {"type": kind, "email": name, "access_token": key}, "look at the config"
+            self.accounts.setdefault(Path(kind, name), Account(Path(kind, name), token, hint))
         self.stamps = stamps
 
     def read(self, path: Path) -> None:
@@ -1203,30 +982,18 @@ class Pool:
 
     def of(self, row: Json) -> list[Account]:
         mine = [a for a in self.accounts.values() if a.type == row["name"]]
-        for key in row["keys"]:
-            if (row["name"], key) not in self.keys:
-                name = "key-" + hashlib.sha256(key.encode()).hexdigest()[:8]
-                token = {"type": row["name"], "email": name, "access_token": key}
-                self.keys[row["name"], key] = account = Account(Path(name), token)
-                account.hint = f"see {row['tier']} in the config"
-            mine.append(self.keys[row["name"], key])
+        mine = [a for a in mine if a.email in row["keys"]] if row["keys"] else mine
         for account in mine:
             account.row = row
         return [a for a in mine if a.token.get("disabled") is not True]
 
-    def everyone(self) -> list[Account]:
-        keys = (account for row in self.live.rows if row["keys"] for account in self.of(row))
-        return [*self.accounts.values(), *keys]
-
-    async def choose(
-        self, rows: list[Json], call: Call, spent: set[Account], until: float
-    ) -> Account | None:
-        """Whom to ask next; waits for the shortest rest if it ends by `until`, else None."""
+    async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
+        """The account to ask next; waits for the shortest rest if it ends by `until`, else None."""
         while True:
             now, waits = self.clock.monotonic(), [NEVER]
             for tier, group in itertools.groupby(rows, lambda row: str(row["tier"])):
                 mine = (a for row in group for a in self.of(row) if a not in spent)
-                left = [(a.wait(call.wanted, now), a) for a in mine]
+                left = [(a.wait(call.model, now), a) for a in mine]
                 if free := [account for wait, account in left if not wait]:
                     return self.home(call.thread and tier + call.thread, free, now)
                 waits += [wait for wait, _ in left]
@@ -1382,30 +1149,19 @@ class Pool:
 
     def refresh_ahead(self) -> None:
         now = self.clock.time()
-        for row in self.live.rows:
-            for account in self.of(row):
-                due = expiry(account.token) - row["refresh-lead"] <= now
-                done = moment(account.token.get("last_refresh")) + MINUTE > now
-                busy = account.refreshing or account.retry > self.clock.monotonic()
-                if due and not (done or busy) and account.wait("", 0) < NEVER:
-                    self.begin_refresh(account, str(account.token.get("access_token")))
-
-    async def project(self, account: Account, token: str) -> str:
-        """The Code Assist project of a Google login, looked for once if its file names none."""
-        async with account.lock:
-            if not account.token.get("project_id"):
-                found = {"project_id": await find_project(self.net, account.row, token)}
-                account.token = await self.save(account, found)
-        return str(account.token["project_id"]).partition(",")[0]
+        for account in (account for row in self.live.rows for account in self.of(row)):
+            due = expiry(account.token) - account.row.get("refresh-lead", 0) <= now
+            done = moment(account.token.get("last_refresh")) + MINUTE > now
+            busy = account.refreshing or account.retry > self.clock.monotonic()
+            if due and not (done or busy) and account.wait("", 0) < NEVER:
+                self.begin_refresh(account, str(account.token.get("access_token")))
 
 
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, GZIP = 4096, b"\x1f\x8b"
-ENDINGS = {  # near the end of a whole stream
-    "anthropic": (b'"message_stop"', b"\nevent: error"), "chat": (b"[DONE]", b'"finish_reason":"'),
-    "gemini": (b'"finishReason"', b'"blockReason"', b'"error"')}  # fmt: skip
-EVENT_END = re.compile(rb"\r?\n\r?\n")
+ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed)|finishReason|'
+                    rb'blockReason)"|"finish_reason":\s*"|\[DONE\]|\nevent: error')  # fmt: skip
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
@@ -1426,11 +1182,11 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         headers.update(call.marks if call else {})
         self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
-        plain = call and self.events and PACKED not in headers and not call.folds
-        self.dialect = call.dialect if plain else ""
+        self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
         self.silence = (call.silence or None) if self.dialect else None
         self.unpacker: Any = None  # for bytes that are packed and must be read
-        self.tail = b"\n\n"
+        self.tail, self.ended = b"\n\n", False
+        self.name: re.Pattern[bytes] | None = None  # where the backend's name of the model stands
 
     async def read(self) -> bytes:
         """The next bytes, b"" at the end; comments go out while none come."""
@@ -1447,6 +1203,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         return b""
 
     async def write(self, data: bytes) -> None:
+        if self.dialect == "responses":  # where the end is an event of any length
+            self.ended = self.ended or bool(ENDING.search(self.tail[-30:] + data))
         self.tail = (self.tail + data[-TAIL:])[-TAIL:]
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -1458,26 +1216,26 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             data += await self.read()
         return bytes(data), found
 
-    async def send(self, first: bytes, edit: Any = None) -> Answer:
-        """`first` and all that follows; a stream is whole that has its dialect's end.  `edit` is
-        given each event, and then knows the end itself."""
-        ends, rest, data = ENDINGS.get(self.dialect, ()), b"", first
-        broken = "the stream stopped before its end" if ends or edit else ""
+    def renamed(self, data: bytes) -> bytes:
+        asked = json.dumps(self.call.model).encode()
+        return self.name.sub(lambda m: m[1] + asked, data) if self.name else data
+
+    async def send(self, first: bytes) -> Answer:
+        """`first` and all that follows; a stream is whole that has its dialect's end."""
+        broken, rest = "the stream stopped before its end" if self.dialect else "", b""
+        later = self.name if self.dialect != "anthropic" else None  # there only the first has it
         try:
-            while True:
-                if edit:
-                    *events, rest = EVENT_END.split(rest + data)
-                    data = b"".join(edit(event) + b"\n\n" for event in events)
+            await self.write(first)
+            while not self.content.at_eof():
+                data = rest + await self.read()
+                if later:  # a name never goes beyond a line
+                    lines, end, rest = data.rpartition(b"\n")
+                    data = self.renamed(lines + end)
                 await self.write(data)
-                if self.content.at_eof():
-                    break
-                data = await self.read()
-            if rest.strip():
-                await self.write(edit(rest) + b"\n\n")
+            await self.write(rest)
         except ProxyError as error:
             broken = error.message
-        whole = edit.ended if edit and not ends else any(end in self.tail for end in ends)
-        return await self.finish("" if whole else broken)
+        return await self.finish("" if self.ended or ENDING.search(self.tail) else broken)
 
     async def finish(self, broken: str = "", status: int = 502) -> Answer:
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
@@ -1490,6 +1248,9 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             raise ConnectionResetError(broken)
         if broken:
             await self.write(error_frame(self.dialect, status, broken))
+        if broken and self.dialect == "gemini" and self.request.transport:
+            self.request.transport.close()  # a clean end would count as whole (clients.md)
+            return self.response
         await self.response.write_eof()
         return self.response
 
@@ -1608,20 +1369,15 @@ def without_flag(body: bytes) -> bytes:
 
 # == Forwarding ====================================================================================
 # One model call, answered by the first account that can.
-QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-"
-                   r"(?P<field>status|utilization|used-percent|reset(-at|-after-seconds)?)")  # fmt: skip
-DELAYS = [re.compile(rf'"?{pattern}') for pattern in (  # how an error's words name a time
-    r'resets_in_seconds"\s*:\s*(\d+)', r'resets_at"\s*:\s*(\d+)', r'retryDelay"\s*:\s*"([^"]+)',
-    r'quotaResetDelay"\s*:\s*"([^"]+)', r"after ((?:\d+[hms])+)",
-    r'quotaResetTimeStamp"\s*:\s*"([^"]+)')]  # fmt: skip
+QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
+                   r"(?P<field>status|utilization|reset)")  # fmt: skip
 EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
-DATA = re.compile(rb"(?m)^data: ?")
-QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
-ENDS = ("response.completed", "response.incomplete", "response.failed", "error")
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
-STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "usage_not_included": 429,
-                  "context_length_exceeded": 400, "invalid_encrypted_content": 400,
-                  "invalid_prompt": 400, "server_is_overloaded": 529}  # fmt: skip
+STREAM_ERRORS |= {"rate_limit_exceeded": 429, "insufficient_quota": 429, "invalid_prompt": 400,
+                  "context_length_exceeded": 400, "server_is_overloaded": 529}  # fmt: skip
+DELAYS = (r'resets_in_seconds"\s*:\s*(\d+)', r'retryDelay"\s*:\s*"([^"]+)',  # told in the body
+          r'quotaResetDelay"\s*:\s*"([^"]+)', r"after ((?:\d+[hms])+)")  # fmt: skip
+QUIET = {"ping", "response.created", "response.in_progress", "response.queued"}
 
 
 class Forwarder(Ampcode):
@@ -1631,13 +1387,13 @@ class Forwarder(Ampcode):
         config, spent = self.live.config, set[Account]()
         call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
-        rows = [r for r in self.live.rows_for(call.wanted, call.verb) if self.pool.of(r)]
+        rows = [r for r in self.live.rows_for(call.model, call.verb) if self.pool.of(r)]
         error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
-            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.wanted
+            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.model
         while account := await self.pool.choose(rows, call, spent, until):
             if call.row is not account.row:
-                fit(call, account.row)
+                word(call, account.row)
             try:
                 return await self.attempt(call, account)
             except ProxyError as failed:
@@ -1647,10 +1403,10 @@ class Forwarder(Ampcode):
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
         if rows and (error is nobody or sum(len(self.pool.of(row)) for row in rows) > 1):
-            error = self.pool.nobody(rows, call.wanted)
+            error = self.pool.nobody(rows, call.model)
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            call.account, call.trouble, call.folds = "", error.message, False
+            call.account, call.trouble = "", error.message
             return await self.forward(call.request, key, call)
         raise error
 
@@ -1659,276 +1415,139 @@ class Forwarder(Ampcode):
         tried, refused, call.account = 0, "", account.email
         most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        with self.pool.lease(account, call.wanted) as first:
+        with self.pool.lease(account, call.model) as first:
             while True:
                 began = self.clock.monotonic()
                 token = await self.pool.bearer(account, refused)
                 try:
-                    return await self.exchange(call, account, token, tried, began)
+                    return await self.exchange(call, account, token, began)
                 except ProxyError as error:
                     *_, then = verdict(error)
                     pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
                     tried += 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif "invalid_encrypted_content" in error.said and forget_reasoning(call.body):
-                        log.info(
-                            "%s: encrypted reasoning of another account left out", account.name
-                        )
                     elif tried < most.get(then, 0) and pause <= short:
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
-                            self.pool.rest(account, error, call.wanted, first)
+                            self.pool.rest(account, error, call.model, first)
                         raise
 
-    async def exchange(
-        self, call: Call, account: Account, token: str, tried: int, began: float
-    ) -> Answer:
+    async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
-        row, edit = account.row, Edit(call)
-        project = await self.pool.project(account, token) if row["metadata"] else ""
-        url, data = sent(call, account.token, token, project, tried)
-        async with self.net.ask("POST", url, headers=call.headers, data=data) as upstream:
-            windows = quota_of(upstream.headers, now := self.clock.time())
-            account.quota = windows or account.quota
+        url, headers = addressed(call, token)
+        async with self.net.ask("POST", url, headers=headers, data=call.worded) as upstream:
+            account.quota = (windows := quota_of(upstream.headers)) or account.quota
             if upstream.status != 200:
-                raise await refusal(upstream, call, windows, now)
+                raise await refusal(upstream, call, windows, self.clock.time())
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             relay, head = Relay(call.request, upstream, headers, call), b""
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
             try:
-                head = await read_head(call, relay, edit)
-                self.pool.answered(account, call.wanted, began)
+                head = await read_head(call, relay)
+                self.pool.answered(account, call.model, began)
                 if not relay.dialect:
                     relay.response.content_length = len(head)
-                return await relay.send(head, edit if relay.dialect and edit.needed() else None)
+                return await relay.send(head)
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
-                self.pool.rest(account, late, call.wanted, began)
+                self.pool.rest(account, late, call.model, began)
                 return await relay.finish(late.message, late.status)
             finally:
                 call.count(head[:TAIL] + relay.tail)
                 account.counts.update(call.tokens)
 
 
-def fit(call: Call, row: Json) -> None:
-    """Headers and body of the call as a row's backend wants them."""
-    if call.row:  # the body was changed for another one
+def word(call: Call, row: Json) -> None:
+    """Put the call in the words of a row's backend: `headers`, `worded`, the name of the model."""
+    if call.row:  # the body has been changed for another row
         call.parse()
     call.row, call.provider = row, row["name"]
-    call.served_model = row["names"].get(call.wanted, call.wanted)
+    call.served_model = row["names"].get(call.model, call.model)
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         call.headers[name] = ",".join(given.getall(name))
-    call.folds = not call.streams and matches(call.served_model, row["streams"])
-    call.folds = call.folds and call.verb in ("responses", "generateContent")
-    if call.dialect == "gemini" and call.streams and call.request.query.get("alt") != "sse":
-        call.folds = True  # this client waits for a JSON array
-    streams = call.streams or call.folds
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-    call.headers["Accept"] = "text/event-stream" if streams else "application/json"
+    call.headers["Accept"] = "text/event-stream" if call.streams else "application/json"
     if call.dialect != "gemini":
         call.body["model"] = call.served_model
-    if call.effort and call.dialect == "responses":
-        call.body["reasoning"] = {**(call.body.get("reasoning") or {}), "effort": call.effort}
-    elif call.effort and call.dialect == "chat":
-        call.body["reasoning_effort"] = call.effort
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
     with suppress(RecursionError):  # blocks in blocks: the provider will say what it thinks of it
-        if row["name"] in RULES:
-            RULES[row["name"]](call)
+        if row["tier"] in RULES:
+            RULES[row["tier"]](call.body, call.headers, row)
+    call.worded = compact(call.body)
 
 
-def sent(call: Call, known: Json, token: str, project: str, tried: int) -> tuple[str, bytes]:
-    """Where one account's request goes, and its body; sets the headers that are the account's."""
-    row, verb, body = call.row, call.verb, call.body
-    header = row.get("key-header", "Authorization")
-    call.headers[header] = f"Bearer {token}" if header == "Authorization" else token
-    if number := known.get("account_id") or claims(known).get("account_id"):
-        call.headers["Chatgpt-Account-Id"] = str(number)
-    if verb == "generateContent" and call.folds:
-        verb = "streamGenerateContent"
-    if project:
-        body = {"project": project, "model": call.served_model, "request": call.body}
-        body |= {**row["envelope"], "requestId": f"agent-{uuid.uuid4()}"} if row["envelope"] else {}
-    if project and verb == "countTokens":
-        body = {"request": {"model": f"models/{call.served_model}", **call.body}}
-    query = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-    if call.dialect == "gemini":
-        query = [("alt", "sse")] if verb == "streamGenerateContent" else []
-    hosts = [row["base-url"], *row["more-hosts"]]
-    base, path = hosts[tried % len(hosts)].rstrip("/"), row["paths"][verb]
-    if re.search(r"/(v\d\w*|backend-api/codex)$", base):  # the config may name it, too
-        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
+def addressed(call: Call, token: str) -> tuple[str, Headers]:
+    """Where the call goes, and its headers with the token or key; a base-url may name a version."""
+    base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
+    if re.search(r"/v\d\w*$", base):
+        path = path[path.index("/", 1) :]
+    places = call.row["key-headers"].items()
+    header = next((name for place, name in places if place in base), "Authorization")
+    headers = CIMultiDict(call.headers)
+    headers[header] = f"Bearer {token}" if header == "Authorization" else token
+    pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
     url = base + path.replace("{}", quote(call.served_model, safe=""))
-    return url + (f"?{urlencode(query)}" if query else ""), compact(body)
+    return url + (f"?{urlencode(pairs)}" if pairs else ""), headers
 
 
-def forget_reasoning(body: Json) -> bool:
-    kept = [i for i in body["input"] if not (isinstance(i, dict) and i.get("type") == "reasoning")]
-    lost, body["input"] = len(kept) < len(body["input"]), kept
-    return lost
-
-
-def quota_of(headers: Any, now: float) -> list[Json]:
-    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6, 2.6)."""
+def quota_of(headers: Any) -> list[Json]:
+    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6)."""
     told: dict[str, Json] = {}
     for name, value in headers.items():
         if found := QUOTA.fullmatch(name.lower()):
             told.setdefault(found["window"], {})[found["field"]] = value
-    for of in told.values():
-        after = of.get("reset-after-seconds")
-        of["reset"] = of.get("reset", of.get("reset-at", now + number(after) if after else 0))
-        of["used"] = number(of.get("used-percent")) or 100 * number(of.get("utilization"))
-    return [{"window": name, "used_percent": round(of["used"], 1),
-             "resets_at": number(of["reset"]) or moment(of["reset"]),
+    return [{"window": name, "used_percent": round(100 * number(of.get("utilization")), 1),
+             "resets_at": number(of.get("reset")) or moment(of.get("reset")),
              "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
 
 
-def delay(said: str, now: float) -> float:
-    """How many seconds an error's words ask to wait; 0 when they name no time."""
-    found = next(filter(None, (pattern.search(said) for pattern in DELAYS)), None)
-    length = (moment(found[1]) or seconds(found[1])) if found else 0
-    return max(0, length - now if length > 1e9 else length)
-
-
 async def refusal(upstream: Upstream, call: Call, windows: list[Json], now: float) -> ProxyError:
-    """An answer that is no success.  Its words may quote the prompt: only the client sees them."""
+    """An answer that is no success, in the client's dialect whatever the backend's words are."""
     raw, answer, headers = b"", Json(), upstream.headers
     with suppress(*NET_ERRORS):
         raw = await upstream.read()
         raw = inflate(raw) or raw
-        answer = read_object(
-            raw.strip().removeprefix(b"[").removesuffix(b"]") if raw[:1] == b"[" else raw
-        )
-    status = upstream.status if upstream.status >= 400 else 502
-    error = ProxyError(
-        status, f"{call.provider} answered {upstream.status} {error_text(answer, 'type', 'status')}"
-    )
-    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"] and status == 429}
-    told = delay(raw.decode(errors="replace"), now) if status in (429, 503) else 0
-    error.retry_after = max(0, number(headers.get("Retry-After")), told, *full.values())
-    error.said = f"{error_text(answer)} [{','.join(full)}]"
-    if answer and status == upstream.status:
+        answer = read_object(raw.strip(b"[] \r\n") if raw.startswith(b"[") else raw)
+    error = failure(call, answer, upstream.status)
+    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"] and error.status == 429}
+    waits = (number(headers.get("Retry-After")), *full.values())
+    error.retry_after = max(error.retry_after, *waits)
+    error.said += f" [{','.join(full)}]"
+    if error.body:
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        error.body = (
-            raw
-            if "error" in answer
-            else compact(error_body(call.dialect, status, error_text(answer)))
-        )
+        error.body = raw if isinstance(answer.get("error"), dict) else error.body
         error.headers.extend((k, v) for k, v in headers.items() if matches(k, kept))
     return error
 
 
-class Edit:
-    """What changes in an answer on its way: Google's envelope goes, Codex's lost output comes back,
-    the model has the name that the client gave it.  All other bytes stay."""
-
-    def __init__(self, call: Call) -> None:
-        self.call, self.items, self.ended = call, dict[int, Any](), False
-        self.name: re.Pattern[bytes] | None = None  # where the backend's name stands, if another
-
-    def needed(self) -> bool:
-        """Whether events after the first one change, too, or tell the end."""
-        named = self.name is not None and self.call.dialect != "anthropic"
-        return named or bool(self.call.row["metadata"]) or self.call.dialect == "responses"
-
-    def learn(self, answer: Json) -> Json:
-        inner = (answer[k] for k in ("message", "response") if isinstance(answer.get(k), dict))
-        holder: Json = next(inner, answer)
-        name = holder.get("model", holder.get("modelVersion"))
-        if isinstance(name, str) and name != self.call.model:
-            quoted = re.escape(json.dumps(name).encode())
-            self.name = re.compile(rb'("model(?:Version)?"\s*:\s*)' + quoted)
-        return holder
-
-    def __call__(self, raw: bytes) -> bytes:
-        """One event, or one whole answer."""
-        found = DATA.search(raw)
-        head, data = raw[: found.end() if found else 0], raw[found.end() if found else 0 :]
-        with suppress(ValueError, AttributeError):
-            if self.call.row["metadata"]:
-                event = read_object(data)
-                data = compact(event.get("response", event))
-            elif self.call.dialect == "responses" and found:
-                data = self.filled(data)
-        asked = json.dumps(self.call.model).encode()
-        return head + (self.name.sub(lambda m: m[1] + asked, data, 1) if self.name else data)
-
-    def filled(self, data: bytes) -> bytes:
-        if not re.search(
-            rb'"(error|response\.(output_item\.done|completed|incomplete|failed))"', data
-        ):
-            return data
-        match event := read_object(data):
-            case {"type": "response.output_item.done", "output_index": int(index), "item": item}:
-                self.items[index] = item
-            case {"type": kind, "response": {"output": []}} if kind in ENDS and self.items:
-                event["response"]["output"] = [self.items[index] for index in sorted(self.items)]
-                data = compact(event)
-        self.ended = self.ended or event.get("type") in ENDS
-        return data
-
-    def folded(self, raw: bytes) -> Any:
-        """A whole stream as the answer to a client that asked for none."""
-        events = [event for one in EVENT_END.split(raw) if (event := event_of(self(one)))]
-        for event in events:
-            raise_failure(self.call, event)
-        if self.call.dialect == "gemini":
-            return events if self.call.streams else merged(events)
-        ends = [event["response"] for event in events if event.get("type") in ENDS[:2]]
-        if not ends:
-            raise ProxyError(502, f"{self.call.provider}'s stream stopped before its end")
-        return ends[-1]
+def failure(call: Call, answer: Json, status: int = 0) -> ProxyError:
+    """What an error tells.  Its words may quote the prompt: only the client gets to see them."""
+    told = answer["error"] if isinstance(answer.get("error"), dict) else {}
+    words = [(told or answer).get(name) for name in ("code", "type", "status")]
+    known = [w if isinstance(w, int) else STREAM_ERRORS.get(str(w), 0) for w in words]
+    how = f"answered {status}" if status else "answered with an error:"
+    message = f"{call.provider} {how} {error_text(answer, 'type', 'status')}"
+    status = status or next(filter(None, known), 502)
+    error = ProxyError(status if 400 <= status < 600 else 502, message, said=error_text(answer))
+    if answer and error.status == status:
+        typed = {"type": "error"} if call.dialect == "anthropic" else {}
+        worded = error_body(call.dialect, status, error.said)
+        error.body = compact({**typed, "error": told} if told else worded)
+    found = filter(None, (re.search(pattern, json.dumps(answer)) for pattern in DELAYS))
+    error.retry_after = next((seconds(match[1]) for match in found), 0)
+    return error
 
 
-def event_of(raw: bytes) -> Json | None:
-    found = DATA.search(raw)
-    return read_object(raw[found.end() :]) if found and b"{" in raw else None
-
-
-def merged(chunks: list[Json]) -> Json:
-    """The chunks of a Gemini stream as one answer: later fields win, neighbouring texts are one."""
-    whole, parts = Json(), list[Json]()
-    for chunk in chunks:
-        candidate = (chunk.get("candidates") or [{}])[0]
-        for part in (candidate.get("content") or {}).get("parts") or ():
-            if parts and part.keys() == parts[-1].keys() <= {"text", "thought"}:
-                parts[-1]["text"] += part["text"]
-            else:
-                parts.append(part)
-        last = {**(whole.get("candidates") or [{}])[0], **candidate}
-        whole |= {**chunk, "candidates": [last]}
-    if parts:
-        whole["candidates"][0]["content"] = {"role": "model", "parts": parts}
-    return whole
-
-
-def raise_failure(call: Call, event: Json) -> None:
-    """ProxyError for an event, or an answer, that tells of an error."""
-    holder = event["response"] if event.get("type") == "response.failed" else event
-    if event.get("type") == "error" or isinstance(holder.get("error"), dict):
-        told = holder["error"] if isinstance(holder.get("error"), dict) else holder
-        words = [told.get("code"), told.get("type"), told.get("status")]
-        codes = [w if isinstance(w, int) else STREAM_ERRORS.get(str(w), 0) for w in words]
-        status = next((code for code in codes if 400 <= code < 600), 502)
-        message = (
-            f"{call.provider} answered with an error: {error_text(told, 'type', 'code', 'status')}"
-        )
-        body = event if call.dialect == "anthropic" else {"error": told}
-        error = ProxyError(status, message, said=error_text(told), body=compact(body))
-        error.retry_after = delay(json.dumps(told), call.now)
-        raise error
-
-
-async def read_head(call: Call, relay: Relay, edit: Edit) -> bytes:
-    """An answer in one piece, or a stream to the end of an event that tells something."""
+async def read_head(call: Call, relay: Relay) -> bytes:
+    """An answer in one piece, or a stream to the end of an event that tells something; renamed."""
 
     def first(plain: bytes | bytearray) -> Json | None:
         texts = map(read_object, EVENT.findall(plain)) if relay.dialect else ()
@@ -1936,19 +1555,20 @@ async def read_head(call: Call, relay: Relay, edit: Edit) -> bytes:
 
     try:
         head, event = await relay.head(first)
-        if call.folds:
-            relay.response.headers["Content-Type"] = "application/json"
-            return compact(edit.folded(head))
         answer: Json = event or read_object(b"" if relay.dialect else head)
     except ValueError as error:
         raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
-    raise_failure(call, answer)
-    answer = edit.learn(answer)
-    if relay.dialect and edit.needed():
+    inner = (answer[k] for k in ("message", "response") if isinstance(answer.get(k), dict))
+    holder: Json = next(inner, answer)
+    if answer.get("type") == "error" or isinstance(holder.get("error"), dict):
+        raise failure(call, holder)
+    name = holder.get("model", holder.get("modelVersion"))
+    if not isinstance(name, str) or name == call.model:
         return head
-    if edit.name and not relay.dialect and len(edit.name.findall(head)) != 1:
-        return compact({**answer, "model": call.model})  # a tool's input has such a key too
-    return edit(head)
+    relay.name = re.compile(rb'("model(?:Version)?"\s*:\s*)' + re.escape(json.dumps(name).encode()))
+    if not relay.dialect and len(relay.name.findall(head)) != 1:
+        return compact({**answer, "model": call.model})  # a tool's input has such a key, too
+    return relay.renamed(head)
 
 
 # == The server ====================================================================================
@@ -1959,9 +1579,24 @@ AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 
 
-def roomy(*given: Any) -> Request:
-    loop: Any = asyncio.get_running_loop()
-    return Request(*given, loop, client_max_size=BODY_LIMIT)  # type: ignore[misc]
+class Connection(web.RequestHandler):  # who cuts a body short is still told what was wrong with it
+    body: Any = None
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        body = next((payload for _, payload in reversed(self._messages)), self.body)
+        if body is None or body.is_eof():
+            return None  # it left: the connection closes, the handler is cancelled
+        body.set_exception(ConnectionResetError("cut short"))
+        return True
+
+
+class Listener(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
+        protocol.body = payload
+        return Request(*(message, payload, protocol, *more, self._loop), client_max_size=BODY_LIMIT)
 
 
 class Server(Forwarder):
@@ -2003,6 +1638,10 @@ class Server(Forwarder):
         said = error_body(call.dialect if call else "", error.status, error.message)
         if error.status == 502 and not call:
             said = {"error": "amp_upstream_proxy_error", "message": error.message}
+        if call and call.dialect == "responses" and error.status == 429 and error.retry_after > 30:
+            wait = round(error.retry_after)  # Codex shows this one, and waits out any other
+            spent = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
+            said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **spent}
         raw = error.body or compact(said)
         response = web.Response(status=error.status, body=raw, headers=error.headers)
         if not request.content.is_eof():
@@ -2034,8 +1673,8 @@ class Server(Forwarder):
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = client_key(request, config["api-keys"])
         listing = MODEL_PATH.fullmatch(path)
-        if listing and method == "GET" and not call:
-            return web.json_response(self.models(request, listing["name"] or "", path))
+        if listing and listing["end"] == "models" and method == "GET":
+            return web.json_response(self.models(request, listing["alias"] or "", path))
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         upgrade = is_upgrade(request)
@@ -2063,23 +1702,21 @@ class Server(Forwarder):
                   if serves(row, name) and "*" not in name}  # fmt: skip
         names, headers = sorted(owners), request.headers
         if alias == "google" or "/v1beta" in path or "x-goog-api-key" in headers:
-            verbs = ["generateContent", "streamGenerateContent", "countTokens"]
-            more = {"supportedGenerationMethods": verbs}
+            more = {"supportedGenerationMethods": ["generateContent", "countTokens"]}
             return {"models": [{"name": f"models/{n}", "displayName": n, **more} for n in names]}
         if alias == "anthropic" or "anthropic-version" in headers:
-            rows = [{"type": "model", "id": name, "display_name": name,
-                     "created_at": "2025-01-01T00:00:00Z"} for name in names]  # fmt: skip
-            ends = {"first_id": names[0], "last_id": names[-1]} if names else {}
-            return {"data": rows, "has_more": False, "first_id": None, "last_id": None, **ends}
-        rows = [{"id": name, "object": "model", "created": 0, "owned_by": owners[name]}
-                for name in names]  # fmt: skip
-        return {"object": "list", "data": rows}
+            more = {"type": "model", "created_at": "2025-01-01T00:00:00Z"}
+            data: list[Json] = [{"id": n, "display_name": n, **more} for n in names]
+            return {"data": data, "has_more": False, "first_id": (names or [None])[0],
+                    "last_id": (names or [None])[-1]}  # fmt: skip
+        data = [{"id": n, "object": "model", "created": 0, "owned_by": owners[n]} for n in names]
+        return {"object": "list", "data": data}
 
     def report(self) -> Json:
         return {
             "version": __version__, "uptime_seconds": round(self.clock.monotonic() - self.began),
             "routes": dict(self.routes), "server_side_threads": self.server_side,
-            "accounts": [self.report_account(account) for account in self.pool.everyone()],
+            "accounts": [self.report_account(account) for account in self.pool.accounts.values()],
             "requests": list(self.requests)}  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
@@ -2115,9 +1752,9 @@ class Server(Forwarder):
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         self.pool.scan()
-        server = web.Server(
+        server = Listener(
             self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536, request_factory=roomy)  # fmt: skip
+            max_line_size=65536, max_field_size=65536)  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
@@ -2213,13 +1850,14 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
     """List the accounts; their state as the running proxy sees it, if there is one."""
     states = dict[str, str]()
     with suppress(Failure, LookupError, TypeError):
-        states = {row["account"]: row["state"] for row in ask_proxy(live)["accounts"]}
+        known = ask_proxy(live)["accounts"]
+        states = {row["provider"] + row["account"]: row["state"] for row in known}
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        plan, state = str(a.token.get("plan") or "-"), states.get(a.email, a.state(0))
+        plan, state = str(a.token.get("plan") or "-"), states.get(a.type + a.email, a.state(0))
         say(line.format(a.type, a.email, plan, ends, state, a.path))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")

@@ -33,7 +33,6 @@ import zlib
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
@@ -647,9 +646,9 @@ EPHEMERAL = {"type": "ephemeral"}
 
 def prepared(body, beta="", **over):
     row = {**ampproxy.default(ampproxy.DEFAULTS)["providers"]["claude"], **over}
-    call = SimpleNamespace(body=body, headers=ampproxy.Headers({"anthropic-beta": beta}), row=row)
-    ampproxy.prepare_claude(call)
-    return body, call.headers["anthropic-beta"]
+    headers = ampproxy.Headers({"anthropic-beta": beta})
+    ampproxy.prepare_claude(body, headers, row)
+    return body, headers["anthropic-beta"]
 
 
 @pytest.mark.parametrize(("client", "betas", "sent"), [
