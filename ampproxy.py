@@ -24,7 +24,6 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -45,10 +44,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode
+from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
-if sys.platform != "win32":
-    import fcntl
 try:
     import aiohttp
     import yaml
@@ -64,7 +61,6 @@ __version__ = "0.1.0"
 # A Failure is a sentence for the person at the terminal, a ProxyError one for the client.
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
-Request = web.BaseRequest
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY, BODY_LIMIT, PACKED = 60, 3600, 86400, 64 << 20, "Content-Encoding"
@@ -92,10 +88,7 @@ def compact(value: Any) -> bytes:
 
 def read_object(raw: bytes) -> Json:
     """The JSON object in `raw`; ValueError with a plain reason for anything else."""
-    try:
-        value = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN and Infinity
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    value = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN and Infinity
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -109,9 +102,8 @@ def number(value: Any) -> float:
 
 
 def seconds(text: str | int) -> float:
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smh]?)", str(text))
-    units = {"ms": 0.001, "m": MINUTE, "h": HOUR}
-    return sum(float(n) * units.get(unit, 1) for n, unit in parts)
+    parts = re.findall(r"(\d+)([smh]?)", str(text))
+    return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
 
 
 def inflate(raw: bytes) -> bytes | None:
@@ -170,12 +162,10 @@ def error_body(dialect: str, status: int, message: str) -> Json:
 
 def error_frame(dialect: str, status: int, message: str) -> bytes:
     """The event that ends a broken stream; its first newline closes a line that was cut short."""
-    body, event = error_body(dialect, status, message), b""
+    body, kind = error_body(dialect, status, message), {"anthropic": b"event: error\n"}
     if dialect == "responses":  # Codex takes notice of no other (clients.md)
-        failed = {"status": "failed", **body, "output": []}
-        body, event = {"type": "response.failed", "response": failed}, b"event: response.failed\n"
-    event = b"event: error\n" if dialect == "anthropic" else event
-    return b"\n%bdata: %b\n\n" % (event, compact(body))
+        body = {"type": "response.failed", "response": {"status": "failed", **body, "output": []}}
+    return b"\n%bdata: %b\n\n" % (kind.get(dialect, b""), compact(body))
 
 
 # == Configuration and provider table ==============================================================
@@ -199,44 +189,39 @@ DEFAULTS: Json = yaml.safe_load(r"""
  openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
                          excluded-models: [''], api-key-entries: [{api-key!: ''}]}],
  providers: {
-  claude: {
-   enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com, key-headers: {},
+  claude: &claude {
+   enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com,
    paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}, identity: true,
    headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
             user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
-   models: [claude-*], excluded-models: [''], names: {},  # what the backend calls a model
-   known: [claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-sonnet-4-6,
-           claude-haiku-4-5-20251001], max-tokens: 32000,  # for a client that sets none
+   models: [claude-*], excluded-models: [''], max-tokens: 32000,  # for a client that sets none
    authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
-   token-url: https://api.anthropic.com/v1/oauth/token,
+   token-url: https://api.anthropic.com/v1/oauth/token, token-form: false, drops: [''],
    profile-url: https://api.anthropic.com/api/oauth/profile,
    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
    callback-port: 54545, callback-path: /callback, refresh-lead: 300},
-  codex: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
+  codex: {<<: *claude, aliases: [openai, chatgpt],
+   base-url: https://chatgpt.com/backend-api/codex,
+   paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
+   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0},
+   passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
+   models: [gpt-*, codex-*],
+   drops: [max_*, top_*, "*_penalty", "prompt_cache_[ro]*", temperature, user, truncation, n,
+           context_management, metadata, safety_identifier, stream_options, "*logprobs", seed, stop,
+           logit_bias, response_format, reasoning_effort],
+   authorize-url: https://auth.openai.com/oauth/authorize,
+   authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true',
+                     prompt: login},
+   token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
+   client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access,
+   callback-port: 1455, callback-path: /auth/callback},
+  gemini: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
    profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
-   client-id: '', client-secret: ''}, gemini: *later, antigravity: *later}}
+   client-id: '', client-secret: ''}, antigravity: *later}}
 """)
-KEY_ROWS: Json = yaml.safe_load(r"""
-claude-api-key: {
-  base-url: https://api.anthropic.com, models: [claude-*], headers: {anthropic-version: '2023-06-01'},
-  paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens},
-  key-headers: {//api.anthropic.com: x-api-key}, passes: [anthropic-*, user-agent, x-stainless-*]}
-codex-api-key: {
-  base-url: https://api.openai.com, models: [gpt-*, chatgpt-*, codex-*, 'o[134]*'],
-  paths: {responses: /v1/responses, compact: /v1/responses/compact,
-          completions: /v1/chat/completions}, passes: [openai-*, user-agent, x-stainless-*]}
-gemini-api-key: {
-  base-url: https://generativelanguage.googleapis.com, models: [gemini-*, gemma-*],
-  paths: {generateContent: '/v1beta/models/{}:generateContent',
-          streamGenerateContent: '/v1beta/models/{}:streamGenerateContent',
-          countTokens: '/v1beta/models/{}:countTokens'},
-  key-headers: {'': x-goog-api-key}, passes: [x-goog-api-client, user-agent]}
-openai-compatibility: {paths: {completions: /v1/chat/completions}, models: [],
-  passes: [user-agent, x-stainless-*]}
-""")
-TEXT_TABLES = {"headers", "paths", "authorize-query", "names", "key-headers"}
+TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
@@ -366,7 +351,6 @@ class Live:
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
         self.rows = [self.row(name) for name, row in config["providers"].items() if row["enabled"]]
-        self.rows += [key_row(kind, entry) for kind in KEY_ROWS for entry in config[kind]]
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
@@ -382,22 +366,10 @@ class Live:
         return True
 
     def row(self, name: str) -> Json:
-        return {**self.config["providers"][name], "name": name, "tier": name, "keys": {}}
+        return {**self.config["providers"][name], "name": name}
 
     def rows_for(self, model: str, verb: str) -> list[Json]:
         return [row for row in self.rows if verb in row["paths"] and serves(row, model)]
-
-
-def key_row(kind: str, entry: Json) -> Json:
-    """An entry of a list of API keys as a row of the provider table."""
-    row = DEFAULTS["providers"]["claude"] | {"headers": {}, "known": []} | KEY_ROWS[kind]
-    headers, keys = {**row["headers"], **entry["headers"]}, entry.get("api-key-entries", [entry])
-    row |= {name: value for name, value in entry.items() if value}
-    names = {f"key-{hashlib.sha256(key['api-key'].encode()).hexdigest()[:8]}": key for key in keys}
-    row["keys"] = {name: key["api-key"] for name, key in names.items()}
-    if models := {model["alias"] or model["name"]: model["name"] for model in entry["models"]}:
-        row |= {"models": [*models], "known": [*models], "names": models}
-    return row | {"headers": headers, "tier": kind, "name": entry.get("name", kind)}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -408,8 +380,8 @@ def serves(row: Json, model: str) -> bool:
     return matches(model, row["models"]) and not matches(model, row["excluded-models"])
 
 
-# == Claude's rules ================================================================================
-# What a plan's login asks of a request (providers.md 1.2, 1.3).  Changes body and headers in place.
+# == Provider rules ================================================================================
+# What a login's backend asks of a request (providers.md 1.3, 2.3), changed in place.
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
@@ -424,33 +396,12 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
     if "fast-mode" not in headers["anthropic-beta"]:
         body.pop("speed", None)
-    settle_thinking(body)
+    if body.get("thinking") == {"type": "auto"}:  # a word of Amp's only
+        body["thinking"] = {"type": "adaptive"}
     if isinstance(body.get("messages"), list):
         body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
-
-
-def settle_thinking(body: Json) -> None:
-    """Rules 1 to 6: what may stand beside thinking, and how large its budget may be."""
-    choice, thinking, limit = (body.get(k) for k in ("tool_choice", "thinking", "max_tokens"))
-    if isinstance(choice, dict) and choice.get("type") in ("any", "tool"):
-        body.pop("thinking", None)
-        if isinstance(body.get("output_config"), dict):
-            body["output_config"].pop("effort", None)
-    elif isinstance(thinking, dict):
-        if thinking.get("type") == "auto":
-            thinking["type"] = "adaptive"
-        if isinstance(budget := thinking.get("budget_tokens"), int) and isinstance(limit, int):
-            thinking["budget_tokens"] = max(1024, min(budget, limit - 1))
-            if limit <= 1024:
-                body["thinking"] = thinking = {"type": "disabled"}
-        if thinking.get("type") in ("enabled", "adaptive"):
-            for key, least in (("temperature", 1), ("top_p", 0.95), ("top_k", float("inf"))):
-                if key in body and number(body[key]) < least:
-                    del body[key]
-    if "temperature" in body:
-        body.pop("top_p", None)
 
 
 def clean_blocks(holder: Any) -> bool:
@@ -487,7 +438,44 @@ def with_identity(system: Any) -> list[Any]:
     return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
 
 
-RULES = {"claude": prepare_claude}
+def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
+    """Nothing that the backend refuses, what it demands, and system text where it reads it."""
+    if body.get("previous_response_id"):
+        lack = "ChatGPT's backend keeps no answers: send the whole conversation as `input`"
+        raise ProxyError(400, f"previous_response_id cannot be used here, as {lack}")
+    for name in [name for name in body if matches(name, row["drops"])]:
+        del body[name]
+    if body.get("service_tier") != "priority":
+        body.pop("service_tier", None)
+    given, told = body.get("input"), [body.get("instructions")]
+    asked = {"role": "user", "content": [{"type": "input_text", "text": str(given or "")}]}
+    body["input"] = list[Any]()
+    for item in given if isinstance(given, list) else [asked]:
+        if isinstance(item, dict) and item.get("role") == "system":
+            content = item.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            told += [part.get("text") for part in parts if isinstance(part, dict)]
+        elif is_readable(item):
+            body["input"].append(item)
+    text = "\n\n".join(text for text in told if text and isinstance(text, str))
+    body |= {"instructions": text or "You are a helpful assistant.", "store": False, "stream": True}
+    body["include"] = ["reasoning.encrypted_content"]
+    body.setdefault("parallel_tool_calls", True)
+
+
+def is_readable(item: Any) -> bool:
+    """An input item after cleaning; False for what the backend never kept or cannot decrypt."""
+    if not isinstance(item, dict):
+        return True
+    item.pop("id", None)
+    if len(call_id := str(item.get("call_id") or "")) > 64:
+        item["call_id"] = f"{call_id[:47]}_{hashlib.sha256(call_id.encode()).hexdigest()[:16]}"
+    secret = str(item.get("encrypted_content"))
+    foreign = item.get("type") == "reasoning" and not secret.startswith("gAAAA")
+    return not foreign and item.get("type") != "item_reference"
+
+
+RULES = {"claude": prepare_claude, "codex": prepare_codex}
 
 
 # == Token files ===================================================================================
@@ -521,20 +509,6 @@ def merge_token(path: Path, known: Json, changes: Json) -> Json:
     return {**known, **changes}
 
 
-@asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[None]:
-    """Alone with a token file, also among processes: the system frees the lock of one that dies."""
-    name = path.with_name(f".{path.name}.lock")
-    with os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600)) as file:
-        async with asyncio.timeout(30):
-            while sys.platform != "win32":
-                with suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                await asyncio.sleep(0.05)
-        yield
-
-
 def rfc3339(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -550,9 +524,21 @@ def expiry(token: Json) -> float:
     return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
 
 
+def claims(token: Json) -> Json:
+    """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
+    with suppress(ValueError, LookupError, AttributeError):
+        part = str(token["id_token"]).split(".")[1]
+        told = read_object(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        auth = told.get("https://api.openai.com/auth") or {}
+        names = {"account_id": "chatgpt_account_id", "plan": "chatgpt_plan_type"}
+        return {"email": told["email"]} | {k: auth[v] for k, v in names.items() if auth.get(v)}
+    return {}
+
+
 # == The network ===================================================================================
 # No cookie is kept, no redirect followed, nothing unpacked, no header added.
-NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error)
+NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error,
+              RecursionError)  # fmt: skip
 
 
 async def stay(*_: object) -> None:  # for WebSockets: aiohttp would follow, keys and all
@@ -563,26 +549,23 @@ class Net:
     def __init__(self, live: Live) -> None:
         self.live, trace = live, aiohttp.TraceConfig()
         trace.on_request_redirect.append(stay)
+        os.environ["NETRC"] = os.devnull  # aiohttp would send what it says, or fail by it
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_line_size=65536, max_field_size=65536)  # fmt: skip
-
-    def proxy(self, url: str) -> str | None:
-        """`proxy-url`, else the environment's; aiohttp's own look-up would read ~/.netrc too."""
-        given = urllib.request.getproxies().get(url.partition(":")[0])
-        around = urllib.request.proxy_bypass(URL(url).host or "")
-        return self.live.config["proxy-url"] or (None if around else given)
+            max_line_size=65536, max_field_size=65536, trust_env=True)  # fmt: skip
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
         idle = more.pop("idle", self.live.config["streaming"]["idle-timeout-seconds"])
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
-        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
+        more |= {"timeout": timeout, "proxy": self.live.config["proxy-url"] or None}
         try:
-            response = await self.session.request(method, URL(url, encoded=True), **more)
+            response = await self.session.request(
+                method, URL(url, encoded=True), allow_redirects=False, **more
+            )
         except NET_ERRORS as error:
             host = URL(url).host or "an empty upstream-url"
             raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
@@ -670,12 +653,13 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
             raise Failure(f"the login was refused: {error_text(found)}")
         if not same(found.get("state", ""), state):
             raise Failure("the state of that callback belongs to another login: start again")
-        form = {"grant_type": "authorization_code", "code": found["code"], "state": state}
+        form = {"grant_type": "authorization_code", "code": found["code"]}
         form |= {"redirect_uri": redirect, "code_verifier": verifier}
-        answer = await ask_token(net, row, form)
-        email = await email_of(net, row, answer)
+        answer = await ask_token(net, row, form | ({} if row["token-form"] else {"state": state}))
+        token = claims(answer) or {"email": await email_of(net, row, answer)}
+        email = token["email"]
         path = live.auth_dir / f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
-        token = {"type": row["name"], "email": email, "refresh_token": "", "id_token": ""}
+        token |= {"type": row["name"], "refresh_token": "", "id_token": ""}
         save_token(path, merge_token(path, {}, token | token_fields(answer, time.time())))
         return email, path
     except (ProxyError, *NET_ERRORS) as error:
@@ -695,7 +679,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
             callback.set_result(found)
         return bool(found)
 
-    async def handle(request: Request) -> Answer:
+    async def handle(request: web.BaseRequest) -> Answer:
         if request.path != row["callback-path"] or not take(request.raw_path):
             return web.Response(status=404, text="This is not the callback.\n")
         return web.Response(text="The terminal says how the login went; you can close this page.\n")
@@ -724,7 +708,8 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
-    status, answer = await net.ask_json("POST", row["token-url"], json=form)
+    how: Any = {"data" if row["token-form"] else "json": form}
+    status, answer = await net.ask_json("POST", row["token-url"], **how)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     said = error_text(answer).replace(str(form.get("refresh_token") or form["code"]), "...")
@@ -756,9 +741,11 @@ BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
 MODEL_PATH = re.compile(
-    r"(?P<amp>/api/provider/(?P<alias>[^/]+))?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
-    r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models"
-    r"(?:/(?P<model>[^/:]+):(?P<verb>\w+))?)")  # fmt: skip
+    r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
+    r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models/"
+    r"(?P<model>[^/:]+):(?P<verb>\w+))"
+)
+SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
                    rb'completion_tokens|candidatesTokenCount)"\s*:\s*(\d{1,12})')  # fmt: skip
@@ -766,12 +753,67 @@ SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", 
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 
 
+def bare(value: str) -> str:
+    return re.sub(r"(?i)^bearer\s+", "", value.strip())
+
+
+class Request(web.BaseRequest):
+    def __init__(self, *given: Any) -> None:
+        loop: Any = asyncio.get_running_loop()
+        super().__init__(*given, loop, client_max_size=BODY_LIMIT)  # type: ignore[misc]
+
+    @property
+    def is_upgrade(self) -> bool:
+        upgrade, key = (self.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
+        return upgrade.lower() == "websocket" and bool(key)
+
+    @property
+    def is_browsing(self) -> bool:
+        fits = self.method in ("GET", "HEAD") and BROWSER_PATHS.match(self.rel_url.raw_path)
+        return bool(fits) and not self.is_upgrade
+
+    def refuse_strangers(self, config: Json) -> None:
+        """403 for a Host that is not ours, and for what a browser sends for another site."""
+        host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
+        found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
+        name = found[1].strip("[]") if found else ""
+        own = name and (is_loopback(name) or name == config["host"].lower())
+        if not own and not config["api-keys"]:
+            raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
+        foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
+        site = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+        foreign = foreign or (site and not origin.startswith("vscode-webview://"))
+        navigates = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.is_browsing
+        if foreign and not navigates:
+            raise ProxyError(403, "requests on behalf of another web site are refused")
+
+    def key(self, keys: list[str]) -> str:
+        """Which of `keys` is shown, in any of the five places; ProxyError 401 for none."""
+        given = (*map(self.headers.get, KEY_HEADERS), *map(self.query.get, KEY_PARAMETERS))
+        shown = [bare(value) for value in given if value and value.strip()]
+        right = [key for key in keys for value in shown if same(key, value)]
+        if keys and not right:
+            raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
+        return right[0] if right else ""
+
+    def target(self, keys: list[str]) -> str:
+        """Path and query as they came, less the parameters that carry one of the proxy's keys."""
+        path, mark, query = self.raw_path.partition("?")
+        pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
+        kept = [pair for pair, name, value in pairs
+                if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
+        return path + (mark + "&".join(kept) if kept else "")
+
+
 class Call:
-    def __init__(self, request: Request, dialect: str, verb: str, amp: bool, model: str) -> None:
-        self.request, self.dialect, self.verb, self.amp = request, dialect, verb, amp
-        self.model, self.raw, self.worded, self.trouble, self.cut = model, b"", b"", "", False
-        self.row = Json()  # whose words `headers` and `worded` are
-        self.body, self.headers, self.silence = Json(), Headers(), 0.0  # until a comment goes out
+    def __init__(self, request: Request, found: re.Match[str]) -> None:
+        first, _, last = found["end"].partition("/")
+        self.request, self.dialect, self.amp = request, DIALECTS[first], bool(found["amp"])
+        self.verb, self.model = found["verb"] or last or first, unquote(found["model"] or "")
+        self.raw, self.body, self.worded, self.headers = b"", Json(), b"", Headers()
+        self.row, self.folds = Json(), False  # whose words `headers` and `worded` are
+        self.wanted, self.effort = "", ""  # what the model's name asks for
+        self.trouble, self.cut, self.silence = "", False, 0.0  # until a comment goes out
         self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
@@ -807,7 +849,9 @@ class Call:
         model = self.model or self.body.get("model")
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "The request names no model")
-        self.model = model
+        found = SUFFIX.fullmatch(model)
+        name, effort, gpt, level = found.groups() if found else ("", "", "", "")
+        self.model, self.wanted, self.effort = model, name or gpt or model, effort or level or ""
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
@@ -816,64 +860,6 @@ class Call:
     @property
     def streams(self) -> bool:
         return self.verb == "streamGenerateContent" or self.body.get("stream") is True
-
-
-def find_call(request: Request) -> Call | None:
-    found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
-    if not found or found["end"] == "models":
-        return None
-    first, _, last = found["end"].partition("/")
-    verb = found["verb"] or last or first
-    return Call(request, DIALECTS[first], verb, bool(found["amp"]), unquote(found["model"] or ""))
-
-
-def is_upgrade(request: Request) -> bool:
-    upgrade, key = (request.headers.get(n, "") for n in ("Upgrade", "Sec-WebSocket-Key"))
-    return upgrade.lower() == "websocket" and bool(key)
-
-
-def is_browser_path(request: Request) -> bool:
-    fits = request.method in ("GET", "HEAD") and BROWSER_PATHS.match(request.rel_url.raw_path)
-    return bool(fits) and not is_upgrade(request)
-
-
-def refuse_strangers(request: Request, config: Json) -> None:
-    """403 for a Host that is not ours, and for what a browser sends on behalf of another site."""
-    host, origin = (request.headers.get(name, "").lower() for name in ("Host", "Origin"))
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
-    name = found[1].strip("[]") if found else ""
-    own = name and (is_loopback(name) or name == config["host"].lower())
-    if not own and not config["api-keys"]:
-        raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
-    foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
-    site = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
-    foreign = foreign or (site and not origin.startswith("vscode-webview://"))
-    navigates = request.headers.get("Sec-Fetch-Mode") == "navigate" and is_browser_path(request)
-    if foreign and not navigates:
-        raise ProxyError(403, "requests on behalf of another web site are refused")
-
-
-def bare(value: str) -> str:
-    return re.sub(r"(?i)^bearer\s+", "", value.strip())
-
-
-def client_key(request: Request, keys: list[str]) -> str:
-    """Which of `keys` the client shows, in any of the five places; ProxyError 401 for none."""
-    given = (*map(request.headers.get, KEY_HEADERS), *map(request.query.get, KEY_PARAMETERS))
-    shown = [bare(value) for value in given if value and value.strip()]
-    right = [key for key in keys for value in shown if same(key, value)]
-    if keys and not right:
-        raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
-    return right[0] if right else ""
-
-
-def target_without(request: Request, keys: list[str]) -> str:
-    """Path and query as they came, less the parameters that carry one of the proxy's own keys."""
-    path, mark, query = request.raw_path.partition("?")
-    pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
-    kept = [pair for pair, name, value in pairs
-            if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
-    return path + (mark + "&".join(kept) if kept else "")
 
 
 # == Accounts ======================================================================================
@@ -886,7 +872,9 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"402",                               "account",  30 * MINUTE, "next"),
     (r"403",                               "account",  DAY,         "next"),
     (r"404|400 .*model.* not supported",   "model",    30 * MINUTE, "next"),
-    (r"429 .*(\[7d_oi\]|_EXHAUSTED)",      "model",    MINUTE,      "wait"),
+    (r".* model is at capacity",           "model",    MINUTE,      "next"),
+    (r".* usage_not_included",             "account",  30 * MINUTE, "next"),
+    (r"429 .*\[7d_oi\]",                   "model",    MINUTE,      "next"),
     (r"429",                               "account",  MINUTE,      "wait"),
     (r"408|529",                           "account",  30,          "again"),
     (r"50[0234]",                          "account",  5,           "again"),
@@ -913,16 +901,15 @@ class Rest:  # why an account, or one model of it, is left alone; the times are 
 
 
 class Account:
-    def __init__(self, path: Path, token: Json, hint: str = "") -> None:
+    def __init__(self, path: Path, token: Json) -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
-        self.hint = hint or f"run `ampproxy.py login {self.type}`"
-        self.row = Json()  # of the provider table, or of a list of keys
+        self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced: Any = None  # the access token that the present one came for
-        self.in_flight, self.threads, self.turn, self.quota = 0, 0, 0, list[Json]()
+        self.in_flight, self.turn, self.quota = 0, 0, list[Json]()
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
 
@@ -937,6 +924,10 @@ class Account:
         wait = self.wait("", now)
         awake = "needs-login" if wait == NEVER else "resting" if wait else "ready"
         return "disabled" if self.token.get("disabled") is True else awake
+
+    @property
+    def plan(self) -> str:
+        return str(claims(self.token).get("plan") or self.token.get("plan") or "")
 
     def stale(self, refused: str, moment: float) -> bool:
         return refused == self.token.get("access_token") or expiry(self.token) < moment
@@ -953,17 +944,11 @@ class Pool:
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
 
     def scan(self) -> None:
-        """Make the accounts those of the token files and of the config's keys."""
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        keys = [(row["name"], *pair) for row in self.live.rows for pair in row["keys"].items()]
         known = stamps.keys() | self.stamps.keys()  # what is gone for two looks is gone
-        known |= {Path(kind, name) for kind, name, _ in keys}
         self.accounts = {path: a for path, a in self.accounts.items() if path in known}
         for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
             self.read(path)
-        for kind, name, key in keys:
-            token, hint = {"type": kind, "email": name, "access_token": key}, "look at the config"
-            self.accounts.setdefault(Path(kind, name), Account(Path(kind, name), token, hint))
         self.stamps = stamps
 
     def read(self, path: Path) -> None:
@@ -982,7 +967,6 @@ class Pool:
 
     def of(self, row: Json) -> list[Account]:
         mine = [a for a in self.accounts.values() if a.type == row["name"]]
-        mine = [a for a in mine if a.email in row["keys"]] if row["keys"] else mine
         for account in mine:
             account.row = row
         return [a for a in mine if a.token.get("disabled") is not True]
@@ -991,40 +975,34 @@ class Pool:
         """The account to ask next; waits for the shortest rest if it ends by `until`, else None."""
         while True:
             now, waits = self.clock.monotonic(), [NEVER]
-            for tier, group in itertools.groupby(rows, lambda row: str(row["tier"])):
-                mine = (a for row in group for a in self.of(row) if a not in spent)
-                left = [(a.wait(call.model, now), a) for a in mine]
+            for row in rows:
+                left = [(a.wait(call.wanted, now), a) for a in self.of(row) if a not in spent]
                 if free := [account for wait, account in left if not wait]:
-                    return self.home(call.thread and tier + call.thread, free, now)
+                    return self.home(call.thread and row["name"] + call.thread, free, now)
                 waits += [wait for wait, _ in left]
             if now + min(waits) > until:
                 return None
             await self.clock.sleep(min(waits))
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
-        ttl, homes = self.live.config["routing"]["session-affinity-ttl"], self.homes
-        oldest = now - seconds(ttl)
-        account = self.leave(thread, oldest)
-        while homes and (len(homes) >= THREADS or next(iter(homes.values()))[1] < oldest):
-            self.leave(next(iter(homes)))
+        """Where a thread is, if that is free, else the best; one without use for long is new."""
+        ttl, homes = seconds(self.live.config["routing"]["session-affinity-ttl"]), self.homes
+        while homes and (len(homes) >= THREADS or next(iter(homes.values()))[1] < now - ttl):
+            del homes[next(iter(homes))]
+        account, _ = homes.pop(thread, (None, 0.0))
         if account not in free:
-            account = min(free, key=self.order)
+            account = min(free, key=functools.partial(self.order, self.threads()))
         if thread:
             homes[thread] = account, now
-            account.threads += 1
         self.turn = account.turn = self.turn + 1
         return account
 
-    def leave(self, thread: str, oldest: float = NEVER) -> Account | None:
-        """Forget where a thread was; its account, if it was used since `oldest`."""
-        account, used = self.homes.pop(thread, (None, 0.0))
-        if account:
-            account.threads -= 1
-        return account if used >= oldest else None
+    def threads(self) -> Counter[Account]:
+        return Counter(account for account, _ in self.homes.values())
 
-    def order(self, account: Account) -> tuple[Any, ...]:
+    def order(self, threads: Counter[Account], account: Account) -> tuple[Any, ...]:
         strategy, full = self.live.config["routing"]["strategy"], account.spent(self.clock.time())
-        busy = account.in_flight + account.threads if strategy == "least-connections" else 0
+        busy = account.in_flight + threads[account] if strategy == "least-connections" else 0
         turn = 0 if strategy == "fill-first" else account.turn
         return full, -number(account.token.get("priority")), busy, turn, account.path
 
@@ -1079,12 +1057,6 @@ class Pool:
             return ProxyError(401 if first == NEVER else 404, message)
         return ProxyError(429, message, first)
 
-    def wake(self, name: str) -> list[str]:
-        found = [a for a in self.accounts.values() if name in (a.email, a.path.name, a.path.stem)]
-        for account in found:
-            account.rests, account.retry = {}, 0.0
-        return [account.email for account in found]
-
     async def bearer(self, account: Account, refused: str = "") -> str:
         """An access token that is good for another minute and is not the one that was `refused`."""
         soon = self.clock.time() + MINUTE
@@ -1106,40 +1078,33 @@ class Pool:
     async def refresh(self, account: Account, refused: str) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
-            if account.row["keys"]:
-                raise ProxyError(401, "the key was refused")
-            async with locked(account.path):
-                self.read(account.path)
-                late = account.stale(refused, self.clock.time() + MINUTE)
-                if not late or account.retry > self.clock.monotonic():
-                    return
-                if not (token := account.token.get("refresh_token")):
-                    raise ProxyError(401, "refused, and there is no refresh token")
-                async with asyncio.timeout(REFRESH_WAIT):
-                    answer = await ask_token(self.net, account.row, {"refresh_token": token})
-                account.replaced = account.token.get("access_token")
-                account.token = await self.save(account, token_fields(answer, self.clock.time()))
-                log.info("%s: token refreshed", account.name)
+            self.read(account.path)
+            late = account.stale(refused, self.clock.time() + MINUTE)
+            if not late or account.retry > self.clock.monotonic():
+                return
+            if not (token := account.token.get("refresh_token")):
+                raise ProxyError(401, "refused, and there is no refresh token")
+            async with asyncio.timeout(REFRESH_WAIT):
+                answer = await ask_token(self.net, account.row, {"refresh_token": token})
+            account.replaced = account.token.get("access_token")
+            account.token = self.save(account, token_fields(answer, self.clock.time()))
+            log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
 
-    async def save(self, account: Account, changes: Json) -> Json:
-        """On disk before it is used; where that fails, tried again each second."""
-        for _ in range(REFRESH_WAIT):
-            token = merge_token(account.path, account.token, changes)
-            try:
-                if account.path.exists():  # else the person logged out, or an editor is at it
-                    save_token(account.path, token)
-                    break
-            except OSError as error:
-                log.error("%s: the new token cannot be saved: %s", account.name, why(error))
-            await asyncio.sleep(1)
+    def save(self, account: Account, changes: Json) -> Json:
+        """On disk before it is used; where that fails it is used all the same."""
+        token = merge_token(account.path, account.token, changes)
+        try:
+            if account.path.exists():  # else the person logged out, or an editor is at it
+                save_token(account.path, token)
+        except OSError as error:
+            log.error("%s: the new token cannot be saved: %s", account.name, why(error))
         return token
 
     def refresh_failed(self, account: Account, error: ProxyError) -> None:
         old = account.token.get("access_token")
-        if not account.row["keys"]:
-            self.read(account.path)
+        self.read(account.path)
         if account.token.get("access_token") == old:
             account.trouble = f"refresh failed: {error.message}"
             account.retry = self.clock.monotonic() + REFRESH_PAUSE
@@ -1160,6 +1125,7 @@ class Pool:
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, GZIP = 4096, b"\x1f\x8b"
+EVENT = re.compile(rb"(?s).*?\r?\n\r?\n")
 ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed)|finishReason|'
                     rb'blockReason)"|"finish_reason":\s*"|\[DONE\]|\nevent: error')  # fmt: skip
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
@@ -1182,11 +1148,11 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         headers.update(call.marks if call else {})
         self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
-        self.dialect = call.dialect if call and self.events and PACKED not in headers else ""
+        plain = call and self.events and PACKED not in headers and not call.folds
+        self.dialect = call.dialect if plain else ""
         self.silence = (call.silence or None) if self.dialect else None
         self.unpacker: Any = None  # for bytes that are packed and must be read
-        self.tail, self.ended = b"\n\n", False
-        self.name: re.Pattern[bytes] | None = None  # where the backend's name of the model stands
+        self.first, self.tail = b"", b"\n\n"
 
     async def read(self) -> bytes:
         """The next bytes, b"" at the end; comments go out while none come."""
@@ -1203,39 +1169,51 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         return b""
 
     async def write(self, data: bytes) -> None:
-        if self.dialect == "responses":  # where the end is an event of any length
-            self.ended = self.ended or bool(ENDING.search(self.tail[-30:] + data))
         self.tail = (self.tail + data[-TAIL:])[-TAIL:]
         if not self.response.prepared:
+            self.first = data[:TAIL]
             await self.response.prepare(self.request)
         await self.response.write(data)
 
-    async def head(self, enough: Callable[[bytearray], Any]) -> tuple[bytes, Any]:
-        data = bytearray()
-        while not ((found := enough(data)) or self.content.at_eof() or len(data) > BODY_LIMIT):
-            data += await self.read()
-        return bytes(data), found
-
-    def renamed(self, data: bytes) -> bytes:
-        asked = json.dumps(self.call.model).encode()
-        return self.name.sub(lambda m: m[1] + asked, data) if self.name else data
-
     async def send(self, first: bytes) -> Answer:
-        """`first` and all that follows; a stream is whole that has its dialect's end."""
-        broken, rest = "the stream stopped before its end" if self.dialect else "", b""
-        later = self.name if self.dialect != "anthropic" else None  # there only the first has it
+        """`first` and all that follows, as it comes."""
+        broken = "the stream stopped before its end" if self.dialect == "anthropic" else ""
         try:
             await self.write(first)
             while not self.content.at_eof():
-                data = rest + await self.read()
-                if later:  # a name never goes beyond a line
-                    lines, end, rest = data.rpartition(b"\n")
-                    data = self.renamed(lines + end)
-                await self.write(data)
-            await self.write(rest)
+                await self.write(await self.read())
         except ProxyError as error:
             broken = error.message
-        return await self.finish("" if self.ended or ENDING.search(self.tail) else broken)
+        return await self.finish("" if self.dialect and ENDING.search(self.tail) else broken)
+
+    async def edited(self, edit: Any) -> Answer:
+        """What `edit` makes of each event, or of the whole; nothing goes out before it has told."""
+        rest = held = b""
+        try:
+            while not self.content.at_eof():
+                rest += await self.read()
+                events = EVENT.findall(rest) if self.events else []
+                rest = rest[sum(map(len, events)) :]
+                held += b"".join(map(edit, events))
+                if self.dialect and edit.told:
+                    await self.write(held)
+                    held = b""
+                    if self.dialect == "anthropic":  # there the first alone has the model's name
+                        return await self.send(rest)
+            held += edit(rest)
+        except ValueError as error:
+            raise ProxyError(502, f"{edit.call.provider} sent no whole answer") from error
+        except ProxyError:
+            if not edit.ended:
+                raise
+        if not edit.told or (edit.call.folds and not edit.ended):
+            raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
+        held = compact(edit.whole) if edit.call.folds else held
+        if not self.dialect:
+            self.response.content_length = len(held)
+        await self.write(held)
+        whole = edit.ended or not self.dialect
+        return await self.finish("" if whole else "the stream stopped before its end")
 
     async def finish(self, broken: str = "", status: int = 502) -> Answer:
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
@@ -1248,9 +1226,6 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             raise ConnectionResetError(broken)
         if broken:
             await self.write(error_frame(self.dialect, status, broken))
-        if broken and self.dialect == "gemini" and self.request.transport:
-            self.request.transport.close()  # a clean end would count as whole (clients.md)
-            return self.response
         await self.response.write_eof()
         return self.response
 
@@ -1281,7 +1256,7 @@ class Ampcode:
         return str(self.live.config["ampcode"]["upstream-url"]).rstrip("/")
 
     def address(self, request: Request) -> str:
-        return self.base() + target_without(request, self.live.config["api-keys"])
+        return self.base() + request.target(self.live.config["api-keys"])
 
     def upstream_key(self, key: str) -> str:
         amp = self.live.config["ampcode"]
@@ -1312,11 +1287,12 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
-        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
+        url = URL(self.address(request), encoded=True)
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=self.outgoing(request, key), proxy=proxy, autoclose=False,
-                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT)  # fmt: skip
+                url, headers=self.outgoing(request, key), autoclose=False,
+                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT,
+                proxy=self.live.config["proxy-url"] or None)  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
@@ -1348,7 +1324,9 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     kind = headers.get("Content-Type", "")
     if not edits and (PACKED in headers or relay.events or "zip" in kind):
         return b""
-    raw, _ = await relay.head(lambda raw: not edits and bytes(raw[:2]) not in (b"", GZIP[:1], GZIP))
+    raw = b""
+    while (edits or raw in (b"", GZIP[:1]) or raw.startswith(GZIP)) and not relay.content.at_eof():
+        raw += await relay.read()
     whole = relay.content.at_eof()
     body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits and whole else body
@@ -1369,15 +1347,13 @@ def without_flag(body: bytes) -> bytes:
 
 # == Forwarding ====================================================================================
 # One model call, answered by the first account that can.
-QUOTA = re.compile(r"anthropic-ratelimit-unified-(?P<window>(?!overage)\w+)-"
-                   r"(?P<field>status|utilization|reset)")  # fmt: skip
-EVENT = re.compile(rb"(?:\A|\n)data: ?([^\r\n]+)\r?\n\r?\n")
+QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
+                   r"status|utilization|used-percent|reset(?:-at|-after-seconds)?)")  # fmt: skip
+QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
-STREAM_ERRORS |= {"rate_limit_exceeded": 429, "insufficient_quota": 429, "invalid_prompt": 400,
-                  "context_length_exceeded": 400, "server_is_overloaded": 529}  # fmt: skip
-DELAYS = (r'resets_in_seconds"\s*:\s*(\d+)', r'retryDelay"\s*:\s*"([^"]+)',  # told in the body
-          r'quotaResetDelay"\s*:\s*"([^"]+)', r"after ((?:\d+[hms])+)")  # fmt: skip
-QUIET = {"ping", "response.created", "response.in_progress", "response.queued"}
+STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "usage_not_included": 429,
+                  "context_length_exceeded": 400, "invalid_encrypted_content": 400,
+                  "invalid_prompt": 400, "server_is_overloaded": 529}  # fmt: skip
 
 
 class Forwarder(Ampcode):
@@ -1387,10 +1363,10 @@ class Forwarder(Ampcode):
         config, spent = self.live.config, set[Account]()
         call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
-        rows = [r for r in self.live.rows_for(call.model, call.verb) if self.pool.of(r)]
+        rows = [r for r in self.live.rows_for(call.wanted, call.verb) if self.pool.of(r)]
         error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
-            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.model
+            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.wanted
         while account := await self.pool.choose(rows, call, spent, until):
             if call.row is not account.row:
                 word(call, account.row)
@@ -1403,7 +1379,7 @@ class Forwarder(Ampcode):
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
         if rows and (error is nobody or sum(len(self.pool.of(row)) for row in rows) > 1):
-            error = self.pool.nobody(rows, call.model)
+            error = self.pool.nobody(rows, call.wanted)
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             call.account, call.trouble = "", error.message
@@ -1415,7 +1391,7 @@ class Forwarder(Ampcode):
         tried, refused, call.account = 0, "", account.email
         most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        with self.pool.lease(account, call.model) as first:
+        with self.pool.lease(account, call.wanted) as first:
             while True:
                 began = self.clock.monotonic()
                 token = await self.pool.bearer(account, refused)
@@ -1427,85 +1403,98 @@ class Forwarder(Ampcode):
                     tried += 1
                     if error.status == 401 and not refused:
                         refused = token
+                    elif "invalid_encrypted_content" in error.said and forget_reasoning(call):
+                        log.info("%s: reasoning of another account is left out", account.name)
                     elif tried < most.get(then, 0) and pause <= short:
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
-                            self.pool.rest(account, error, call.model, first)
+                            self.pool.rest(account, error, call.wanted, first)
                         raise
 
     async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
-        url, headers = addressed(call, token)
-        async with self.net.ask("POST", url, headers=headers, data=call.worded) as upstream:
-            account.quota = (windows := quota_of(upstream.headers)) or account.quota
+        url, now = addressed(call, account, token), self.clock.time()
+        async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
+            account.quota = (windows := quota_of(upstream.headers, now)) or account.quota
             if upstream.status != 200:
-                raise await refusal(upstream, call, windows, self.clock.time())
+                raise await refusal(upstream, call, windows, now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
-            relay, head = Relay(call.request, upstream, headers, call), b""
+            headers.update({"Content-Type": "application/json"} if call.folds else {})
+            relay = Relay(call.request, upstream, headers, call)
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
+            told = functools.partial(self.pool.answered, account, call.wanted, began)
             try:
-                head = await read_head(call, relay)
-                self.pool.answered(account, call.model, began)
-                if not relay.dialect:
-                    relay.response.content_length = len(head)
-                return await relay.send(head)
+                return await relay.edited(Reading(call, told))
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
-                self.pool.rest(account, late, call.model, began)
+                self.pool.rest(account, late, call.wanted, began)
                 return await relay.finish(late.message, late.status)
             finally:
-                call.count(head[:TAIL] + relay.tail)
+                call.count(relay.first + relay.tail)
                 account.counts.update(call.tokens)
 
 
 def word(call: Call, row: Json) -> None:
-    """Put the call in the words of a row's backend: `headers`, `worded`, the name of the model."""
+    """Put the call in the words of a row's backend."""
     if call.row:  # the body has been changed for another row
         call.parse()
-    call.row, call.provider = row, row["name"]
-    call.served_model = row["names"].get(call.model, call.model)
+    call.row, call.provider, call.served_model = row, row["name"], call.wanted
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         call.headers[name] = ",".join(given.getall(name))
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-    call.headers["Accept"] = "text/event-stream" if call.streams else "application/json"
-    if call.dialect != "gemini":
-        call.body["model"] = call.served_model
+    call.folds = call.verb == "responses" and call.body.get("stream") is not True
+    streams = call.folds or call.body.get("stream") is True
+    call.headers["Accept"] = "text/event-stream" if streams else "application/json"
+    call.body["model"] = call.wanted
+    if call.effort and call.dialect == "responses":
+        call.body["reasoning"] = {**(call.body.get("reasoning") or {}), "effort": call.effort}
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
     with suppress(RecursionError):  # blocks in blocks: the provider will say what it thinks of it
-        if row["tier"] in RULES:
-            RULES[row["tier"]](call.body, call.headers, row)
+        RULES[row["name"]](call.body, call.headers, row)
+    if call.verb == "compact":
+        del call.body["stream"]
     call.worded = compact(call.body)
 
 
-def addressed(call: Call, token: str) -> tuple[str, Headers]:
-    """Where the call goes, and its headers with the token or key; a base-url may name a version."""
+def forget_reasoning(call: Call) -> bool:
+    items = call.body["input"]
+    call.body["input"] = [item for item in items if item.get("type") != "reasoning"]
+    call.worded = compact(call.body)
+    return len(call.body["input"]) < len(items)
+
+
+def addressed(call: Call, account: Account, token: str) -> str:
+    """Where the call goes; it gets the headers that are the account's.  A base-url may name what
+    the path begins with."""
     base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
-    if re.search(r"/v\d\w*$", base):
-        path = path[path.index("/", 1) :]
-    places = call.row["key-headers"].items()
-    header = next((name for place, name in places if place in base), "Authorization")
-    headers = CIMultiDict(call.headers)
-    headers[header] = f"Bearer {token}" if header == "Authorization" else token
+    call.headers["Authorization"] = f"Bearer {token}"
+    if number := account.token.get("account_id") or claims(account.token).get("account_id"):
+        call.headers["Chatgpt-Account-Id"] = str(number)
+    if found := re.search(r"/(v\d\w*|backend-api/codex)$", base):
+        path = path.removeprefix(found[0])
     pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-    url = base + path.replace("{}", quote(call.served_model, safe=""))
-    return url + (f"?{urlencode(pairs)}" if pairs else ""), headers
+    return f"{base}{path}" + (f"?{urlencode(pairs)}" if pairs else "")
 
 
-def quota_of(headers: Any) -> list[Json]:
-    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6)."""
+def quota_of(headers: Any, now: float) -> list[Json]:
+    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6, 2.6)."""
     told: dict[str, Json] = {}
     for name, value in headers.items():
         if found := QUOTA.fullmatch(name.lower()):
             told.setdefault(found["window"], {})[found["field"]] = value
-    return [{"window": name, "used_percent": round(100 * number(of.get("utilization")), 1),
-             "resets_at": number(of.get("reset")) or moment(of.get("reset")),
+    for of in told.values():
+        after = now + number(of.get("reset-after-seconds"))
+        of["reset"] = of.get("reset", of.get("reset-at", after))
+        of["used"] = number(of.get("used-percent")) or 100 * number(of.get("utilization"))
+    return [{"window": name, "used_percent": round(of["used"], 1),
+             "resets_at": number(of["reset"]) or moment(of["reset"]),
              "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
 
 
@@ -1514,61 +1503,63 @@ async def refusal(upstream: Upstream, call: Call, windows: list[Json], now: floa
     raw, answer, headers = b"", Json(), upstream.headers
     with suppress(*NET_ERRORS):
         raw = await upstream.read()
-        raw = inflate(raw) or raw
-        answer = read_object(raw.strip(b"[] \r\n") if raw.startswith(b"[") else raw)
+        answer = read_object(raw := inflate(raw) or raw)
     error = failure(call, answer, upstream.status)
     full = {w["window"]: w["resets_at"] - now for w in windows if w["full"] and error.status == 429}
     waits = (number(headers.get("Retry-After")), *full.values())
     error.retry_after = max(error.retry_after, *waits)
     error.said += f" [{','.join(full)}]"
-    if error.body:
-        kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        error.body = raw if isinstance(answer.get("error"), dict) else error.body
-        error.headers.extend((k, v) for k, v in headers.items() if matches(k, kept))
+    kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
+    error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
+    if isinstance(answer.get("error"), dict) and error.body:
+        error.body = raw
     return error
 
 
 def failure(call: Call, answer: Json, status: int = 0) -> ProxyError:
     """What an error tells.  Its words may quote the prompt: only the client gets to see them."""
     told = answer["error"] if isinstance(answer.get("error"), dict) else {}
-    words = [(told or answer).get(name) for name in ("code", "type", "status")]
-    known = [w if isinstance(w, int) else STREAM_ERRORS.get(str(w), 0) for w in words]
+    words = (str((told or answer).get(name)) for name in ("code", "type"))
     how = f"answered {status}" if status else "answered with an error:"
-    message = f"{call.provider} {how} {error_text(answer, 'type', 'status')}"
-    status = status or next(filter(None, known), 502)
-    error = ProxyError(status if 400 <= status < 600 else 502, message, said=error_text(answer))
-    if answer and error.status == status:
-        typed = {"type": "error"} if call.dialect == "anthropic" else {}
-        worded = error_body(call.dialect, status, error.said)
-        error.body = compact({**typed, "error": told} if told else worded)
-    found = filter(None, (re.search(pattern, json.dumps(answer)) for pattern in DELAYS))
-    error.retry_after = next((seconds(match[1]) for match in found), 0)
+    message = f"{call.provider} {how} {error_text(answer, 'type')}"
+    status = status or next((STREAM_ERRORS[word] for word in words if word in STREAM_ERRORS), 502)
+    error = ProxyError(status if status >= 400 else 502, message, said=error_text(answer))
+    error.body = compact(error_body(call.dialect, status, error.said)) if status >= 400 else b""
+    error.retry_after = number(told.get("resets_in_seconds"))
     return error
 
 
-async def read_head(call: Call, relay: Relay) -> bytes:
-    """An answer in one piece, or a stream to the end of an event that tells something; renamed."""
+class Reading:
+    """One answer, event by event or in one piece: Codex's lost output comes back, the model has
+    the name that the client gave it, and all other bytes stay."""
 
-    def first(plain: bytes | bytearray) -> Json | None:
-        texts = map(read_object, EVENT.findall(plain)) if relay.dialect else ()
-        return next((event for event in texts if event.get("type") not in QUIET), None)
+    def __init__(self, call: Call, answered: Callable[[], None]) -> None:
+        self.call, self.answered, self.items = call, answered, dict[int, Any]()
+        self.told, self.ended, self.whole = False, False, Json()
 
-    try:
-        head, event = await relay.head(first)
-        answer: Json = event or read_object(b"" if relay.dialect else head)
-    except ValueError as error:
-        raise ProxyError(502, f"{call.provider} sent no whole answer: {why(error)}") from error
-    inner = (answer[k] for k in ("message", "response") if isinstance(answer.get(k), dict))
-    holder: Json = next(inner, answer)
-    if answer.get("type") == "error" or isinstance(holder.get("error"), dict):
-        raise failure(call, holder)
-    name = holder.get("model", holder.get("modelVersion"))
-    if not isinstance(name, str) or name == call.model:
-        return head
-    relay.name = re.compile(rb'("model(?:Version)?"\s*:\s*)' + re.escape(json.dumps(name).encode()))
-    if not relay.dialect and len(relay.name.findall(head)) != 1:
-        return compact({**answer, "model": call.model})  # a tool's input has such a key, too
-    return relay.renamed(head)
+    def __call__(self, data: bytes) -> bytes:
+        """An event, or the whole, as the client is to see it; ProxyError for an error."""
+        self.ended = self.ended or bool(ENDING.search(data))
+        if (at := data.find(b"{")) < 0:
+            return data
+        event = read_object(data[at:])
+        inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
+        kind, holder, change = event.get("type"), next(inner, event), False
+        if kind == "error" or isinstance(holder.get("error"), dict):
+            raise failure(self.call, holder)
+        if kind == "response.output_item.done":
+            self.items[event.get("output_index", 0)] = event.get("item")
+        elif change := holder.get("output") == [] and bool(self.items):
+            holder["output"] = [item for _, item in sorted(self.items.items())]
+        if isinstance(name := holder.get("model"), str) and name != self.call.model:
+            holder["model"], given, asked = self.call.model, compact(name), compact(self.call.model)
+            change = change or data.count(given) != 1  # a tool's input may have it, too
+            data = data.replace(given, asked)
+        if not self.told and kind not in QUIET:
+            self.told = True
+            self.answered()
+        self.whole = holder
+        return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
 
 
 # == The server ====================================================================================
@@ -1579,26 +1570,6 @@ AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 
 
-class Connection(web.RequestHandler):  # who cuts a body short is still told what was wrong with it
-    body: Any = None
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        body = next((payload for _, payload in reversed(self._messages)), self.body)
-        if body is None or body.is_eof():
-            return None  # it left: the connection closes, the handler is cancelled
-        body.set_exception(ConnectionResetError("cut short"))
-        return True
-
-
-class Listener(web.Server):
-    def __call__(self) -> web.RequestHandler:
-        return Connection(self, loop=self._loop, **self._kwargs)
-
-    def _make_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> Request:
-        protocol.body = payload
-        return Request(*(message, payload, protocol, *more, self._loop), client_max_size=BODY_LIMIT)
-
-
 class Server(Forwarder):
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         super().__init__(Pool(live, net, clock))
@@ -1606,8 +1577,9 @@ class Server(Forwarder):
         self.routes: Counter[str] = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.requests: deque[Json] = deque(maxlen=100)
 
-    async def handle(self, request: Request) -> Answer:
-        call, began = find_call(request), self.clock.monotonic()
+    async def handle(self, request: Any) -> Answer:
+        found, began = MODEL_PATH.fullmatch(request.rel_url.raw_path), self.clock.monotonic()
+        call = Call(request, found) if found else None
         response: Answer | None = None
         try:
             response = await self.dispatch(request, call)
@@ -1664,20 +1636,17 @@ class Server(Forwarder):
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
         if not request.raw_path.startswith("/"):
             raise ProxyError(400, "only targets that begin with / are served")
-        refuse_strangers(request, config)
+        request.refuse_strangers(config)
         if method in ("GET", "HEAD") and path == "/healthz":
             return web.json_response({"status": "ok"})
         if method == "HEAD" and path in ("/", "/api/hello"):
             return web.Response(status=200 if path == "/" else 404)
-        if is_browser_path(request):
+        if request.is_browsing:
             return web.Response(status=302, headers={"Location": self.address(request)})
-        key = client_key(request, config["api-keys"])
-        listing = MODEL_PATH.fullmatch(path)
-        if listing and listing["end"] == "models" and method == "GET":
-            return web.json_response(self.models(request, listing["alias"] or "", path))
+        key = request.key(config["api-keys"])
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        upgrade = is_upgrade(request)
+        upgrade = request.is_upgrade
         if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
@@ -1688,29 +1657,10 @@ class Server(Forwarder):
             raise ProxyError(403, "Access denied: management routes restricted to localhost")
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
-        if method == "POST" and path == "/status":
-            return web.json_response({"woken": self.pool.wake(request.query.get("wake", ""))})
         if (method == "POST" or upgrade) and path.startswith(("/api/thread-actors", "/actors/")):
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
         return await (self.tunnel if upgrade else self.forward)(request, key)
-
-    def models(self, request: Request, alias: str, path: str) -> Json:
-        """What the present accounts serve, in the shape that the client's dialect has."""
-        rows = [row for row in self.live.rows if self.pool.of(row)]
-        owners = {name: row["name"] for row in reversed(rows) for name in row["known"]
-                  if serves(row, name) and "*" not in name}  # fmt: skip
-        names, headers = sorted(owners), request.headers
-        if alias == "google" or "/v1beta" in path or "x-goog-api-key" in headers:
-            more = {"supportedGenerationMethods": ["generateContent", "countTokens"]}
-            return {"models": [{"name": f"models/{n}", "displayName": n, **more} for n in names]}
-        if alias == "anthropic" or "anthropic-version" in headers:
-            more = {"type": "model", "created_at": "2025-01-01T00:00:00Z"}
-            data: list[Json] = [{"id": n, "display_name": n, **more} for n in names]
-            return {"data": data, "has_more": False, "first_id": (names or [None])[0],
-                    "last_id": (names or [None])[-1]}  # fmt: skip
-        data = [{"id": n, "object": "model", "created": 0, "owned_by": owners[n]} for n in names]
-        return {"object": "list", "data": data}
 
     def report(self) -> Json:
         return {
@@ -1729,10 +1679,10 @@ class Server(Forwarder):
                  for w in account.quota]  # fmt: skip
         return {
             "provider": account.type, "account": account.email, "state": state,
-            "reason": "; ".join(reasons), "quota": quota, "plan": account.token.get("plan", ""),
+            "reason": "; ".join(reasons), "quota": quota, "plan": account.plan,
             "wakes_in_seconds": round(wait) if state == "resting" else None,
             "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
-            "in_flight": account.in_flight, "threads": account.threads,
+            "in_flight": account.in_flight, "threads": self.pool.threads()[account],
             **account.counts}  # fmt: skip
 
     async def watch(self) -> None:
@@ -1752,9 +1702,9 @@ class Server(Forwarder):
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         self.pool.scan()
-        server = Listener(
+        server = web.Server(
             self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536)  # fmt: skip
+            max_line_size=65536, max_field_size=65536, request_factory=Request)  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
@@ -1832,12 +1782,11 @@ def logout(live: Live, args: argparse.Namespace) -> None:
     say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
 
-def ask_proxy(live: Live, wake: str | None = None) -> Json:
-    config, query = live.config, "?" + urlencode({"wake": wake}) if wake else ""
-    host = "127.0.0.1" if config["host"] in ("", "0.0.0.0", "::") else config["host"]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{config['port']}/status{query}"
-    request = urllib.request.Request(url, method="POST" if query else "GET")
-    request.add_header("X-Api-Key", next(iter(config["api-keys"]), ""))
+def ask_proxy(live: Live) -> Json:
+    host, keys = live.config["host"], [*live.config["api-keys"], ""]
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{live.config['port']}/status"
+    request = urllib.request.Request(url, headers={"X-Api-Key": keys[0]})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=10) as answer:
@@ -1847,28 +1796,25 @@ def ask_proxy(live: Live, wake: str | None = None) -> Json:
 
 
 def accounts(live: Live, args: argparse.Namespace) -> None:
-    """List the accounts; their state as the running proxy sees it, if there is one."""
+    """List the accounts; their state as a running proxy sees it."""
     states = dict[str, str]()
     with suppress(Failure, LookupError, TypeError):
-        known = ask_proxy(live)["accounts"]
-        states = {row["provider"] + row["account"]: row["state"] for row in known}
+        for row in ask_proxy(live)["accounts"]:
+            states[row["provider"] + row["account"]] = row["state"]
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        plan, state = str(a.token.get("plan") or "-"), states.get(a.type + a.email, a.state(0))
-        say(line.format(a.type, a.email, plan, ends, state, a.path))
+        state = states.get(a.type + a.email, a.state(0))
+        say(line.format(a.type, a.email, a.plan or "-", ends, state, a.path))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 
 def status(live: Live, args: argparse.Namespace) -> None:
-    """Ask the running proxy how it stands, as JSON; --wake ends an account's rests."""
-    report = ask_proxy(live, args.wake)
-    if report.get("woken") == []:
-        raise Failure(f"there is no account {args.wake!r}: `ampproxy.py accounts` lists them")
-    say(json.dumps(report, indent=2, ensure_ascii=False))
+    """Ask the running proxy how it stands, as JSON."""
+    say(json.dumps(ask_proxy(live), indent=2, ensure_ascii=False))
 
 
 def check(live: Live, args: argparse.Namespace) -> None:
@@ -1891,7 +1837,7 @@ ARGUMENTS: dict[str, Json] = {
     "login": {"provider": {"nargs": "?", "choices": NAMES},
               "--no-browser": {"action": "store_true", "help": "print the address only"}},
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?"}},
-    "status": {"--json": {"action": "store_true"}, "--wake": {"metavar": "ACCOUNT"}}}  # fmt: skip
+    "status": {"--json": {"action": "store_true"}}}  # fmt: skip
 COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
 
 
