@@ -37,8 +37,8 @@ import urllib.request
 import webbrowser
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,7 +87,6 @@ def compact(value: Any) -> bytes:
 
 
 def read_object(raw: bytes) -> Json:
-    """The JSON object in `raw`; ValueError with a plain reason for anything else."""
     value = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN and Infinity
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
@@ -95,7 +94,6 @@ def read_object(raw: bytes) -> Json:
 
 
 def number(value: Any) -> float:
-    """A number that a file, a client or a header gave; 0 for what is none."""
     with suppress(ValueError):
         value = float(value) if isinstance(value, str) else value
     return value if isinstance(value, (int, float)) and abs(value) < 1e11 else 0
@@ -132,7 +130,6 @@ SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.
 
 
 def redact(record: logging.LogRecord) -> bool:
-    """The last wall: what looks like a secret or an e-mail address leaves a log line masked."""
     line = SECRET.sub(lambda m: (m["kind"] or "") + mask(m["mail"] or m[0]), record.getMessage())
     record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
     return True
@@ -217,9 +214,7 @@ DEFAULTS: Json = yaml.safe_load(r"""
    token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
    client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access,
    callback-port: 1455, callback-path: /auth/callback},
-  gemini: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
-   profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
-   client-id: '', client-secret: ''}, antigravity: *later}}
+  gemini: &later {<<: *claude, aliases: [''], paths: {}}, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
@@ -394,8 +389,6 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     asked.append(row["headers"]["anthropic-beta"])
     betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
     headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
-    if "fast-mode" not in headers["anthropic-beta"]:
-        body.pop("speed", None)
     if body.get("thinking") == {"type": "auto"}:  # a word of Amp's only
         body["thinking"] = {"type": "adaptive"}
     if isinstance(body.get("messages"), list):
@@ -439,7 +432,6 @@ def with_identity(system: Any) -> list[Any]:
 
 
 def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
-    """Nothing that the backend refuses, what it demands, and system text where it reads it."""
     if body.get("previous_response_id"):
         lack = "ChatGPT's backend keeps no answers: send the whole conversation as `input`"
         raise ProxyError(400, f"previous_response_id cannot be used here, as {lack}")
@@ -464,7 +456,6 @@ def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
 
 
 def is_readable(item: Any) -> bool:
-    """An input item after cleaning; False for what the backend never kept or cannot decrypt."""
     if not isinstance(item, dict):
         return True
     item.pop("id", None)
@@ -514,7 +505,6 @@ def rfc3339(moment: float) -> str:
 
 
 def moment(value: Any) -> float:
-    """Seconds since 1970 of an RFC 3339 time; 0 when it is none."""
     with suppress(ValueError, TypeError, OverflowError):
         return datetime.fromisoformat(value).astimezone(UTC).timestamp()
     return 0.0
@@ -579,11 +569,10 @@ class Net:
         headers |= more.pop("headers", {})
         async with self.ask(method, url, idle=30, headers=headers, **more) as response:
             raw = await response.read()
-        try:
+        with suppress(ValueError):
             return response.status, read_object(inflate(raw) or raw)
-        except ValueError:
-            said = raw[:300].decode(errors="replace") if response.status != 200 else "no JSON"
-            return response.status, {"error": said}
+        said = raw[:300].decode(errors="replace") if response.status != 200 else "no JSON"
+        return response.status, {"error": said}
 
 
 def error_text(answer: Json, *keys: str) -> str:
@@ -629,16 +618,9 @@ def read_callback(line: str) -> dict[str, str]:
 
 
 def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) -> None:
-    """Hand on each line of standard input; unbuffered, as a buffered read would block the exit."""
     with suppress(OSError, AttributeError, RuntimeError):  # no input at all, or the login is over
         for line in os.fdopen(sys.stdin.fileno(), "rb", 0, closefd=False):
             loop.call_soon_threadsafe(use, line.decode(errors="replace"))
-
-
-def has_browser() -> bool:
-    shown = os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
-    near = not os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
-    return near and (bool(shown) or sys.platform in ("darwin", "win32"))
 
 
 async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
@@ -696,8 +678,9 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         if browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         else:
-            tunnel = f"    ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n"
-            say(f"If the browser runs on another machine, run this there first:\n\n{tunnel}")
+            say(
+                f"On the browser's machine, first: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE"
+            )
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
         if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
@@ -773,7 +756,6 @@ class Request(web.BaseRequest):
         return bool(fits) and not self.is_upgrade
 
     def refuse_strangers(self, config: Json) -> None:
-        """403 for a Host that is not ours, and for what a browser sends for another site."""
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
         name = found[1].strip("[]") if found else ""
@@ -788,7 +770,6 @@ class Request(web.BaseRequest):
             raise ProxyError(403, "requests on behalf of another web site are refused")
 
     def key(self, keys: list[str]) -> str:
-        """Which of `keys` is shown, in any of the five places; ProxyError 401 for none."""
         given = (*map(self.headers.get, KEY_HEADERS), *map(self.query.get, KEY_PARAMETERS))
         shown = [bare(value) for value in given if value and value.strip()]
         right = [key for key in keys for value in shown if same(key, value)]
@@ -797,7 +778,6 @@ class Request(web.BaseRequest):
         return right[0] if right else ""
 
     def target(self, keys: list[str]) -> str:
-        """Path and query as they came, less the parameters that carry one of the proxy's keys."""
         path, mark, query = self.raw_path.partition("?")
         pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
         kept = [pair for pair, name, value in pairs
@@ -857,10 +837,6 @@ class Call:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
         self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
 
-    @property
-    def streams(self) -> bool:
-        return self.verb == "streamGenerateContent" or self.body.get("stream") is True
-
 
 # == Accounts ======================================================================================
 # Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
@@ -882,7 +858,7 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"",                                  "",         0,           "stop"))  # fmt: skip
 # * where the error names no time; doubled with each failure in a row, at most max-cooldown.  again:
 # the same account as often as request-retry says, wait: only after a short Retry-After, then next.
-SHORT_WAIT, RETRY_PAUSE, PROBE_POLL, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 0.2, 30, 30
+SHORT_WAIT, RETRY_PAUSE, PROBE, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 2, 30, 30
 NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
 
 
@@ -897,7 +873,6 @@ class Rest:  # why an account, or one model of it, is left alone; the times are 
     began: float = -NEVER
     wakes: float = 0.0
     strikes: int = 0  # failures in a row
-    probing: bool = False  # the rest is over, and one request finds out whether it helped
 
 
 class Account:
@@ -917,8 +892,7 @@ class Account:
         return [self.rests[key] for key in {"", model} if key in self.rests]
 
     def wait(self, model: str, now: float) -> float:
-        waits = (max(r.wakes - now, PROBE_POLL * r.probing) for r in self.resting(model))
-        return max(0.0, *waits, 0.0)
+        return max(0.0, *(rest.wakes - now for rest in self.resting(model)), 0.0)
 
     def state(self, now: float) -> str:
         wait = self.wait("", now)
@@ -978,14 +952,16 @@ class Pool:
             for row in rows:
                 left = [(a.wait(call.wanted, now), a) for a in self.of(row) if a not in spent]
                 if free := [account for wait, account in left if not wait]:
-                    return self.home(call.thread and row["name"] + call.thread, free, now)
+                    account = self.home(call.thread and row["name"] + call.thread, free, now)
+                    for rest in account.resting(call.wanted):  # it is over: this is the probe
+                        rest.wakes = now + PROBE
+                    return account
                 waits += [wait for wait, _ in left]
             if now + min(waits) > until:
                 return None
             await self.clock.sleep(min(waits))
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
-        """Where a thread is, if that is free, else the best; one without use for long is new."""
         ttl, homes = seconds(self.live.config["routing"]["session-affinity-ttl"]), self.homes
         while homes and (len(homes) >= THREADS or next(iter(homes.values()))[1] < now - ttl):
             del homes[next(iter(homes))]
@@ -1005,21 +981,6 @@ class Pool:
         busy = account.in_flight + threads[account] if strategy == "least-connections" else 0
         turn = 0 if strategy == "fill-first" else account.turn
         return full, -number(account.token.get("priority")), busy, turn, account.path
-
-    @contextmanager
-    def lease(self, account: Account, model: str) -> Iterator[float]:
-        """While a request that began just now runs; the first after a rest is the probe."""
-        probed = account.resting(model)
-        account.in_flight += 1
-        account.counts["requests"] += 1
-        for rest in probed:
-            rest.probing = True
-        try:
-            yield self.clock.monotonic()
-        finally:
-            account.in_flight -= 1
-            for rest in probed:
-                rest.probing = False
 
     def answered(self, account: Account, model: str, began: float) -> None:
         for key in ("", model):
@@ -1044,18 +1005,17 @@ class Pool:
             log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
-        """Each account by name, why it rests and until when; Retry-After is the first to wake."""
-        now, told, waits, kinds = self.clock.monotonic(), [], [NEVER], set[int]()
+        now, told, waits, lacks = self.clock.monotonic(), [], [NEVER], True
         for account in (account for row in rows for account in self.of(row)):
             waits.append(wait := account.wait(model, now))
             then = account.hint if wait == NEVER else f"wakes in {wait:.0f} s"
-            reasons = ", ".join(rest.error.message for rest in account.resting(model))
-            kinds |= {rest.error.status for rest in account.resting(model)}
+            errors = [rest.error for rest in account.resting(model)]
+            lacks = lacks and all(error.status in (400, 404) for error in errors)
+            reasons = ", ".join(error.message for error in errors)
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
         first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
-        if first == NEVER or (kinds and kinds <= {400, 404}):
-            return ProxyError(401 if first == NEVER else 404, message)
-        return ProxyError(429, message, first)
+        status = 401 if first == NEVER else 404 if lacks else 429
+        return ProxyError(status, message, first if status == 429 else 0)
 
     async def bearer(self, account: Account, refused: str = "") -> str:
         """An access token that is good for another minute and is not the one that was `refused`."""
@@ -1093,7 +1053,6 @@ class Pool:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
 
     def save(self, account: Account, changes: Json) -> Json:
-        """On disk before it is used; where that fails it is used all the same."""
         token = merge_token(account.path, account.token, changes)
         try:
             if account.path.exists():  # else the person logged out, or an editor is at it
@@ -1176,7 +1135,6 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         await self.response.write(data)
 
     async def send(self, first: bytes) -> Answer:
-        """`first` and all that follows, as it comes."""
         broken = "the stream stopped before its end" if self.dialect == "anthropic" else ""
         try:
             await self.write(first)
@@ -1237,15 +1195,6 @@ SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
 
-def file_key(base: str) -> str:
-    entries, path = Json(), SECRETS_FILE.expanduser()
-    try:
-        entries = read_object(path.read_bytes() if path.exists() else b"{}")
-    except (OSError, ValueError) as error:
-        log.error("%s cannot be read: %s", SECRETS_FILE, why(error))
-    return str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
-
-
 class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
@@ -1258,13 +1207,19 @@ class Ampcode:
     def address(self, request: Request) -> str:
         return self.base() + request.target(self.live.config["api-keys"])
 
+    def file_key(self) -> str:
+        entries, base = Json(), self.base()
+        with suppress(OSError, ValueError):
+            entries = read_object(SECRETS_FILE.expanduser().read_bytes())
+        return str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
+
     def upstream_key(self, key: str) -> str:
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
         base, now = self.base(), self.clock.monotonic()
         if not any(own) and (self.from_file[0] != base or self.from_file[1] <= now):
-            self.from_file = base, now + 5 * MINUTE, file_key(base)
+            self.from_file = base, now + 5 * MINUTE, self.file_key()
         return str(next(filter(None, own), self.from_file[2]))
 
     def outgoing(self, request: Request, key: str) -> Headers:
@@ -1274,7 +1229,6 @@ class Ampcode:
         return headers
 
     async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
-        """One request there and its answer back; the body of a `call` was read already."""
         headers, url = self.outgoing(request, key), self.address(request)
         data: Any = call.raw if call else request.content if request.body_exists else None
         asked = re.match(r"/api/internal\?getUserInfo(?![\w-])", request.raw_path)
@@ -1327,9 +1281,8 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     raw = b""
     while (edits or raw in (b"", GZIP[:1]) or raw.startswith(GZIP)) and not relay.content.at_eof():
         raw += await relay.read()
-    whole = relay.content.at_eof()
-    body = (inflate(raw) if whole and raw.startswith(GZIP) else None) or raw
-    body = without_flag(body) if edits and whole else body
+    body = (inflate(raw) if raw.startswith(GZIP) else None) or raw
+    body = without_flag(body) if edits else body
     if body != raw:
         headers.popall(PACKED, None)
         headers["Content-Length"] = str(len(body))
@@ -1387,14 +1340,15 @@ class Forwarder(Ampcode):
         raise error
 
     async def attempt(self, call: Call, account: Account) -> Answer:
-        """One account, as often as `request-retry` says; a refused token is renewed once."""
         tried, refused, call.account = 0, "", account.email
         most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        with self.pool.lease(account, call.wanted) as first:
+        first = self.clock.monotonic()
+        account.counts["requests"] += 1
+        account.in_flight += 1
+        try:
             while True:
-                began = self.clock.monotonic()
-                token = await self.pool.bearer(account, refused)
+                began, token = self.clock.monotonic(), await self.pool.bearer(account, refused)
                 try:
                     return await self.exchange(call, account, token, began)
                 except ProxyError as error:
@@ -1411,22 +1365,25 @@ class Forwarder(Ampcode):
                         if error.status != 401 or token == account.token.get("access_token"):
                             self.pool.rest(account, error, call.wanted, first)
                         raise
+        finally:
+            account.in_flight -= 1
 
     async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
         url, now = addressed(call, account, token), self.clock.time()
         async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
             account.quota = (windows := quota_of(upstream.headers, now)) or account.quota
+            told = functools.partial(self.pool.answered, account, call.wanted, began)
+            reading = Reading(call, told)
             if upstream.status != 200:
-                raise await refusal(upstream, call, windows, now)
+                raise await reading.refusal(upstream, windows, now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update({"Content-Type": "application/json"} if call.folds else {})
             relay = Relay(call.request, upstream, headers, call)
             if upstream.headers.get(PACKED, "identity").lower() != "identity":
                 relay.unpacker = zlib.decompressobj(47)
-            told = functools.partial(self.pool.answered, account, call.wanted, began)
             try:
-                return await relay.edited(Reading(call, told))
+                return await relay.edited(reading)
             except ProxyError as late:
                 if not relay.response.prepared:
                     raise
@@ -1438,7 +1395,6 @@ class Forwarder(Ampcode):
 
 
 def word(call: Call, row: Json) -> None:
-    """Put the call in the words of a row's backend."""
     if call.row:  # the body has been changed for another row
         call.parse()
     call.row, call.provider, call.served_model = row, row["name"], call.wanted
@@ -1471,8 +1427,7 @@ def forget_reasoning(call: Call) -> bool:
 
 
 def addressed(call: Call, account: Account, token: str) -> str:
-    """Where the call goes; it gets the headers that are the account's.  A base-url may name what
-    the path begins with."""
+    """Where the call goes; sets its headers that are the account's."""
     base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
     call.headers["Authorization"] = f"Bearer {token}"
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
@@ -1498,37 +1453,6 @@ def quota_of(headers: Any, now: float) -> list[Json]:
              "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
 
 
-async def refusal(upstream: Upstream, call: Call, windows: list[Json], now: float) -> ProxyError:
-    """An answer that is no success, in the client's dialect whatever the backend's words are."""
-    raw, answer, headers = b"", Json(), upstream.headers
-    with suppress(*NET_ERRORS):
-        raw = await upstream.read()
-        answer = read_object(raw := inflate(raw) or raw)
-    error = failure(call, answer, upstream.status)
-    full = {w["window"]: w["resets_at"] - now for w in windows if w["full"] and error.status == 429}
-    waits = (number(headers.get("Retry-After")), *full.values())
-    error.retry_after = max(error.retry_after, *waits)
-    error.said += f" [{','.join(full)}]"
-    kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-    error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
-    if isinstance(answer.get("error"), dict) and error.body:
-        error.body = raw
-    return error
-
-
-def failure(call: Call, answer: Json, status: int = 0) -> ProxyError:
-    """What an error tells.  Its words may quote the prompt: only the client gets to see them."""
-    told = answer["error"] if isinstance(answer.get("error"), dict) else {}
-    words = (str((told or answer).get(name)) for name in ("code", "type"))
-    how = f"answered {status}" if status else "answered with an error:"
-    message = f"{call.provider} {how} {error_text(answer, 'type')}"
-    status = status or next((STREAM_ERRORS[word] for word in words if word in STREAM_ERRORS), 502)
-    error = ProxyError(status if status >= 400 else 502, message, said=error_text(answer))
-    error.body = compact(error_body(call.dialect, status, error.said)) if status >= 400 else b""
-    error.retry_after = number(told.get("resets_in_seconds"))
-    return error
-
-
 class Reading:
     """One answer, event by event or in one piece: Codex's lost output comes back, the model has
     the name that the client gave it, and all other bytes stay."""
@@ -1536,6 +1460,36 @@ class Reading:
     def __init__(self, call: Call, answered: Callable[[], None]) -> None:
         self.call, self.answered, self.items = call, answered, dict[int, Any]()
         self.told, self.ended, self.whole = False, False, Json()
+
+    async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
+        """An answer that is no success, in the client's dialect whatever its words are."""
+        raw, answer, headers = b"", Json(), upstream.headers
+        with suppress(*NET_ERRORS):
+            raw = await upstream.read()
+            answer = read_object(raw := inflate(raw) or raw)
+        error = self.failure(answer, upstream.status)
+        full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
+        waits = full.values() if error.status == 429 else ()
+        error.retry_after = max(error.retry_after, number(headers.get("Retry-After")), *waits)
+        error.said += f" [{','.join(full)}]"
+        kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
+        error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
+        if isinstance(answer.get("error"), dict) and error.body:
+            error.body = raw
+        return error
+
+    def failure(self, answer: Json, status: int = 0) -> ProxyError:
+        """What an error tells.  Its words may quote the prompt: only the client sees them."""
+        told = answer["error"] if isinstance(answer.get("error"), dict) else answer
+        words = (str(told.get(name)) for name in ("code", "type"))
+        how = f"answered {status}" if status else "answered with an error:"
+        message = f"{self.call.provider} {how} {error_text(answer, 'type')}"
+        status = status or next((STREAM_ERRORS[w] for w in words if w in STREAM_ERRORS), 502)
+        error = ProxyError(status if status >= 400 else 502, message, said=error_text(answer))
+        if status >= 400 and answer:
+            error.body = compact(error_body(self.call.dialect, status, error.said))
+        error.retry_after = number(told.get("resets_in_seconds"))
+        return error
 
     def __call__(self, data: bytes) -> bytes:
         """An event, or the whole, as the client is to see it; ProxyError for an error."""
@@ -1546,7 +1500,7 @@ class Reading:
         inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
         kind, holder, change = event.get("type"), next(inner, event), False
         if kind == "error" or isinstance(holder.get("error"), dict):
-            raise failure(self.call, holder)
+            raise self.failure(holder)
         if kind == "response.output_item.done":
             self.items[event.get("output_index", 0)] = event.get("item")
         elif change := holder.get("output") == [] and bool(self.items):
@@ -1759,7 +1713,8 @@ def login(live: Live, args: argparse.Namespace) -> None:
     """Sign in to a provider; several logins are several accounts."""
     if not args.provider:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
-    row, browser = live.row(NAMES[args.provider]), has_browser() and not args.no_browser
+    remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
+    row, browser = live.row(NAMES[args.provider]), not (args.no_browser or remote)
     email, path = run(sign_in(live, row, browser))
     say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
 
@@ -1796,18 +1751,13 @@ def ask_proxy(live: Live) -> Json:
 
 
 def accounts(live: Live, args: argparse.Namespace) -> None:
-    """List the accounts; their state as a running proxy sees it."""
-    states = dict[str, str]()
-    with suppress(Failure, LookupError, TypeError):
-        for row in ask_proxy(live)["accounts"]:
-            states[row["provider"] + row["account"]] = row["state"]
+    """List the accounts."""
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := accounts_of(live)):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        state = states.get(a.type + a.email, a.state(0))
-        say(line.format(a.type, a.email, a.plan or "-", ends, state, a.path))
+        say(line.format(a.type, a.email, a.plan or "-", ends, a.state(0), a.path))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
@@ -1873,8 +1823,6 @@ def main(argv: list[str] | None = None) -> int:
         set_up_log(live)
         COMMANDS[args.get("command") or "serve"](live, argparse.Namespace(**args))
         return 0
-    except OSError as error:
-        problem = f"{error.filename or 'the system'}: {error.strerror or error}"
     except KeyboardInterrupt:
         problem = "stopped"
     except Exception as error:  # a Failure; of a fault of this program, too, one sentence
