@@ -5,7 +5,7 @@
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
-provider   who answers model calls: claude is the first; each is a row of the provider table
+provider   who answers model calls: claude, codex; each is a row of the provider table
 dialect    how bytes are worded: anthropic, chat, responses or gemini
 account    one signed-in subscription of a provider, kept as one token file
 rest       the time during which an account is left alone after an error
@@ -148,7 +148,6 @@ KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
 
 
 def error_body(dialect: str, status: int, message: str) -> Json:
-    """An error as the dialect words it; dialect "" is this program's own {"error": message}."""
     anthropic, openai, google = KINDS.get(status, KINDS[400 if status < 500 else 500])
     if dialect == "anthropic":
         return {"type": "error", "error": {"type": anthropic, "message": message}}
@@ -222,23 +221,6 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: 
          dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
 
 
-def misfit(example: Any, value: Any, name: str) -> str:
-    kind, words, (low, high) = type(example), WORDS[type(example)], RANGES.get(name, (0, 1e9))
-    fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
-    if kind in (int, float):
-        fits, words = fits and low <= value <= high, f"{words} from {low} to {high:g}"
-    elif kind is str and "|" in example:
-        fits, words = value in example.split("|"), f"one of {example.replace('|', ', ')}"
-    elif name.endswith("-url"):
-        words, fits = "an address that begins with http:// or https://", fits and value == ""
-        with suppress(ValueError, TypeError):
-            fits = fits or (URL(value).scheme in ("http", "https") and URL(value).host)
-    elif re.fullmatch(r"(\d+[smh])+", str(example)):
-        fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
-        words = "a length of time such as 2h, 30m or 90"
-    return "" if fits else words
-
-
 def default(example: Any) -> Any:
     if isinstance(example, dict):
         return {name.rstrip("!"): default(inner) for name, inner in example.items()}
@@ -264,7 +246,6 @@ class ConfigFile:
         raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
-        """What `node` holds, checked; `key` is its dotted name for messages."""
         if node is None or node.tag.endswith(":null"):
             return default(example)
         if isinstance(node, yaml.MappingNode) and isinstance(example, dict):
@@ -283,9 +264,25 @@ class ConfigFile:
                 return [value]
             case {"alias": _}, str():
                 return {"name": value, "alias": ""}
-        if expected := misfit(example, value, name):
+        if expected := self.misfit(example, value, name):
             self.fail(node, key, f"expected {expected}")
         return value.strip() if isinstance(value, str) else value
+
+    def misfit(self, example: Any, value: Any, name: str) -> str:
+        kind, words, (low, high) = type(example), WORDS[type(example)], RANGES.get(name, (0, 1e9))
+        fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
+        if kind in (int, float):
+            fits, words = fits and low <= value <= high, f"{words} from {low} to {high:g}"
+        elif kind is str and "|" in example:
+            fits, words = value in example.split("|"), f"one of {example.replace('|', ', ')}"
+        elif name.endswith("-url"):
+            words, fits = "an address that begins with http:// or https://", fits and value == ""
+            with suppress(ValueError, TypeError):
+                fits = fits or (URL(value).scheme in ("http", "https") and URL(value).host)
+        elif re.fullmatch(r"(\d+[smh])+", str(example)):
+            fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
+            words = "a length of time such as 2h, 30m or 90"
+        return "" if fits else words
 
     def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
         self.loader.flatten_mapping(node)
@@ -447,7 +444,7 @@ def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
             content = item.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
             told += [part.get("text") for part in parts if isinstance(part, dict)]
-        elif is_readable(item):
+        elif not isinstance(item, dict) or is_readable(item):
             body["input"].append(item)
     text = "\n\n".join(text for text in told if text and isinstance(text, str))
     body |= {"instructions": text or "You are a helpful assistant.", "store": False, "stream": True}
@@ -455,9 +452,7 @@ def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
     body.setdefault("parallel_tool_calls", True)
 
 
-def is_readable(item: Any) -> bool:
-    if not isinstance(item, dict):
-        return True
+def is_readable(item: Json) -> bool:
     item.pop("id", None)
     if len(call_id := str(item.get("call_id") or "")) > 64:
         item["call_id"] = f"{call_id[:47]}_{hashlib.sha256(call_id.encode()).hexdigest()[:16]}"
@@ -497,7 +492,7 @@ def read_token(path: Path) -> Json:
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
     with suppress(OSError, ValueError):
         known = read_token(path)
-    return {**known, **changes}
+    return known | changes
 
 
 def rfc3339(moment: float) -> str:
@@ -638,12 +633,11 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
         form = {"grant_type": "authorization_code", "code": found["code"]}
         form |= {"redirect_uri": redirect, "code_verifier": verifier}
         answer = await ask_token(net, row, form | ({} if row["token-form"] else {"state": state}))
-        token = claims(answer) or {"email": await email_of(net, row, answer)}
-        email = token["email"]
-        path = live.auth_dir / f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
-        token |= {"type": row["name"], "refresh_token": "", "id_token": ""}
-        save_token(path, merge_token(path, {}, token | token_fields(answer, time.time())))
-        return email, path
+        token = {"type": row["name"], "refresh_token": "", "id_token": ""}
+        token |= await identity_of(net, row, answer) | token_fields(answer, time.time())
+        name = f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
+        save_token(live.auth_dir / name, merge_token(live.auth_dir / name, {}, token))
+        return token["email"], live.auth_dir / name
     except (ProxyError, *NET_ERRORS) as error:
         raise Failure(f"the login could not be completed: {why(error)}") from error
     finally:
@@ -678,9 +672,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         if browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         else:
-            say(
-                f"On the browser's machine, first: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE"
-            )
+            say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
         if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
@@ -707,15 +699,17 @@ def token_fields(answer: Json, now: float) -> Json:
     return {"access_token": answer["access_token"], **named, **times}
 
 
-async def email_of(net: Net, row: Json, answer: Json) -> str:
+async def identity_of(net: Net, row: Json, answer: Json) -> Json:
     token = str(answer["access_token"])
     with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
+        if told := claims(answer):
+            return told
         if not (answer.get("account") or {}).get("email_address"):
-            bearer = {"Authorization": f"Bearer {token}"}
-            _, answer = await net.ask_json("GET", row["profile-url"], headers=bearer)
+            more = {"headers": {"Authorization": f"Bearer {token}"}}
+            _, answer = await net.ask_json("GET", row["profile-url"], **more)
         account = answer.get("account", answer)
-        return str(account.get("email_address") or account["email"])
-    return "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]
+        return {"email": str(account.get("email_address") or account["email"])}
+    return {"email": "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]}
 
 
 # == Who asks, and what? ===========================================================================
@@ -809,8 +803,7 @@ class Call:
     @property
     def marks(self) -> dict[str, str]:
         marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        clean = ((name, re.sub(r"[^ -~]", "?", value)[:200]) for name, value in marks.items())
-        return {f"x-ampproxy-{name}": value for name, value in clean if value}
+        return {f"x-ampproxy-{k}": re.sub(r"[^ -~]", "?", v)[:200] for k, v in marks.items() if v}
 
     def count(self, data: bytes) -> None:
         for sent, figure in USAGE.findall(data) if self.verb != "count_tokens" else ():
@@ -818,7 +811,6 @@ class Call:
             self.tokens[name] = max(self.tokens[name], int(figure))
 
     async def read(self) -> None:
-        """Read the body; ProxyError 400 or 413 for one that nobody could answer."""
         try:
             self.raw = await self.request.read()
             self.parse()
@@ -836,6 +828,12 @@ class Call:
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
         self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
+
+    def forget_reasoning(self) -> bool:
+        items = self.body.get("input", [])
+        self.body["input"] = [item for item in items if item.get("type") != "reasoning"]
+        self.worded = compact(self.body)
+        return len(self.body["input"]) < len(items)
 
 
 # == Accounts ======================================================================================
@@ -856,8 +854,7 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"50[0234]",                          "account",  5,           "again"),
     (r"5",                                 "account",  5,           "next"),
     (r"",                                  "",         0,           "stop"))  # fmt: skip
-# * where the error names no time; doubled with each failure in a row, at most max-cooldown.  again:
-# the same account as often as request-retry says, wait: only after a short Retry-After, then next.
+# * where the error names no time.  again: as often as request-retry says; wait: if that is short
 SHORT_WAIT, RETRY_PAUSE, PROBE, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 2, 30, 30
 NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
 
@@ -872,7 +869,6 @@ class Rest:  # why an account, or one model of it, is left alone; the times are 
     error: ProxyError
     began: float = -NEVER
     wakes: float = 0.0
-    strikes: int = 0  # failures in a row
 
 
 class Account:
@@ -926,7 +922,6 @@ class Pool:
         self.stamps = stamps
 
     def read(self, path: Path) -> None:
-        """One file; what cannot be used is named and left alone, what was known of it stays."""
         try:
             token = read_token(path)
         except (OSError, ValueError) as error:
@@ -946,7 +941,6 @@ class Pool:
         return [a for a in mine if a.token.get("disabled") is not True]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
-        """The account to ask next; waits for the shortest rest if it ends by `until`, else None."""
         while True:
             now, waits = self.clock.monotonic(), [NEVER]
             for row in rows:
@@ -983,23 +977,19 @@ class Pool:
         return full, -number(account.token.get("priority")), busy, turn, account.path
 
     def answered(self, account: Account, model: str, began: float) -> None:
-        for key in ("", model):
-            if key in account.rests and account.rests[key].began < began:
-                del account.rests[key]
+        ended = [k for k, r in account.rests.items() if k in ("", model) and r.began < began]
+        account.rests = {k: r for k, r in account.rests.items() if k not in ended}
 
     def rest(self, account: Account, error: ProxyError, model: str, began: float) -> None:
-        """Leave the account or the pair alone; what was under way by then makes it no longer."""
         what, length, _ = verdict(error)
         account.counts["errors"] += 1
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
             kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
             account.rests, rest = kept, kept.setdefault(key, Rest(error))
-            if rest.began < began:
-                rest.began, rest.strikes = now, rest.strikes + 1
+            rest.began = now if rest.began < began else rest.began
             if length != NEVER:
-                length = error.retry_after or length * 2 ** min(rest.strikes - 1, 20)
-                length = max(1, min(length, self.live.config["max-cooldown"]))
+                length = max(1, min(error.retry_after or length, self.live.config["max-cooldown"]))
             rest.wakes, rest.error = max(rest.wakes, now + length), error
             then = f"rests for {length:.0f} s" if length < NEVER else account.hint
             log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
@@ -1018,7 +1008,6 @@ class Pool:
         return ProxyError(status, message, first if status == 429 else 0)
 
     async def bearer(self, account: Account, refused: str = "") -> str:
-        """An access token that is good for another minute and is not the one that was `refused`."""
         soon = self.clock.time() + MINUTE
         if account.stale(refused, soon):
             task = account.refreshing or self.begin_refresh(account, refused)
@@ -1085,8 +1074,7 @@ class Pool:
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, GZIP = 4096, b"\x1f\x8b"
 EVENT = re.compile(rb"(?s).*?\r?\n\r?\n")
-ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed)|finishReason|'
-                    rb'blockReason)"|"finish_reason":\s*"|\[DONE\]|\nevent: error')  # fmt: skip
+ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed))"|\nevent: error')
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
@@ -1114,7 +1102,6 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         self.first, self.tail = b"", b"\n\n"
 
     async def read(self) -> bytes:
-        """The next bytes, b"" at the end; comments go out while none come."""
         while not self.content.at_eof():
             try:
                 async with asyncio.timeout(self.silence) as silence:
@@ -1156,7 +1143,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 if self.dialect and edit.told:
                     await self.write(held)
                     held = b""
-                    if self.dialect == "anthropic":  # there the first alone has the model's name
+                    if self.dialect == "anthropic":  # the first event alone names the model
                         return await self.send(rest)
             held += edit(rest)
         except ValueError as error:
@@ -1170,8 +1157,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         if not self.dialect:
             self.response.content_length = len(held)
         await self.write(held)
-        whole = edit.ended or not self.dialect
-        return await self.finish("" if whole else "the stream stopped before its end")
+        broken = self.dialect and not edit.ended
+        return await self.finish("the stream stopped before its end" if broken else "")
 
     async def finish(self, broken: str = "", status: int = 502) -> Answer:
         """The end; for a broken answer the dialect's error event, where it has none a cut."""
@@ -1273,12 +1260,10 @@ async def frames(source: Any, sink: Any) -> None:
 
 
 async def opened(relay: Relay, edits: bool) -> bytes:
-    """First bytes; all, changed, of gzip that no header announces and of what may hold the flag."""
-    headers = relay.response.headers
+    headers, raw = relay.response.headers, b""
     kind = headers.get("Content-Type", "")
     if not edits and (PACKED in headers or relay.events or "zip" in kind):
-        return b""
-    raw = b""
+        return raw
     while (edits or raw in (b"", GZIP[:1]) or raw.startswith(GZIP)) and not relay.content.at_eof():
         raw += await relay.read()
     body = (inflate(raw) if raw.startswith(GZIP) else None) or raw
@@ -1301,12 +1286,11 @@ def without_flag(body: bytes) -> bytes:
 # == Forwarding ====================================================================================
 # One model call, answered by the first account that can.
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
-                   r"status|utilization|used-percent|reset(?:-at|-after-seconds)?)")  # fmt: skip
+                   r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
-STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "usage_not_included": 429,
-                  "context_length_exceeded": 400, "invalid_encrypted_content": 400,
-                  "invalid_prompt": 400, "server_is_overloaded": 529}  # fmt: skip
+STREAM_ERRORS |= dict.fromkeys(("rate_limit_exceeded", "usage_limit_reached"), 429)
+STREAM_ERRORS |= dict.fromkeys(("context_length_exceeded", "invalid_encrypted_content"), 400)
 
 
 class Forwarder(Ampcode):
@@ -1343,9 +1327,8 @@ class Forwarder(Ampcode):
         tried, refused, call.account = 0, "", account.email
         most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        first = self.clock.monotonic()
+        first, account.in_flight = self.clock.monotonic(), account.in_flight + 1
         account.counts["requests"] += 1
-        account.in_flight += 1
         try:
             while True:
                 began, token = self.clock.monotonic(), await self.pool.bearer(account, refused)
@@ -1357,7 +1340,7 @@ class Forwarder(Ampcode):
                     tried += 1
                     if error.status == 401 and not refused:
                         refused = token
-                    elif "invalid_encrypted_content" in error.said and forget_reasoning(call):
+                    elif "invalid_encrypted_content" in error.said and call.forget_reasoning():
                         log.info("%s: reasoning of another account is left out", account.name)
                     elif tried < most.get(then, 0) and pause <= short:
                         await self.clock.sleep(pause)
@@ -1372,9 +1355,8 @@ class Forwarder(Ampcode):
         """A request to the provider, its answer to the client; ProxyError before its first byte."""
         url, now = addressed(call, account, token), self.clock.time()
         async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
-            account.quota = (windows := quota_of(upstream.headers, now)) or account.quota
-            told = functools.partial(self.pool.answered, account, call.wanted, began)
-            reading = Reading(call, told)
+            account.quota = (windows := quota_of(upstream.headers)) or account.quota
+            reading = Reading(call, lambda: self.pool.answered(account, call.wanted, began))
             if upstream.status != 200:
                 raise await reading.refusal(upstream, windows, now)
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
@@ -1402,8 +1384,8 @@ def word(call: Call, row: Json) -> None:
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         call.headers[name] = ",".join(given.getall(name))
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-    call.folds = call.verb == "responses" and call.body.get("stream") is not True
-    streams = call.folds or call.body.get("stream") is True
+    call.folds = call.verb == "responses" and not call.body.get("stream")
+    streams = call.folds or call.body.get("stream")
     call.headers["Accept"] = "text/event-stream" if streams else "application/json"
     call.body["model"] = call.wanted
     if call.effort and call.dialect == "responses":
@@ -1419,15 +1401,7 @@ def word(call: Call, row: Json) -> None:
     call.worded = compact(call.body)
 
 
-def forget_reasoning(call: Call) -> bool:
-    items = call.body["input"]
-    call.body["input"] = [item for item in items if item.get("type") != "reasoning"]
-    call.worded = compact(call.body)
-    return len(call.body["input"]) < len(items)
-
-
 def addressed(call: Call, account: Account, token: str) -> str:
-    """Where the call goes; sets its headers that are the account's."""
     base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
     call.headers["Authorization"] = f"Bearer {token}"
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
@@ -1438,15 +1412,14 @@ def addressed(call: Call, account: Account, token: str) -> str:
     return f"{base}{path}" + (f"?{urlencode(pairs)}" if pairs else "")
 
 
-def quota_of(headers: Any, now: float) -> list[Json]:
+def quota_of(headers: Any) -> list[Json]:
     """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6, 2.6)."""
     told: dict[str, Json] = {}
     for name, value in headers.items():
         if found := QUOTA.fullmatch(name.lower()):
             told.setdefault(found["window"], {})[found["field"]] = value
     for of in told.values():
-        after = now + number(of.get("reset-after-seconds"))
-        of["reset"] = of.get("reset", of.get("reset-at", after))
+        of["reset"] = of.get("reset", of.get("reset-at", 0))
         of["used"] = number(of.get("used-percent")) or 100 * number(of.get("utilization"))
     return [{"window": name, "used_percent": round(of["used"], 1),
              "resets_at": number(of["reset"]) or moment(of["reset"]),
@@ -1454,15 +1427,13 @@ def quota_of(headers: Any, now: float) -> list[Json]:
 
 
 class Reading:
-    """One answer, event by event or in one piece: Codex's lost output comes back, the model has
-    the name that the client gave it, and all other bytes stay."""
+    """One answer: Codex's lost output comes back, the model has the name that the client gave."""
 
     def __init__(self, call: Call, answered: Callable[[], None]) -> None:
         self.call, self.answered, self.items = call, answered, dict[int, Any]()
         self.told, self.ended, self.whole = False, False, Json()
 
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
-        """An answer that is no success, in the client's dialect whatever its words are."""
         raw, answer, headers = b"", Json(), upstream.headers
         with suppress(*NET_ERRORS):
             raw = await upstream.read()
@@ -1474,12 +1445,10 @@ class Reading:
         error.said += f" [{','.join(full)}]"
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
         error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
-        if isinstance(answer.get("error"), dict) and error.body:
-            error.body = raw
+        error.body = raw if isinstance(answer.get("error"), dict) and error.body else error.body
         return error
 
     def failure(self, answer: Json, status: int = 0) -> ProxyError:
-        """What an error tells.  Its words may quote the prompt: only the client sees them."""
         told = answer["error"] if isinstance(answer.get("error"), dict) else answer
         words = (str(told.get(name)) for name in ("code", "type"))
         how = f"answered {status}" if status else "answered with an error:"
@@ -1492,7 +1461,6 @@ class Reading:
         return error
 
     def __call__(self, data: bytes) -> bytes:
-        """An event, or the whole, as the client is to see it; ProxyError for an error."""
         self.ended = self.ended or bool(ENDING.search(data))
         if (at := data.find(b"{")) < 0:
             return data
@@ -1527,9 +1495,8 @@ HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid th
 class Server(Forwarder):
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         super().__init__(Pool(live, net, clock))
-        self.began, self.server_side = clock.monotonic(), 0
-        self.routes: Counter[str] = Counter(dict.fromkeys(ROUTE_WORDS, 0))
-        self.requests: deque[Json] = deque(maxlen=100)
+        self.began, self.server_side, self.requests = clock.monotonic(), 0, deque[Json](maxlen=100)
+        self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
 
     async def handle(self, request: Any) -> Answer:
         found, began = MODEL_PATH.fullmatch(request.rel_url.raw_path), self.clock.monotonic()
@@ -1546,13 +1513,11 @@ class Server(Forwarder):
             response = self.refuse(request, call, error)
         finally:
             if call and call.raw:
-                gone = 502 if call.cut else 499  # 499: the client left
-                status = gone if response is None else response.status
-                self.note(call, status, self.clock.monotonic() - began)
+                status = response.status if response is not None else 502 if call.cut else 499
+                self.note(call, status, self.clock.monotonic() - began)  # 499: the client left
         return response
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
-        """The error as the client gets it; SDKs are told not to sit through a wait over 30 s."""
         if call:
             call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
             error.headers.update(call.marks)
@@ -1568,8 +1533,8 @@ class Server(Forwarder):
             wait = round(error.retry_after)  # Codex shows this one, and waits out any other
             spent = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
             said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **spent}
-        raw = error.body or compact(said)
-        response = web.Response(status=error.status, body=raw, headers=error.headers)
+        body = error.body or compact(said)
+        response = web.Response(status=error.status, body=body, headers=error.headers)
         if not request.content.is_eof():
             response.force_close()
         return response
@@ -1730,9 +1695,8 @@ def logout(live: Live, args: argparse.Namespace) -> None:
     there = accounts_of(live, NAMES[args.provider])
     wanted = [a for a in there if args.account in (None, a.email, a.path.name, a.path.stem)]
     if len(wanted) != 1:
-        problem = "several accounts, say which one" if wanted else "no such account"
-        listed = ", ".join(a.email for a in there) or "none"
-        raise Failure(f"{problem} (of {NAMES[args.provider]} in {live.auth_dir}: {listed})")
+        problem = "several accounts, say which one of" if wanted else "no such account among"
+        raise Failure(f"{problem}: {', '.join(a.email for a in there) or 'none'} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
