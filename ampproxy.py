@@ -879,7 +879,7 @@ class Account:
         self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
-        self.replaced: Any = None  # the access token that the present one came for
+        self.replaced = "-"  # the access token that the present one came for
         self.in_flight, self.turn, self.quota = 0, 0, list[Json]()
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
@@ -917,9 +917,9 @@ class Pool:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
         known = stamps.keys() | self.stamps.keys()  # what is gone for two looks is gone
         self.accounts = {path: a for path, a in self.accounts.items() if path in known}
-        for path in (path for path, now in stamps.items() if now != self.stamps.get(path)):
+        seen, self.stamps = self.stamps, stamps
+        for path in [path for path, now in stamps.items() if now != seen.get(path)]:
             self.read(path)
-        self.stamps = stamps
 
     def read(self, path: Path) -> None:
         try:
@@ -929,7 +929,8 @@ class Pool:
             return
         account = self.accounts.setdefault(path, Account(path, token))
         if token.get("access_token") == account.replaced != account.token.get("access_token"):
-            return  # what could not be saved is newer
+            self.save(account, account.token)  # what could not be saved is newer
+            return
         if token.get("access_token") != account.token.get("access_token"):
             account.rests, account.retry = {}, 0.0
         account.token = token
@@ -1035,20 +1036,21 @@ class Pool:
                 raise ProxyError(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, account.row, {"refresh_token": token})
-            account.replaced = account.token.get("access_token")
-            account.token = self.save(account, token_fields(answer, self.clock.time()))
+            account.replaced = str(account.token.get("access_token"))
+            self.save(account, token_fields(answer, self.clock.time()))
             log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
 
-    def save(self, account: Account, changes: Json) -> Json:
-        token = merge_token(account.path, account.token, changes)
+    def save(self, account: Account, changes: Json) -> None:
+        """On disk before it is used; where that fails it is used, and tried again each second."""
+        account.token = merge_token(account.path, account.token, changes)
         try:
-            if account.path.exists():  # else the person logged out, or an editor is at it
-                save_token(account.path, token)
+            account.path.stat()  # gone: the person logged out, or an editor is at it
+            save_token(account.path, account.token)
         except OSError as error:
+            self.stamps[account.path] = None
             log.error("%s: the new token cannot be saved: %s", account.name, why(error))
-        return token
 
     def refresh_failed(self, account: Account, error: ProxyError) -> None:
         old = account.token.get("access_token")
@@ -1418,12 +1420,10 @@ def quota_of(headers: Any) -> list[Json]:
     for name, value in headers.items():
         if found := QUOTA.fullmatch(name.lower()):
             told.setdefault(found["window"], {})[found["field"]] = value
-    for of in told.values():
-        of["reset"] = of.get("reset", of.get("reset-at", 0))
-        of["used"] = number(of.get("used-percent")) or 100 * number(of.get("utilization"))
-    return [{"window": name, "used_percent": round(of["used"], 1),
-             "resets_at": number(of["reset"]) or moment(of["reset"]),
-             "full": of.get("status") == "rejected"} for name, of in told.items()]  # fmt: skip
+    return [{"window": name, "full": of.get("status") == "rejected", "used_percent": round(
+             number(of.get("used-percent")) or 100 * number(of.get("utilization")), 1),
+             "resets_at": number(at := of.get("reset", of.get("reset-at"))) or moment(at)}
+            for name, of in told.items()]  # fmt: skip
 
 
 class Reading:

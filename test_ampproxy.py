@@ -396,7 +396,7 @@ def test_config_yaml_shows_every_key_and_changes_nothing():
     text = (HERE / "config.yaml").read_text()
     wanted = {path.rpartition(".")[2] for path in leaves(ampproxy.default(ampproxy.DEFAULTS))}
     internal = {"aliases", "dialect", "paths", "passes", "known", "limits", "callback-path", "authorize-query",
-                "refresh-lead", "enabled", "token-url-2"}  # fmt: skip
+                "refresh-lead", "enabled", "token-form", "drops"}  # fmt: skip
     assert not [key for key in wanted - internal if f"{key}:" not in text]
 
 
@@ -645,7 +645,7 @@ EPHEMERAL = {"type": "ephemeral"}
 
 
 def prepared(body, beta="", **over):
-    row = {**ampproxy.default(ampproxy.DEFAULTS)["providers"]["claude"], **over}
+    row = {**ampproxy.Live(None).row("claude"), **over}
     headers = ampproxy.Headers({"anthropic-beta": beta})
     ampproxy.prepare_claude(body, headers, row)
     return body, headers["anthropic-beta"]
@@ -690,31 +690,13 @@ ENABLED = {"type": "enabled", "budget_tokens": 4000}
 
 
 @pytest.mark.parametrize(("body", "sent"), [
-    ({"thinking": ENABLED, "tool_choice": {"type": "any"}, "output_config": {"effort": "high"}},
-     {"tool_choice": {"type": "any"}, "output_config": {}}),
     ({"thinking": ENABLED, "tool_choice": {"type": "auto"}}, {"thinking": ENABLED, "tool_choice": {"type": "auto"}}),
     ({"thinking": {"type": "auto"}}, {"thinking": {"type": "adaptive"}}),
-    ({"thinking": ENABLED, "temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"thinking": ENABLED}),
-    ({"thinking": ENABLED, "temperature": 1}, {"thinking": ENABLED, "temperature": 1}),
-    ({"thinking": ENABLED, "top_p": 0.97}, {"thinking": ENABLED, "top_p": 0.97}),
-    ({"temperature": 0.7, "top_p": 0.9, "top_k": 5}, {"temperature": 0.7, "top_k": 5}),
-    ({"thinking": {"type": "disabled"}, "temperature": 0.7}, {"thinking": {"type": "disabled"}, "temperature": 0.7}),
-    ({"thinking": ENABLED, "max_tokens": 3000},
-     {"thinking": {"type": "enabled", "budget_tokens": 2999}, "max_tokens": 3000}),
-    ({"thinking": {"type": "enabled", "budget_tokens": 10}, "max_tokens": 3000},
-     {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 3000}),
-    ({"thinking": ENABLED, "max_tokens": 1000}, {"thinking": {"type": "disabled"}, "max_tokens": 1000}),
-    ({"speed": "fast"}, {}),
+    ({"thinking": ENABLED, "temperature": 0.7}, {"thinking": ENABLED, "temperature": 0.7}),
     ({"thinking": "very", "temperature": "hot"}, {"thinking": "very", "temperature": "hot"}),
 ])  # fmt: skip
-def test_thinking_and_sampling(body, sent):
+def test_thinking_is_the_clients_own_but_for_auto(body, sent):
     assert prepared(json.loads(json.dumps(body)), identity=False)[0] == sent
-
-
-def test_speed_stays_with_its_beta():
-    assert prepared({"speed": "fast"}, "fast-mode-2026-02-01", identity=False)[0] == {
-        "speed": "fast"
-    }
 
 
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "glob", "input": {"signature": "mine"}}
@@ -1081,13 +1063,15 @@ async def test_a_token_that_cannot_be_saved_at_once_is_not_lost(tmp_path, monkey
         async def away(request):
             path.rename(path.with_suffix(".bak"))
             monkeypatch.setattr(os, "fsync", sync)
-            asyncio.get_running_loop().call_later(0.2, path.with_suffix(".bak").rename, path)
             return web.json_response(NEW_TOKEN)
 
         w.authority.usual = away
         assert (await w.ask("/v1/messages", ASK)).status == 200
+        path.with_suffix(".bak").rename(path)
+        for _ in range(2):
+            w.server.tick()
         assert not full
-        assert "cannot be saved" in caplog.text
+        assert caplog.text.count("cannot be saved") == 2
         token = json.loads(path.read_text())
         assert (token["refresh_token"], token["note"], token["type"]) == (
             "sk-ant-ort-new",
@@ -1183,26 +1167,28 @@ async def test_a_refresh_that_hangs_is_given_up(tmp_path, monkeypatch):
 
 
 @in_loop
-async def test_two_proxies_on_one_directory_refresh_once(tmp_path):
+async def test_of_two_proxies_on_one_directory_the_late_one_adopts(tmp_path):
+    """A refresh token is good once; who comes second finds the new login in the file."""
+
+    async def rotate(request):
+        good = json.loads(request.bytes)["refresh_token"] != "sk-ant-ort-new" and not used
+        used.append(request)
+        return web.json_response(
+            NEW_TOKEN if good else {"error": "invalid_grant"}, status=200 if good else 400
+        )
+
+    used = []
     async with world(tmp_path, tokens=()) as w:
         token_file(w.auth, expired="2020-01-01T00:00:00Z")
         live = ampproxy.Live(w.file)
         other = ampproxy.Server(live, ampproxy.Net(live), w.clock)
         w.server.tick()
-        gate = asyncio.Event()
-        w.authority.usual = held(gate, answer_json(NEW_TOKEN))
+        w.authority.usual = rotate
         async with other.serving() as port:
-            urls = [
-                f"http://127.0.0.1:{at}/v1/messages" for at in (w.port, port) for _ in range(25)
-            ]
-            asking = [asyncio.create_task(w.http.post(url, json=ASK)) for url in urls]
-            while not w.authority.requests or not all(
-                next(iter(s.pool.accounts.values())).refreshing for s in (w.server, other)
-            ):
-                await asyncio.sleep(0)
-            gate.set()
-            answers = await asyncio.gather(*asking)
-        assert [answer.status for answer in answers] == [200] * 50
+            for at in (w.port, port):
+                urls = [f"http://127.0.0.1:{at}/v1/messages"] * 25
+                answers = await asyncio.gather(*(w.http.post(url, json=ASK) for url in urls))
+                assert [answer.status for answer in answers] == [200] * 25
         assert len(w.authority.requests) == 1
         assert {r.headers["Authorization"] for r in w.claude.requests} == {"Bearer sk-ant-oat-new"}
 
@@ -1217,7 +1203,8 @@ async def refresh():
     pool = ampproxy.Pool(live, ampproxy.Net(live))
     pool.scan()
     for account in pool.accounts.values():
-        await pool.bearer(live.row("claude"), account, str(account.token["access_token"]))
+        account.row = live.row("claude")
+        await pool.bearer(account, str(account.token["access_token"]))
 
 for line in sys.stdin:
     if (child := os.fork()) == 0:
@@ -1279,7 +1266,8 @@ async def test_a_kill_at_any_moment_of_a_refresh_leaves_a_good_file(tmp_path):
                 pool.scan()
                 [account] = pool.accounts.values()
                 try:
-                    await pool.bearer(live.row("claude"), account, str(token["access_token"]))
+                    account.row = live.row("claude")
+                    await pool.bearer(account, str(token["access_token"]))
                     kept += 1
                 except ampproxy.ProxyError as error:
                     voided += 1
@@ -1611,7 +1599,7 @@ async def test_odd_quota_headers_are_survived(tmp_path):
 
 
 @in_loop
-async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
+async def test_a_probe_ends_a_rest_or_begins_it_again(tmp_path):
     async with world(tmp_path, ampcode={"fallback": "never"}, **{"max-retry-interval": 0}) as w:
         gate = asyncio.Event()
         w.claude.usual = held(gate, limit())
@@ -1621,12 +1609,12 @@ async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
         w.clock.now += 1
         gate.set()
         await asyncio.gather(*asked)
-        assert resting(w) == {"": 60}, "20 failures, one window"
-        for length in (120, 240, 480, 960, 1800, 1800):
+        assert resting(w) == {"": 60}
+        for _ in range(6):
             w.clock.now += 100_000
             await w.ask("/v1/messages", ASK)
-            assert resting(w) == {"": length}
-        w.clock.now += 1801
+            assert resting(w) == {"": 60}
+        w.clock.now += 61
         gate.clear()
         asked = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(20)]
         while sum(task.done() for task in asked) < 19 or len(w.claude.requests) < 27:
@@ -1638,9 +1626,6 @@ async def test_a_rest_grows_once_a_window_and_a_probe_ends_it(tmp_path):
         w.clock.now += 1801
         assert (await w.ask("/v1/messages", ASK)).status == 200
         assert resting(w) == {}
-        w.claude.script = [limit()]
-        await w.ask("/v1/messages", ASK)
-        assert resting(w) == {"": 60}, "it begins anew"
 
 
 @in_loop
@@ -1777,15 +1762,6 @@ async def test_short_waits_come_to_an_end(tmp_path, config):
             assert (await w.ask("/v1/messages", ASK)).status == 429
             assert w.clock.now < 60
             assert len(w.claude.requests) < 120
-
-
-@in_loop
-async def test_failures_side_by_side_are_one_however_late_their_last_try(tmp_path):
-    async with world(tmp_path, **{"max-retry-interval": 0}) as w:
-        w.claude.usual = said(503)
-        await asyncio.gather(*(w.ask("/v1/messages", ASK) for _ in range(10)))
-        assert w.server.pool.accounts[w.tokens[0]].rests[""].strikes == 1
-        assert len(w.claude.requests) == 30, "retried at any max-retry-interval"
 
 
 @in_loop
@@ -1946,33 +1922,17 @@ async def test_what_counts_as_tokens(tmp_path):
 
 
 @in_loop
-async def test_waking_an_account_by_hand(tmp_path):
+async def test_the_commands_ask_with_a_key(tmp_path):
     keys = {"api-keys": ["sesame"]}
     async with world(tmp_path, **keys) as w:
-        sent = {"X-Api-Key": "sesame"}
-        w.claude.script = [limit()]
-        assert (await w.ask("/v1/messages", ASK, headers=sent)).status == 429
-        assert (await w.ask("/status?wake=fred@example.com", b"")).status == 401
         w.write(port=w.port, **keys)
-        for wanted, status, words in (
-            ("nobody", 1, "no account 'nobody'"),
-            ("fred@example.com", 0, "woken"),
-        ):
-            with Cli(tmp_path, "status", "--wake", wanted) as cli:
-                code, out, err = await cli.end()
-            assert code == status
-            assert words in out + err
-        assert resting(w) == {}
-        assert (await w.ask("/v1/messages", ASK, headers=sent)).status == 200
-        w.claude.script = [limit()]
-        await w.ask("/v1/messages", {**ASK, "model": "claude-haiku-4-5"}, headers=sent)
         with Cli(tmp_path, "accounts") as cli:
             code, out, _ = await cli.end()
-        assert (code, "resting" in out) == (0, True), "as the running proxy sees it"
+        assert (code, "ready" in out) == (0, True)
         with Cli(tmp_path, "status", "--json") as cli:
             code, out, _ = await cli.end()
         assert code == 0
-        assert json.loads(out)["accounts"][0]["requests"] == 3
+        assert json.loads(out)["accounts"][0]["requests"] == 0
     for host, shown in (("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")):
         w.write(port=w.port, host=host)
         with Cli(tmp_path, "status") as cli:
@@ -2530,7 +2490,7 @@ async def test_upstream_key(tmp_path, monkeypatch, config, env, file, headers, a
 
 
 @in_loop
-async def test_the_secrets_file_is_read_every_five_minutes(tmp_path, caplog):
+async def test_the_secrets_file_is_read_every_five_minutes(tmp_path):
     secrets = Path("~/.local/share/amp/secrets.json").expanduser()
     secrets.parent.mkdir(parents=True)
     async with world(tmp_path) as w:
@@ -2549,7 +2509,6 @@ async def test_the_secrets_file_is_read_every_five_minutes(tmp_path, caplog):
         assert await arrives() == "one"
         w.clock.now += 301
         assert await arrives() is None
-        assert "secrets.json" in caplog.text
 
 
 @in_loop
@@ -2944,12 +2903,9 @@ def post(path, length, body, extra=""):
     b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod\r\n",
 ])  # fmt: skip
 @in_loop
-async def test_a_body_cut_short(tmp_path, request_bytes):
+async def test_a_body_cut_short_is_sent_to_nobody(tmp_path, request_bytes):
     async with world(tmp_path) as w:
-        got = await raw_exchange(w.port, request_bytes, half_close=True)
-        head, _, body = got.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(body)["type"] == "error"
+        await raw_exchange(w.port, request_bytes, half_close=True)
         assert not w.claude.requests + w.amp.requests
         assert (await w.ask("/v1/messages", ASK)).status == 200
 
