@@ -560,8 +560,9 @@ class Net:
             (response.release if response.content.at_eof() else response.close)()
 
     async def ask_json(self, method: str, url: str, **more: Any) -> tuple[int, Json]:
-        headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}"}
-        headers |= more.pop("headers", {})
+        kind = "x-www-form-urlencoded" if "data" in more else "json"
+        headers = {"Accept": "application/json", "Content-Type": f"application/{kind}"}
+        headers |= {"User-Agent": f"ampproxy/{__version__}"} | more.pop("headers", {})
         async with self.ask(method, url, idle=30, headers=headers, **more) as response:
             raw = await response.read()
         with suppress(ValueError):
@@ -1074,8 +1075,7 @@ class Pool:
 
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
-TAIL, GZIP = 4096, b"\x1f\x8b"
-EVENT = re.compile(rb"(?s).*?\r?\n\r?\n")
+TAIL, GZIP, EVENT = 4096, b"\x1f\x8b", re.compile(rb"(?s).*?\r?\n\r?\n")
 ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed))"|\nevent: error')
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1461,7 +1461,6 @@ class Reading:
         return error
 
     def __call__(self, data: bytes) -> bytes:
-        self.ended = self.ended or bool(ENDING.search(data))
         if (at := data.find(b"{")) < 0:
             return data
         event = read_object(data[at:])
@@ -1469,6 +1468,7 @@ class Reading:
         kind, holder, change = event.get("type"), next(inner, event), False
         if kind == "error" or isinstance(holder.get("error"), dict):
             raise self.failure(holder)
+        self.ended = self.ended or bool(ENDING.search(data))
         if kind == "response.output_item.done":
             self.items[event.get("output_index", 0)] = event.get("item")
         elif change := holder.get("output") == [] and bool(self.items):

@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70"]
+# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
 
@@ -833,6 +833,7 @@ async def test_login_from_the_address_to_the_file(tmp_path, way):
         assert ("Still waiting" in out) == (way == "paste")
         assert "Signed in to claude as fred@example.com" in out
         sent = fake.body(0)
+        assert fake.requests[0].headers["Content-Type"] == "application/json"
         challenge = hashlib.sha256(sent["code_verifier"].encode()).digest()
         assert asked["code_challenge"] == base64.urlsafe_b64encode(challenge).decode().rstrip("=")
         assert (asked["code_challenge_method"], asked["code"]) == ("S256", "true")
@@ -3100,6 +3101,487 @@ async def test_status(tmp_path):
         }  # fmt: skip
         assert (status["requests"][1]["status"], status["requests"][1]["route"]) == (404, "none")
         assert "sk-ant" not in json.dumps(status)
+
+
+# == ChatGPT logins ================================================================================
+
+CODEX = "/v1/responses"
+QUESTION = {"model": "gpt-5.4", "input": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+def id_token(email="fred@example.com", plan="plus", account="acc-1"):
+    """A JWT as ChatGPT's login gives it; nobody checks its signature."""
+    auth = {"chatgpt_account_id": account, "chatgpt_plan_type": plan}
+    told = json.dumps({"email": email, "https://api.openai.com/auth": auth}).encode()
+    return f"eyJ.{base64.urlsafe_b64encode(told).decode().rstrip('=')}.x"
+
+
+def codex_file(folder, name="fred@example.com", **changes):
+    given = {"type": "codex", "id_token": id_token(name), "account_id": f"acc-{name}", **changes}
+    path = token_file(folder, name, access_token=f"tok-{name}", **given)
+    return path.rename(folder / f"codex-{name}.json")
+
+
+def reply(model="gpt-5.4", **more):
+    return {"id": "resp_1", "object": "response", "model": model, "status": "completed", "error": None,
+            "output": [], "usage": {"input_tokens": 5, "output_tokens": 3}, **more}  # fmt: skip
+
+
+TEXT_ITEM = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
+             "content": [{"type": "output_text", "text": "hi", "annotations": []}]}  # fmt: skip
+
+
+def codex_events(model="gpt-5.4", kind="response.completed", **more):
+    status = kind.partition(".")[2]
+    return [
+        event("response.created", sequence_number=0, response=reply(model, status="in_progress")),
+        event("response.in_progress", sequence_number=1, response=reply(model, status="in_progress")),
+        event("response.output_text.delta", sequence_number=2, output_index=0, item_id="msg_1", content_index=0,
+              delta="hé", logprobs=[]),
+        event("response.output_item.done", sequence_number=3, output_index=0, item=TEXT_ITEM),
+        event(kind, sequence_number=4, response=reply(model, status=status, **more)),
+    ]  # fmt: skip
+
+
+def data_of(raw):
+    return [json.loads(text) for text in re.findall(rb"^data: (\{.*)$", raw, re.M)]
+
+
+@asynccontextmanager
+async def codex_world(folder, names=("fred@example.com",), suffix="/backend-api/codex", **config):
+    """A world with ChatGPT logins and no other."""
+    codex = FakeUpstream((200, SSE, codex_events()))
+    async with codex.open():
+        row = {"base-url": codex.url + suffix}
+        async with world(folder, tokens=(), **config) as w:
+            row["token-url"] = w.authority.url + "/token"
+            claude = {"base-url": w.claude.url, "token-url": w.authority.url + "/token"}
+            w.reload(providers={"codex": row, "claude": claude}, **config)
+            w.codex, w.tokens = codex, [codex_file(w.auth, name) for name in names]
+            w.server.tick()
+            yield w
+
+
+@asynccontextmanager
+async def codex_authority(tmp_path, usual):
+    fake = FakeUpstream(usual)
+    async with fake.open():
+        row = {"authorize-url": fake.url + "/authorize", "token-url": fake.url + "/token",
+               "callback-port": free_port()}  # fmt: skip
+        config = {"auth-dir": str(tmp_path / "auth"), "providers": {"codex": row}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        yield fake
+
+
+@in_loop
+async def test_a_chatgpt_login_from_the_address_to_the_file(tmp_path):
+    given = {
+        "access_token": "tok",
+        "refresh_token": "rt_1",
+        "id_token": id_token(),
+        "expires_in": 864000,
+    }
+    async with codex_authority(tmp_path, answer_json(given)) as fake:
+        with Cli(tmp_path, "login", "chatgpt", "--no-browser") as cli:
+            asked = query_of(await cli.until("paste the address"))
+            assert asked["redirect_uri"].endswith("/auth/callback")
+            assert asked.items() >= {
+                "client_id": "app_EMoamEEZ73f0CkXaXp7hrann", "scope": "openid email profile offline_access",
+                "id_token_add_organizations": "true", "codex_cli_simplified_flow": "true",
+            }.items()  # fmt: skip
+            done = f"{asked['redirect_uri']}?code=c0de&state={asked['state']}"
+            status, out, err = await cli.end(f"{done}\n")
+        assert (status, err) == (0, "")
+        assert "Signed in to codex as fred@example.com" in out
+        assert fake.last.headers["Content-Type"] == "application/x-www-form-urlencoded"
+        sent = {name: values[0] for name, values in parse_qs(fake.last.bytes.decode()).items()}
+        assert sent.pop("code_verifier")
+        assert sent == {"grant_type": "authorization_code", "client_id": asked["client_id"],
+                        "code": "c0de", "redirect_uri": asked["redirect_uri"]}  # fmt: skip
+        path = tmp_path / "auth/codex-fred@example.com.json"
+        token = json.loads(path.read_text())
+        assert token | {"expired": "", "last_refresh": ""} == {
+            "type": "codex", "email": "fred@example.com", "account_id": "acc-1", "plan": "plus", "access_token": "tok",
+            "refresh_token": "rt_1", "id_token": given["id_token"], "expired": "", "last_refresh": "",
+        }  # fmt: skip
+        with Cli(tmp_path, "accounts") as cli:
+            _, out, _ = await cli.end()
+        assert re.search(r"codex +fred@example.com +plus +in 240", out)
+
+
+@pytest.mark.parametrize(("query", "usual", "words"), [
+    ("error=access_denied&state={}", None, "the login was refused: access_denied"),
+    ("code=x&state=wrong", None, "belongs to another login"),
+    ("code=x&state={}", answer_json({"error": {"code": "token_expired", "message": "too late"}}, 400), "too late"),
+    ("code=x&state={}", answer_json({}), "token endpoint answered 200"),
+])  # fmt: skip
+@in_loop
+async def test_a_chatgpt_login_that_fails(tmp_path, query, usual, words):
+    async with codex_authority(tmp_path, usual or answer_json({})):
+        with Cli(tmp_path, "login", "codex", "--no-browser") as cli:
+            asked = query_of(await cli.until("paste the address"))
+            callback = f"{asked['redirect_uri']}?{query.format(asked['state'])}\n"
+            status, _, err = await cli.end(callback)
+        assert status == 1
+        assert words in err
+        assert len(err.splitlines()) == 1
+        assert not list(tmp_path.glob("auth/*"))
+
+
+@in_loop
+async def test_a_chatgpt_token_is_refreshed_by_a_form(tmp_path):
+    async with codex_world(tmp_path, ()) as w:
+        path = codex_file(w.auth, expired="2020-01-01T00:00:00Z", refresh_token="rt_old")
+        w.server.tick()
+        w.authority.usual = answer_json({"access_token": "new", "refresh_token": "rt_new", "expires_in": 99,
+                                         "id_token": id_token(plan="pro")})  # fmt: skip
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        assert parse_qs(w.authority.last.bytes.decode()) == {
+            "grant_type": ["refresh_token"], "client_id": ["app_EMoamEEZ73f0CkXaXp7hrann"], "refresh_token": ["rt_old"],
+        }  # fmt: skip
+        assert w.codex.last.headers["Authorization"] == "Bearer new"
+        assert json.loads(path.read_text())["refresh_token"] == "rt_new"
+        report = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]
+        assert (report["plan"], report["provider"]) == ("pro", "codex")
+
+
+@pytest.mark.parametrize(
+    "code", ["refresh_token_reused", "refresh_token_expired", "refresh_token_invalidated"]
+)
+@in_loop
+async def test_a_void_chatgpt_refresh_token_needs_a_login(tmp_path, code):
+    async with codex_world(tmp_path, ()) as w:
+        path = codex_file(w.auth, expired="2020-01-01T00:00:00Z")
+        before = path.read_bytes()
+        w.server.tick()
+        w.authority.usual = answer_json({"error": {"code": code, "message": "no"}}, 401)
+        status, body, _ = await w.ask_json(CODEX, QUESTION)
+        assert (status, "ampproxy.py login codex" in body["error"]["message"]) == (401, True)
+        await w.ask(CODEX, QUESTION)
+        assert len(w.authority.requests) == 1
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/backend-api/codex", "/backend-api/codex/"])
+@in_loop
+async def test_what_reaches_chatgpt(tmp_path, suffix):
+    async with codex_world(tmp_path, suffix=suffix) as w:
+        sent = {**CLIENT, "X-Amp-Thread-Id": "T-1", "session_id": "s"}
+        assert (
+            await w.ask("/api/provider/openai" + CODEX + "?key=k", QUESTION, headers=sent)
+        ).status == 200
+        got = w.codex.last
+        assert got.raw_path == "/backend-api/codex/responses"
+        assert got.headers["Authorization"] == "Bearer tok-fred@example.com"
+        assert got.headers["Chatgpt-Account-Id"] == "acc-fred@example.com"
+        assert (got.headers["Accept"], got.headers["originator"]) == (
+            "text/event-stream",
+            "codex_cli_rs",
+        )
+        assert got.headers["session_id"] == "s"
+        assert not got.headers.keys() & {"X-Api-Key", "X-Goog-Api-Key", "Cookie", "X-Amp-Thread-Id"}
+        assert w.codex.body() == {
+            **QUESTION, "store": False, "include": ["reasoning.encrypted_content"], "parallel_tool_calls": True,
+            "instructions": "You are a helpful assistant.",
+        }  # fmt: skip
+
+
+DROPPED = [
+    "max_output_tokens", "max_completion_tokens", "max_tokens", "temperature", "top_p", "top_k",
+    "truncation", "user", "context_management", "prompt_cache_retention", "prompt_cache_options",
+    "safety_identifier", "stream_options", "frequency_penalty", "presence_penalty", "logprobs",
+    "top_logprobs", "n", "seed", "stop", "logit_bias", "response_format", "reasoning_effort",
+    "metadata",
+]  # fmt: skip
+LONG = "call_" + "x" * 100
+CALLED = [{"type": "function_call", "call_id": LONG, "name": "f", "arguments": "{}", "id": "fc_1"},
+          {"type": "function_call_output", "call_id": LONG, "output": "1"}]  # fmt: skip
+SHORT = LONG[:47] + "_" + hashlib.sha256(LONG.encode()).hexdigest()[:16]
+THOUGHT = {"type": "reasoning", "summary": [], "encrypted_content": "gAAAAABm"}
+
+
+@pytest.mark.parametrize(("given", "sent"), [
+    *(({name: 1}, {name: None}) for name in DROPPED),
+    ({"service_tier": "auto"}, {"service_tier": None}), ({"service_tier": "priority"}, {"service_tier": "priority"}),
+    ({"parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+    ({"store": True, "include": ["x"]}, {"store": False, "include": ["reasoning.encrypted_content"]}),
+    ({"prompt_cache_key": "k", "reasoning": {"effort": "low"}}, {"prompt_cache_key": "k", "reasoning": {"effort": "low"}}),
+    ({"instructions": "be kind"}, {"instructions": "be kind"}),
+    ({"instructions": None}, {"instructions": "You are a helpful assistant."}),
+    ({"input": "hi"}, {"input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}),
+    ({"input": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]},
+     {"instructions": "be kind", "input": [{"role": "user", "content": "hi"}]}),
+    ({"instructions": "be", "input": [{"role": "system", "content": [{"type": "input_text", "text": "kind"}]}]},
+     {"instructions": "be\n\nkind", "input": []}),
+    ({"input": [{"role": "developer", "content": "dev", "id": "msg_9"}]}, {"input": [{"role": "developer", "content": "dev"}]}),
+    ({"input": CALLED}, {"input": [{**CALLED[0], "call_id": SHORT, "id": None}, {**CALLED[1], "call_id": SHORT}]}),
+    ({"input": [THOUGHT, {"type": "item_reference", "id": "x"}]}, {"input": [THOUGHT]}),
+    ({"input": [{**THOUGHT, "encrypted_content": "EqQB"}, {"type": "reasoning", "summary": []}]}, {"input": []}),
+])  # fmt: skip
+@in_loop
+async def test_the_backends_body_rules(tmp_path, given, sent):
+    def lean(value):
+        if isinstance(value, dict):
+            return {name: lean(inner) for name, inner in value.items() if inner is not None}
+        return [lean(inner) for inner in value] if isinstance(value, list) else value
+
+    async with codex_world(tmp_path) as w:
+        assert (await w.ask(CODEX, {**QUESTION, **given})).status == 200
+        body = w.codex.body()
+        assert {name: body.get(name) for name in sent if body.get(name) is not None} == lean(sent)
+        assert len(SHORT) == 64
+
+
+@in_loop
+async def test_previous_response_id_is_refused(tmp_path):
+    async with codex_world(tmp_path) as w:
+        status, body, _ = await w.ask_json(CODEX, {**QUESTION, "previous_response_id": "resp_0"})
+        assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+        assert "previous_response_id" in body["error"]["message"]
+        assert not w.codex.requests
+        assert resting(w) == {}
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@in_loop
+async def test_a_responses_stream_passes_and_its_lost_output_comes_back(tmp_path, size):
+    async with codex_world(tmp_path) as w:
+        for output in ([TEXT_ITEM], []):
+            sent = b"".join(codex_events(output=output))
+            w.codex.script = [(200, SSE, [sent[i : i + size] for i in range(0, len(sent), size)])]
+            response = await w.ask(CODEX, QUESTION)
+            got = data_of(response.bytes)
+            assert got[-1]["response"]["output"] == [TEXT_ITEM]
+            assert got[:-1] == data_of(sent)[:-1]
+            if output:
+                assert response.bytes == sent
+        assert [row["output_tokens"] for row in w.server.requests] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete"])
+@in_loop
+async def test_a_stream_is_folded_for_who_asked_for_none(tmp_path, kind):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, SSE, codex_events("gpt-5.4-2026", kind))
+        asked = {key: value for key, value in QUESTION.items() if key != "stream"}
+        status, body, headers = await w.ask_json(CODEX, asked)
+        assert w.codex.body()["stream"] is True
+        assert (status, headers["Content-Type"]) == (200, "application/json")
+        assert body == reply("gpt-5.4", status=kind.partition(".")[2], output=[TEXT_ITEM])
+
+
+@pytest.mark.parametrize(("asked", "served", "effort"), [
+    ("gpt-5.4", "gpt-5.4", None), ("gpt-5.4-high", "gpt-5.4", "high"), ("gpt-5.4-xhigh", "gpt-5.4", "xhigh"),
+    ("gpt-5.4(low)", "gpt-5.4", "low"), ("gpt-5.4-mini", "gpt-5.4-mini", None), ("gpt-5.4-mini-low", "gpt-5.4-mini", "low"),
+    ("gpt-5.4(minimal)", "gpt-5.4", "minimal"), ("gpt-5.1-codex-max", "gpt-5.1-codex-max", None),
+    ("gpt-5.4(low", "gpt-5.4(low", None),
+])  # fmt: skip
+@in_loop
+async def test_effort_suffixes(tmp_path, asked, served, effort):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, SSE, codex_events(served))
+        response = await w.ask(
+            CODEX, {**QUESTION, "model": asked, "reasoning": {"summary": "auto"}}
+        )
+        assert response.headers["x-ampproxy-model"] == served
+        body = w.codex.body()
+        assert (body["model"], body["reasoning"].get("effort"), body["reasoning"]["summary"]) == (
+            served,
+            effort,
+            "auto",
+        )
+        named = [e["response"]["model"] for e in data_of(response.bytes) if "response" in e]
+        assert named == [asked] * 3
+
+
+SPENT = {"error": {"type": "usage_limit_reached", "message": "spent", "plan_type": "plus",
+                   "resets_at": 1_800_003_600, "resets_in_seconds": 3600}}  # fmt: skip
+CODEX_ROWS = {  # what ChatGPT says: which rests, for how long, requests made
+    "a spent plan": (answer_json(SPENT, 429), "", 1800, 2),
+    "a plan without Codex": (answer_json({"error": {"type": "usage_not_included", "message": "no"}}, 429), "", 1800, 2),
+    "a throttle": (answer_json({"error": {"code": "rate_limit_exceeded"}}, 429, **{"Retry-After": "2"}), None, 0, 2),
+    "a model that the plan lacks": (answer_json(
+        {"detail": "The 'gpt-5.4' model is not supported when using Codex with a ChatGPT account."}, 400), "gpt-5.4", 1800, 2),
+    "404": (answer_json({"detail": "Not Found"}, 404), "gpt-5.4", 1800, 2),
+    "a full house": (answer_json({"error": {"message": "Selected model is at capacity"}}, 503), "gpt-5.4", 60, 2),
+    "401": (answer_json({"detail": "Unauthorized"}, 401), "", float("inf"), 3),
+    "a dead connection": ((200, {}, ["cut"]), "", 5, 4),
+    "failed before a word": ((200, SSE, [codex_events()[0], event("response.failed", response=reply(
+        status="failed", error={"code": "rate_limit_exceeded", "message": "wait"}))]), "", 60, 2),
+    "an error before a word": ((200, SSE, [event("error", code="server_is_overloaded", message="x")]), "", 5, 4),
+    "cut before a word": ((200, SSE, codex_events()[:2]), "", 5, 4),
+    "garbage": ((200, SSE, [b"data: {x}\n\n"]), "", 5, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODEX_ROWS)
+@in_loop
+async def test_what_chatgpts_errors_mean(tmp_path, name):
+    """The next account answers, and the client sees nothing of it."""
+    answer, what, length, count = CODEX_ROWS[name]
+    async with codex_world(tmp_path, ("ann@example.com", "bob@example.com")) as w:
+        failing = "ann@example.com"
+
+        async def play(request):
+            given = (
+                answer
+                if failing in request.headers["Authorization"] or what is None
+                else w.codex.usual_answer
+            )
+            if what is None:
+                w.codex.usual = w.codex.usual_answer
+            return await respond(request, given)
+
+        w.codex.usual_answer, w.codex.usual = (200, SSE, codex_events()), play
+        w.authority.usual = answer_json({"access_token": "tok-" + failing, "expires_in": 9999})
+        response = await w.ask(CODEX, QUESTION)
+        assert response.status == 200, response.bytes
+        assert data_of(response.bytes)[-1]["type"] == "response.completed"
+        assert len(w.codex.requests) == count
+        assert resting(w) == ({} if what is None else {what: length})
+
+
+async def respond(request, answer):
+    status, headers, parts = answer
+    if parts == ["cut"]:
+        request.transport.abort()
+        return web.Response()
+    return web.Response(status=status, headers=headers, body=b"".join(parts))
+
+
+@in_loop
+async def test_a_spent_plan_is_told_as_codex_understands_it(tmp_path):
+    async with codex_world(
+        tmp_path, ("ann@example.com", "bob@example.com"), ampcode={"fallback": "never"}
+    ) as w:
+        w.codex.usual = answer_json(SPENT, 429)
+        status, body, headers = await w.ask_json(CODEX, QUESTION)
+        assert (status, body["error"]["type"], headers["x-should-retry"]) == (
+            429,
+            "usage_limit_reached",
+            "false",
+        )
+        assert body["error"]["resets_in_seconds"] == int(headers["Retry-After"]) == 1800
+        assert body["error"]["resets_at"] == 1_800_001_800
+
+
+@in_loop
+async def test_an_error_without_the_dialects_shape_is_given_it(tmp_path):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = answer_json({"detail": "Unsupported parameter: x"}, 400)
+        status, body, _ = await w.ask_json(CODEX, QUESTION)
+        assert (status, body["error"]["message"]) == (400, "Unsupported parameter: x")
+        assert resting(w) == {}
+
+
+@in_loop
+async def test_reasoning_that_another_account_encrypted_is_left_out_once(tmp_path):
+    refused = answer_json({"error": {"code": "invalid_encrypted_content", "message": "no"}}, 400)
+    async with codex_world(tmp_path) as w:
+        w.codex.script = [refused]
+        asked = {**QUESTION, "input": [THOUGHT, {"role": "user", "content": "hi"}]}
+        assert (await w.ask(CODEX, asked)).status == 200
+        assert [len(w.codex.body(i)["input"]) for i in (0, 1)] == [2, 1]
+        w.codex.usual = refused
+        assert (await w.ask(CODEX, asked)).status == 400
+        assert len(w.codex.requests) == 4
+
+
+@in_loop
+async def test_a_stream_that_breaks_ends_as_codex_understands_it(tmp_path):
+    async with codex_world(tmp_path) as w:
+        for parts in ([*codex_events()[:3], "cut"], codex_events()[:3]):
+            w.codex.script = [(200, SSE, parts)]
+            last = data_of((await w.ask(CODEX, QUESTION)).bytes)[-1]
+            assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+            assert last["response"]["error"]["message"]
+        assert [row["status"] for row in w.server.requests] == [200, 200]
+
+
+@in_loop
+async def test_chatgpts_quota(tmp_path):
+    told = {"x-codex-primary-used-percent": "42.5", "x-codex-primary-window-minutes": "300",
+            "x-codex-primary-reset-at": "1800003600", "x-codex-secondary-used-percent": "97"}  # fmt: skip
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, {**SSE, **told}, codex_events())
+        await w.ask(CODEX, QUESTION)
+        quota = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]["quota"]
+        assert quota == [{"window": "primary", "used_percent": 42.5, "resets_in_seconds": 3600},
+                         {"window": "secondary", "used_percent": 97, "resets_in_seconds": 0}]  # fmt: skip
+
+
+@in_loop
+async def test_compaction_is_not_streamed(tmp_path):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = answer_json({"output": [{"type": "compaction"}]})
+        status, body, _ = await w.ask_json("/v1/responses/compact", QUESTION)
+        assert (status, body) == (200, {"output": [{"type": "compaction"}]})
+        assert (w.codex.last.path, "stream" in w.codex.body()) == (
+            "/backend-api/codex/responses/compact",
+            False,
+        )
+
+
+@in_loop
+async def test_each_model_has_its_provider(tmp_path):
+    async with codex_world(tmp_path) as w:
+        token_file(w.auth, "ann@example.com")
+        w.server.tick()
+        assert (await w.ask(CODEX, QUESTION)).headers["x-ampproxy-provider"] == "codex"
+        assert (await w.ask("/v1/messages", ASK)).headers["x-ampproxy-provider"] == "claude"
+        assert (
+            await w.ask("/v1/chat/completions", {"model": "gpt-5.4", "messages": []})
+        ).status == 404
+        assert (len(w.codex.requests), len(w.claude.requests)) == (1, 1)
+
+
+@pytest.mark.parametrize("base", ["/v1", "/api/provider/openai/v1"])
+@in_loop
+async def test_the_openai_sdk(tmp_path, base):
+    openai = pytest.importorskip("openai")
+    call = {
+        "type": "function_call",
+        "id": "fc_1",
+        "call_id": "call_1",
+        "name": "f",
+        "arguments": "{}",
+        "status": "completed",
+    }
+    tool = {
+        "type": "function",
+        "name": "f",
+        "parameters": {"type": "object", "properties": {}},
+        "strict": False,
+    }
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AA==", "detail": "auto"}
+    async with codex_world(tmp_path) as w:
+        client = openai.AsyncOpenAI(api_key="k", base_url=w.url + base, max_retries=0)
+        asked = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}, image]}]
+        answer = await client.responses.create(
+            model="gpt-5.4-high", input=asked, max_output_tokens=9
+        )
+        assert (answer.output_text, answer.model, answer.usage.output_tokens) == (
+            "hi",
+            "gpt-5.4-high",
+            3,
+        )
+        assert w.codex.body()["input"] == asked
+        w.codex.usual = (200, SSE, [*codex_events()[:2], event("response.output_item.done", sequence_number=2,
+                                    output_index=0, item=call), codex_events()[4]])  # fmt: skip
+        answer = await client.responses.create(model="gpt-5.4", input="hi", tools=[tool])
+        assert (answer.output[0].name, w.codex.body()["tools"]) == ("f", [tool])
+        w.codex.usual = (200, SSE, codex_events())
+        kinds = [
+            e.type
+            async for e in await client.responses.create(model="gpt-5.4", input="hi", stream=True)
+        ]
+        assert kinds == [e["type"] for e in data_of(b"".join(codex_events()))]
+        w.codex.usual = answer_json(
+            {"error": {"message": "no", "type": "invalid_request_error"}}, 400
+        )
+        with pytest.raises(openai.BadRequestError, match="no"):
+            await client.responses.create(model="gpt-5.4", input="hi")
+        await client.close()
 
 
 # == The official SDK ==============================================================================
