@@ -1075,7 +1075,7 @@ class Pool:
 
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
-TAIL, GZIP, EVENT = 4096, b"\x1f\x8b", re.compile(rb"(?s).*?\r?\n\r?\n")
+TAIL, GZIP = 4096, b"\x1f\x8b"
 ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed))"|\nevent: error')
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1139,9 +1139,9 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         try:
             while not self.content.at_eof():
                 rest += await self.read()
-                events = EVENT.findall(rest) if self.events else []
-                rest = rest[sum(map(len, events)) :]
-                held += b"".join(map(edit, events))
+                if self.events:
+                    whole, end, rest = rest.rpartition(b"\n\n" if b"\n\n" in rest else b"\r\n\r\n")
+                    held += b"".join(edit(event + end) for event in whole.split(end or None))
                 if self.dialect and edit.told:
                     await self.write(held)
                     held = b""

@@ -3358,6 +3358,31 @@ async def test_a_responses_stream_passes_and_its_lost_output_comes_back(tmp_path
         assert [row["output_tokens"] for row in w.server.requests] == [3, 3]
 
 
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@in_loop
+async def test_a_responses_stream_with_long_line_ends(tmp_path, size):
+    async with codex_world(tmp_path) as w:
+        sent = b"".join(codex_events(output=[TEXT_ITEM])).replace(b"\n", b"\r\n")
+        w.codex.script = [(200, SSE, [sent[i : i + size] for i in range(0, len(sent), size)])]
+        assert (await w.ask(CODEX, QUESTION)).bytes == sent
+
+
+@in_loop
+async def test_an_event_of_many_megabytes_does_not_stop_the_rest(tmp_path):
+    """Encrypted reasoning may be as large; a request beside it is answered meanwhile."""
+    async with codex_world(tmp_path) as w:
+        item = {**THOUGHT, "encrypted_content": "gAAAA" + "x" * 12_000_000}
+        big = event("response.output_item.done", sequence_number=2, output_index=0, item=item)
+        sent = b"".join([*codex_events()[:2], big, codex_events(output=[item])[4]])
+        w.codex.script = [(200, SSE, [sent])]
+        asked, began, longest = asyncio.create_task(w.ask(CODEX, QUESTION)), time.monotonic(), 0
+        while not asked.done():
+            await asyncio.sleep(0)
+            longest, began = max(longest, time.monotonic() - began), time.monotonic()
+        assert (await asked).bytes == sent
+        assert longest < 1
+
+
 @pytest.mark.parametrize("kind", ["response.completed", "response.incomplete"])
 @in_loop
 async def test_a_stream_is_folded_for_who_asked_for_none(tmp_path, kind):
