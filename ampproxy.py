@@ -456,9 +456,8 @@ def is_readable(item: Json) -> bool:
     item.pop("id", None)
     if len(call_id := str(item.get("call_id") or "")) > 64:
         item["call_id"] = f"{call_id[:47]}_{hashlib.sha256(call_id.encode()).hexdigest()[:16]}"
-    secret = str(item.get("encrypted_content"))
-    foreign = item.get("type") == "reasoning" and not secret.startswith("gAAAA")
-    return not foreign and item.get("type") != "item_reference"
+    kind, secret = item.get("type"), str(item.get("encrypted_content"))
+    return kind != "item_reference" and (kind != "reasoning" or secret.startswith("gAAAA"))
 
 
 RULES = {"claude": prepare_claude, "codex": prepare_codex}
@@ -534,19 +533,24 @@ class Net:
     def __init__(self, live: Live) -> None:
         self.live, trace = live, aiohttp.TraceConfig()
         trace.on_request_redirect.append(stay)
-        os.environ["NETRC"] = os.devnull  # aiohttp would send what it says, or fail by it
+        self.proxies = urllib.request.getproxies()  # aiohttp's look-up is slow and reads ~/.netrc
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_line_size=65536, max_field_size=65536, trust_env=True)  # fmt: skip
+            max_line_size=65536, max_field_size=65536)  # fmt: skip
+
+    def proxy(self, url: str) -> str | None:
+        given = self.proxies.get(url.partition(":")[0])
+        around = given and urllib.request.proxy_bypass(URL(url).host or "")
+        return self.live.config["proxy-url"] or (None if around else given)
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, **more: Any) -> AsyncIterator[Upstream]:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
         idle = more.pop("idle", self.live.config["streaming"]["idle-timeout-seconds"])
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
-        more |= {"timeout": timeout, "proxy": self.live.config["proxy-url"] or None}
+        more |= {"timeout": timeout, "proxy": self.proxy(url)}
         try:
             response = await self.session.request(
                 method, URL(url, encoded=True), allow_redirects=False, **more
@@ -646,7 +650,6 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
 
 
 async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
-    """Show the way, wait at the port and at standard input: what came, and the redirect address."""
     loop = asyncio.get_running_loop()
     callback: asyncio.Future[dict[str, str]] = loop.create_future()
 
@@ -794,7 +797,6 @@ class Call:
 
     @property
     def thread(self) -> str:
-        """Which conversation this is, by what clients send (clients.md); "" if nothing tells."""
         metadata = self.body.get("metadata")
         shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
         shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
@@ -1145,7 +1147,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 if self.dialect and edit.told:
                     await self.write(held)
                     held = b""
-                    if self.dialect == "anthropic":  # the first event alone names the model
+                    if edit.done:
                         return await self.send(rest)
             held += edit(rest)
         except ValueError as error:
@@ -1230,12 +1232,11 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
-        url = URL(self.address(request), encoded=True)
+        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
         try:
             upstream = await self.net.session.ws_connect(
-                url, headers=self.outgoing(request, key), autoclose=False,
-                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT,
-                proxy=self.live.config["proxy-url"] or None)  # fmt: skip
+                url, headers=self.outgoing(request, key), proxy=proxy, autoclose=False,
+                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT)  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
@@ -1354,7 +1355,6 @@ class Forwarder(Ampcode):
             account.in_flight -= 1
 
     async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
-        """A request to the provider, its answer to the client; ProxyError before its first byte."""
         url, now = addressed(call, account, token), self.clock.time()
         async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
             account.quota = (windows := quota_of(upstream.headers)) or account.quota
@@ -1431,7 +1431,7 @@ class Reading:
 
     def __init__(self, call: Call, answered: Callable[[], None]) -> None:
         self.call, self.answered, self.items = call, answered, dict[int, Any]()
-        self.told, self.ended, self.whole = False, False, Json()
+        self.told, self.ended, self.done, self.whole = False, False, False, Json()
 
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
         raw, answer, headers = b"", Json(), upstream.headers
@@ -1461,7 +1461,7 @@ class Reading:
         return error
 
     def __call__(self, data: bytes) -> bytes:
-        if (at := data.find(b"{")) < 0:
+        if self.done or (at := data.find(b"{")) < 0:
             return data
         event = read_object(data[at:])
         inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
@@ -1478,7 +1478,7 @@ class Reading:
             change = change or data.count(given) != 1  # a tool's input may have it, too
             data = data.replace(given, asked)
         if not self.told and kind not in QUIET:
-            self.told = True
+            self.told, self.done = True, self.call.dialect == "anthropic"
             self.answered()
         self.whole = holder
         return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
