@@ -167,8 +167,7 @@ def error_frame(dialect: str, status: int, message: str) -> bytes:
 # == Configuration and provider table ==============================================================
 # One YAML file with CLIProxyAPI's names, read over these defaults, whose types are rules: a|b is
 # a choice, "!" what a table needs, a list with "" or a table in it shows a member and is empty.
-# `providers` is the provider table (facts of providers.md).  To add a key, add a row; to add a
-# provider, add a row and, in RULES, one small function for what is peculiar to it.
+# `providers` is the provider table (providers.md).  To add one, add a row and a rule in RULES.
 DEFAULTS: Json = yaml.safe_load(r"""
 {host: 127.0.0.1, port: 8317, auth-dir: ~/.ampproxy, api-keys: [''], debug: false,
  logging-to-file: false, proxy-url: '', request-retry: 3, max-retry-interval: 30.0,
@@ -198,21 +197,17 @@ DEFAULTS: Json = yaml.safe_load(r"""
    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
    callback-port: 54545, callback-path: /callback, refresh-lead: 300},
-  codex: {<<: *claude, aliases: [openai, chatgpt],
-   base-url: https://chatgpt.com/backend-api/codex,
+  codex: {<<: *claude, aliases: [openai, chatgpt], base-url: https://chatgpt.com/backend-api/codex,
    paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
    headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0},
    passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
-   models: [gpt-*, codex-*],
-   drops: [max_*, top_*, "*_penalty", "prompt_cache_[ro]*", temperature, user, truncation, n,
-           context_management, metadata, safety_identifier, stream_options, "*logprobs", seed, stop,
-           logit_bias, response_format, reasoning_effort],
+   models: [gpt-*, codex-*], callback-port: 1455, callback-path: /auth/callback,
+   drops: [max_*, top_*, '*_penalty', 'prompt_cache_[ro]*', temperature, user, truncation, n, seed,
+           stop, context_*, metadata, safety_*, stream_o*, log*, '*_format', reasoning_e*],
    authorize-url: https://auth.openai.com/oauth/authorize,
-   authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true',
-                     prompt: login},
+   authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true'},
    token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
-   client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access,
-   callback-port: 1455, callback-path: /auth/callback},
+   client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access},
   gemini: &later {<<: *claude, aliases: [''], paths: {}}, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
@@ -402,7 +397,6 @@ def clean_blocks(holder: Any) -> bool:
 
 
 def is_clean(block: Any) -> bool:
-    """A block after cleaning; False for empty text and thinking that no Claude model has signed."""
     match block:
         case {"type": "text", "text": ""}:
             return False
@@ -514,8 +508,8 @@ def claims(token: Json) -> Json:
         part = str(token["id_token"]).split(".")[1]
         told = read_object(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
         auth = told.get("https://api.openai.com/auth") or {}
-        names = {"account_id": "chatgpt_account_id", "plan": "chatgpt_plan_type"}
-        return {"email": told["email"]} | {k: auth[v] for k, v in names.items() if auth.get(v)}
+        names = {"account_id": "chatgpt_account_id", "plan": "chatgpt_plan_type", "email": "email"}
+        return {k: found for k, v in names.items() if (found := auth.get(v) or told.get(v))}
     return {}
 
 
@@ -675,8 +669,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         say(f"Open this address in a browser to sign in to {row['name']}:\n\n{url}\n")
         if browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        else:
-            say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
+        say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
         if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
@@ -704,16 +697,16 @@ def token_fields(answer: Json, now: float) -> Json:
 
 
 async def identity_of(net: Net, row: Json, answer: Json) -> Json:
-    token = str(answer["access_token"])
+    token, told = str(answer["access_token"]), claims(answer)
     with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
-        if told := claims(answer):
+        if told.get("email"):
             return told
         if not (answer.get("account") or {}).get("email_address"):
             more = {"headers": {"Authorization": f"Bearer {token}"}}
             _, answer = await net.ask_json("GET", row["profile-url"], **more)
         account = answer.get("account", answer)
         return {"email": str(account.get("email_address") or account["email"])}
-    return {"email": "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]}
+    return {**told, "email": "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]}
 
 
 # == Who asks, and what? ===========================================================================
@@ -789,8 +782,7 @@ class Call:
         self.request, self.dialect, self.amp = request, DIALECTS[first], bool(found["amp"])
         self.verb, self.model = found["verb"] or last or first, unquote(found["model"] or "")
         self.raw, self.body, self.worded, self.headers = b"", Json(), b"", Headers()
-        self.row, self.folds = Json(), False  # whose words `headers` and `worded` are
-        self.wanted, self.effort = "", ""  # what the model's name asks for
+        self.row, self.folds, self.wanted, self.effort = Json(), False, "", ""
         self.trouble, self.cut, self.silence = "", False, 0.0  # until a comment goes out
         self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
@@ -826,7 +818,11 @@ class Call:
             raise ProxyError(400, "The request names no model")
         found = SUFFIX.fullmatch(model)
         name, effort, gpt, level = found.groups() if found else ("", "", "", "")
-        self.model, self.wanted, self.effort = model, name or gpt or model, effort or level or ""
+        self.model, self.wanted, self.effort = (
+            model,
+            name or gpt or model,
+            (effort or level or "").lower(),
+        )
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
@@ -834,7 +830,7 @@ class Call:
 
     def forget_reasoning(self) -> bool:
         items = self.body.get("input", [])
-        self.body["input"] = [item for item in items if item.get("type") != "reasoning"]
+        self.body["input"] = [i for i in items if not (isinstance(i, dict) and "summary" in i)]
         self.worded = compact(self.body)
         return len(self.body["input"]) < len(items)
 
@@ -932,7 +928,8 @@ class Pool:
             return
         account = self.accounts.setdefault(path, Account(path, token))
         if token.get("access_token") == account.replaced != account.token.get("access_token"):
-            self.save(account, account.token)  # what could not be saved is newer
+            kept = {k: v for k, v in token.items() if k in ("disabled", "priority")}
+            self.save(account, account.token | kept)  # what could not be saved is newer
             return
         if token.get("access_token") != account.token.get("access_token"):
             account.rests, account.retry = {}, 0.0
@@ -1039,6 +1036,8 @@ class Pool:
                 raise ProxyError(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, account.row, {"refresh_token": token})
+            if account.token.get("refresh_token") != token:
+                return  # a new login came meanwhile
             account.replaced = str(account.token.get("access_token"))
             self.save(account, token_fields(answer, self.clock.time()))
             log.info("%s: token refreshed", account.name)
@@ -1077,8 +1076,8 @@ class Pool:
 
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
-TAIL, GZIP = 4096, b"\x1f\x8b"
-ENDING = re.compile(rb'"(message_stop|response\.(completed|incomplete|failed))"|\nevent: error')
+TAIL, GZIP, MAGIC = 4096, b"\x1f\x8b", (b"", b"\x1f", b"\x1f\x8b")  # of gzip, as it comes in
+ENDING = re.compile(rb'"message_stop"|\nevent: error')
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
@@ -1150,10 +1149,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                     if edit.done:
                         return await self.send(rest)
             held += edit(rest)
-        except ValueError as error:
-            raise ProxyError(502, f"{edit.call.provider} sent no whole answer") from error
-        except ProxyError:
-            if not edit.ended:
+        except (ValueError, ProxyError) as error:  # of garbage, or a break
+            if isinstance(error, ProxyError) and not edit.ended:
                 raise
         if not edit.told or (edit.call.folds and not edit.ended):
             raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
@@ -1164,8 +1161,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         broken = self.dialect and not edit.ended
         return await self.finish("the stream stopped before its end" if broken else "")
 
-    async def finish(self, broken: str = "", status: int = 502) -> Answer:
-        """The end; for a broken answer the dialect's error event, where it has none a cut."""
+    async def finish(self, broken: str = "", status: int = 502, said: str = "") -> Answer:
         if broken and self.call:
             self.call.trouble = f"{self.call.trouble}; {broken}".removeprefix("; ")
             self.call.cut = True
@@ -1174,7 +1170,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 self.request.transport.abort()
             raise ConnectionResetError(broken)
         if broken:
-            await self.write(error_frame(self.dialect, status, broken))
+            await self.write(error_frame(self.dialect, status, said or broken))
         await self.response.write_eof()
         return self.response
 
@@ -1267,7 +1263,7 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     kind = headers.get("Content-Type", "")
     if not edits and (PACKED in headers or relay.events or "zip" in kind):
         return raw
-    while (edits or raw in (b"", GZIP[:1]) or raw.startswith(GZIP)) and not relay.content.at_eof():
+    while (edits or raw[:2] in MAGIC) and len(raw) <= BODY_LIMIT and not relay.content.at_eof():
         raw += await relay.read()
     body = (inflate(raw) if raw.startswith(GZIP) else None) or raw
     body = without_flag(body) if edits else body
@@ -1290,10 +1286,12 @@ def without_flag(body: bytes) -> bytes:
 # One model call, answered by the first account that can.
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
+ENDS = ("response.completed", "response.incomplete", "response.failed")
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
-STREAM_ERRORS |= dict.fromkeys(("rate_limit_exceeded", "usage_limit_reached"), 429)
-STREAM_ERRORS |= dict.fromkeys(("context_length_exceeded", "invalid_encrypted_content"), 400)
+STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "invalid_prompt": 400,
+                  "context_length_exceeded": 400, "invalid_encrypted_content": 400,
+                  "insufficient_quota": 429, "server_is_overloaded": 529}  # fmt: skip
 
 
 class Forwarder(Ampcode):
@@ -1372,7 +1370,7 @@ class Forwarder(Ampcode):
                 if not relay.response.prepared:
                     raise
                 self.pool.rest(account, late, call.wanted, began)
-                return await relay.finish(late.message, late.status)
+                return await relay.finish(late.message, late.status, late.said)
             finally:
                 call.count(relay.first + relay.tail)
                 account.counts.update(call.tokens)
@@ -1391,7 +1389,8 @@ def word(call: Call, row: Json) -> None:
     call.headers["Accept"] = "text/event-stream" if streams else "application/json"
     call.body["model"] = call.wanted
     if call.effort and call.dialect == "responses":
-        call.body["reasoning"] = {**(call.body.get("reasoning") or {}), "effort": call.effort}
+        asked = call.body.get("reasoning")
+        call.body["reasoning"] = dict(asked if isinstance(asked, dict) else {}, effort=call.effort)
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif call.verb == "messages" and not call.body.get("max_tokens"):
@@ -1406,6 +1405,7 @@ def word(call: Call, row: Json) -> None:
 def addressed(call: Call, account: Account, token: str) -> str:
     base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
     call.headers["Authorization"] = f"Bearer {token}"
+    call.headers.popall("Chatgpt-Account-Id", None)
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
         call.headers["Chatgpt-Account-Id"] = str(number)
     if found := re.search(r"/(v\d\w*|backend-api/codex)$", base):
@@ -1466,11 +1466,12 @@ class Reading:
         event = read_object(data[at:])
         inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
         kind, holder, change = event.get("type"), next(inner, event), False
-        if kind == "error" or isinstance(holder.get("error"), dict):
+        late = self.told and kind == "response.failed" and not self.call.folds
+        if kind == "error" or (isinstance(holder.get("error"), dict) and not late):
             raise self.failure(holder)
-        self.ended = self.ended or bool(ENDING.search(data))
+        self.ended = self.ended or kind in ENDS
         if kind == "response.output_item.done":
-            self.items[event.get("output_index", 0)] = event.get("item")
+            self.items[event.get("output_index", len(self.items))] = event.get("item")
         elif change := holder.get("output") == [] and bool(self.items):
             holder["output"] = [item for _, item in sorted(self.items.items())]
         if isinstance(name := holder.get("model"), str) and name != self.call.model:
@@ -1480,7 +1481,7 @@ class Reading:
         if not self.told and kind not in QUIET:
             self.told, self.done = True, self.call.dialect == "anthropic"
             self.answered()
-        self.whole = holder
+        self.whole = self.whole if holder is event else holder
         return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
 
 
@@ -1779,7 +1780,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done, 1 failed (one sentence on standard error says what to do), 2 wrong usage."""
     args = vars(parse(argv))
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:

@@ -3433,7 +3433,7 @@ CODEX_ROWS = {  # what ChatGPT says: which rests, for how long, requests made
     "a dead connection": ((200, {}, ["cut"]), "", 5, 4),
     "failed before a word": ((200, SSE, [codex_events()[0], event("response.failed", response=reply(
         status="failed", error={"code": "rate_limit_exceeded", "message": "wait"}))]), "", 60, 2),
-    "an error before a word": ((200, SSE, [event("error", code="server_is_overloaded", message="x")]), "", 5, 4),
+    "an error before a word": ((200, SSE, [event("error", code="server_is_overloaded", message="x")]), "", 30, 4),
     "cut before a word": ((200, SSE, codex_events()[:2]), "", 5, 4),
     "garbage": ((200, SSE, [b"data: {x}\n\n"]), "", 5, 4),
 }  # fmt: skip
@@ -3521,6 +3521,143 @@ async def test_a_stream_that_breaks_ends_as_codex_understands_it(tmp_path):
             assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
             assert last["response"]["error"]["message"]
         assert [row["status"] for row in w.server.requests] == [200, 200]
+
+
+@in_loop
+async def test_an_account_without_an_id_is_not_sent_with_anothers(tmp_path):
+    async with codex_world(tmp_path, ("ann@example.com",)) as w:
+        codex_file(w.auth, "bob@example.com", account_id=None, id_token="")
+        w.server.tick()
+        w.codex.script = [answer_json(SPENT, 429)]
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        sent = {
+            r.headers["Authorization"]: r.headers.get("Chatgpt-Account-Id")
+            for r in w.codex.requests
+        }
+        assert sent == {
+            "Bearer tok-ann@example.com": "acc-ann@example.com",
+            "Bearer tok-bob@example.com": None,
+        }
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@in_loop
+async def test_a_request_that_the_model_refuses_is_the_clients_fault(tmp_path, stream):
+    failed = event(
+        "response.failed",
+        response=reply(status="failed", error={"code": "invalid_prompt", "message": "no"}),
+    )
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, SSE, [codex_events()[0], failed])
+        path = "/api/provider/openai/v1/responses"
+        status, body, _ = await w.ask_json(path, {**QUESTION, "stream": stream})
+        assert (status, "no" in body["error"]["message"]) == (400, True)
+        assert (len(w.codex.requests), w.amp.requests, resting(w)) == (1, [], {})
+
+
+@in_loop
+async def test_a_failure_after_the_first_word_passes_with_its_words(tmp_path):
+    failed = event("response.failed", sequence_number=9, response=reply(
+        status="failed", error={"code": "context_length_exceeded", "message": "too much"}))  # fmt: skip
+    async with codex_world(tmp_path) as w:
+        for cut in (3, 2):  # in one piece with what came before, and behind it
+            sent = codex_events()[:3]
+            w.codex.script = [(200, SSE, [b"".join(sent[:cut]), b"".join([*sent[cut:], failed])])]
+            response = await w.ask(CODEX, QUESTION)
+            assert response.bytes == b"".join([*sent, failed])
+        w.codex.script = [(200, SSE, [b"".join([*codex_events()[:4], failed])])] * 3
+        status, body, _ = await w.ask_json(CODEX, {**QUESTION, "stream": False})
+        assert (status, "too much" in body["error"]["message"]) == (400, True)
+
+
+@in_loop
+async def test_what_follows_the_end_or_looks_like_it_changes_nothing(tmp_path):
+    tools = [{"type": "function", "name": "f", "parameters": {"enum": ["response.completed"]}}]
+    quiet = event("codex.rate_limits", plan="plus")
+    async with codex_world(tmp_path) as w:
+        w.codex.script = [(200, SSE, [*codex_events(), quiet, b"data: {broken\n\n"])]
+        status, body, _ = await w.ask_json(CODEX, {**QUESTION, "stream": False})
+        assert (status, body["output"]) == (200, [TEXT_ITEM])
+        start = event("response.created", response=reply(status="in_progress", tools=tools))
+        w.codex.script = [(200, SSE, [start, codex_events()[2]])]
+        got = data_of((await w.ask(CODEX, QUESTION)).bytes)
+        assert [e["type"] for e in got] == [
+            "response.created",
+            "response.output_text.delta",
+            "response.failed",
+        ]
+        two = [event("response.output_item.done", item={**TEXT_ITEM, "id": name}) for name in "ab"]
+        w.codex.script = [(200, SSE, [*two, codex_events()[4]])]
+        status, body, _ = await w.ask_json(CODEX, {**QUESTION, "stream": False})
+        assert [item["id"] for item in body["output"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"model": "gpt-5.4(high)", "reasoning": "x"}, {"input": [1, None, "x"]}, {"tools": None}],
+)
+@in_loop
+async def test_odd_bodies_are_the_backends_to_judge(tmp_path, body):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = answer_json(
+            {"error": {"code": "invalid_encrypted_content", "message": "odd"}}, 400
+        )
+        status, answer, _ = await w.ask_json(CODEX, {**QUESTION, **body})
+        assert (status, answer["error"]["message"]) == (400, "odd")
+
+
+@in_loop
+async def test_an_id_token_without_an_address_still_tells_the_account(tmp_path):
+    told = id_token(email=None)
+    assert ampproxy.claims({"id_token": told}) == {"account_id": "acc-1", "plan": "plus"}
+    given = {"access_token": "tok", "refresh_token": "rt_1", "id_token": told, "expires_in": 99}
+    async with codex_authority(tmp_path, answer_json(given)):
+        with Cli(tmp_path, "login", "codex", "--no-browser") as cli:
+            asked = query_of(await cli.until("paste the address"))
+            status, _, _ = await cli.end(f"{asked['redirect_uri']}?code=c&state={asked['state']}\n")
+    assert status == 0
+    (path,) = tmp_path.glob("auth/codex-account-*.json")
+    assert json.loads(path.read_text())["account_id"] == "acc-1"
+
+
+@in_loop
+async def test_a_login_made_during_a_refresh_is_not_overwritten(tmp_path):
+    async with codex_world(tmp_path, ()) as w:
+        path = codex_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+
+        async def meanwhile(request):
+            login = json.loads(path.read_text()) | {
+                "access_token": "C",
+                "refresh_token": "rt_C",
+                "expired": "2030-01-01T00:00:00Z",
+            }
+            ampproxy.save_token(path, login)
+            w.server.tick()
+            return web.json_response(
+                {"access_token": "B", "refresh_token": "rt_B", "expires_in": 9999}
+            )
+
+        w.authority.usual = meanwhile
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        assert w.codex.last.headers["Authorization"] == "Bearer C"
+        assert json.loads(path.read_text())["refresh_token"] == "rt_C"
+
+
+@in_loop
+async def test_an_edit_over_an_older_token_keeps_both(tmp_path):
+    async with codex_world(tmp_path, ()) as w:
+        path = codex_file(w.auth, expired="2020-01-01T00:00:00Z")
+        before = json.loads(path.read_text())
+        w.server.tick()
+        w.authority.usual = answer_json(
+            {"access_token": "B", "refresh_token": "rt_B", "expires_in": 9999}
+        )
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        path.write_text(json.dumps({**before, "priority": 9, "disabled": True}))
+        w.server.tick()
+        token = json.loads(path.read_text())
+        assert (token["refresh_token"], token["priority"], token["disabled"]) == ("rt_B", 9, True)
 
 
 @in_loop
