@@ -135,8 +135,7 @@ def redact(record: logging.LogRecord) -> bool:
     return True
 
 
-# The words that each dialect's SDK looks for.  To add a status, add a row.
-KINDS = {  # status: Anthropic's type, OpenAI's type, Google's status
+KINDS = {  # what SDKs look for, by status: Anthropic's type, OpenAI's type, Google's status
     400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
     401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
     403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
@@ -1176,8 +1175,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
 
 
 # == ampcode.com ===================================================================================
-# What is no model call goes there as it came, but for the credentials; so do, and may cost credits,
-# the model calls that nobody else answers.
+# It gets what is no model call, and, for credits, the calls that nobody here answers; as they came.
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
 
@@ -1287,6 +1285,7 @@ def without_flag(body: bytes) -> bytes:
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
 ENDS = ("response.completed", "response.incomplete", "response.failed")
+LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
 STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "invalid_prompt": 400,
@@ -1388,15 +1387,16 @@ def word(call: Call, row: Json) -> None:
     streams = call.folds or call.body.get("stream")
     call.headers["Accept"] = "text/event-stream" if streams else "application/json"
     call.body["model"] = call.wanted
-    if call.effort and call.dialect == "responses":
+    if call.effort.isdigit():
+        call.effort = next(LEVELS[most] for most in LEVELS if int(call.effort) <= most)
+    if call.effort not in ("", "auto") and call.dialect == "responses":
         asked = call.body.get("reasoning")
         call.body["reasoning"] = dict(asked if isinstance(asked, dict) else {}, effort=call.effort)
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
-    with suppress(RecursionError):  # blocks in blocks: the provider will say what it thinks of it
-        RULES[row["name"]](call.body, call.headers, row)
+    RULES[row["name"]](call.body, call.headers, row)
     if call.verb == "compact":
         del call.body["stream"]
     call.worded = compact(call.body)

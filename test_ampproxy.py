@@ -3398,7 +3398,8 @@ async def test_a_stream_is_folded_for_who_asked_for_none(tmp_path, kind):
 @pytest.mark.parametrize(("asked", "served", "effort"), [
     ("gpt-5.4", "gpt-5.4", None), ("gpt-5.4-high", "gpt-5.4", "high"), ("gpt-5.4-xhigh", "gpt-5.4", "xhigh"),
     ("gpt-5.4(low)", "gpt-5.4", "low"), ("gpt-5.4-mini", "gpt-5.4-mini", None), ("gpt-5.4-mini-low", "gpt-5.4-mini", "low"),
-    ("gpt-5.4(minimal)", "gpt-5.4", "minimal"), ("gpt-5.1-codex-max", "gpt-5.1-codex-max", None),
+    ("gpt-5.4(minimal)", "gpt-5.4", "minimal"), ("gpt-5.4(HIGH)", "gpt-5.4", "high"), ("gpt-5.4(auto)", "gpt-5.4", None),
+    ("gpt-5.4(8192)", "gpt-5.4", "medium"), ("gpt-5.4(0)", "gpt-5.4", "none"), ("gpt-5.4(99999)", "gpt-5.4", "xhigh"), ("gpt-5.4()", "gpt-5.4", None), ("gpt-5.1-codex-max", "gpt-5.1-codex-max", None),
     ("gpt-5.4(low", "gpt-5.4(low", None),
 ])  # fmt: skip
 @in_loop
