@@ -526,7 +526,8 @@ class Net:
     def __init__(self, live: Live) -> None:
         self.live, trace = live, aiohttp.TraceConfig()
         trace.on_request_redirect.append(stay)
-        self.proxies = urllib.request.getproxies()  # aiohttp's look-up is slow and reads ~/.netrc
+        found = urllib.request.getproxies().items()  # aiohttp's look-up is slow, and reads ~/.netrc
+        self.proxies = {name: url if "//" in url else f"http://{url}" for name, url in found}
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
@@ -1075,7 +1076,7 @@ class Pool:
 
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
-TAIL, GZIP, MAGIC = 4096, b"\x1f\x8b", (b"", b"\x1f", b"\x1f\x8b")  # of gzip, as it comes in
+TAIL, MAGIC = 4096, (b"", b"\x1f", b"\x1f\x8b")  # how gzip begins
 ENDING = re.compile(rb'"message_stop"|\nevent: error')
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1104,6 +1105,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         self.first, self.tail = b"", b"\n\n"
 
     async def read(self) -> bytes:
+        """The next bytes, b"" at the end; comments go out while none come."""
         while not self.content.at_eof():
             try:
                 async with asyncio.timeout(self.silence) as silence:
@@ -1135,19 +1137,19 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
 
     async def edited(self, edit: Any) -> Answer:
         """What `edit` makes of each event, or of the whole; nothing goes out before it has told."""
-        rest = held = b""
+        rest, held = bytearray(), b""
         try:
             while not self.content.at_eof():
-                rest += await self.read()
-                if self.events:
+                rest += (data := await self.read())
+                if self.events and b"\n" in data:
                     whole, end, rest = rest.rpartition(b"\n\n" if b"\n\n" in rest else b"\r\n\r\n")
-                    held += b"".join(edit(event + end) for event in whole.split(end or None))
+                    held += b"".join(edit(bytes(one + end)) for one in whole.split(end or None))
                 if self.dialect and edit.told:
                     await self.write(held)
                     held = b""
                     if edit.done:
-                        return await self.send(rest)
-            held += edit(rest)
+                        return await self.send(bytes(rest))
+            held += edit(bytes(rest))
         except (ValueError, ProxyError) as error:  # of garbage, or a break
             if isinstance(error, ProxyError) and not edit.ended:
                 raise
@@ -1258,13 +1260,11 @@ async def frames(source: Any, sink: Any) -> None:
 
 async def opened(relay: Relay, edits: bool) -> bytes:
     headers, raw = relay.response.headers, b""
-    kind = headers.get("Content-Type", "")
-    if not edits and (PACKED in headers or relay.events or "zip" in kind):
+    if not edits and (PACKED in headers or relay.events or "zip" in relay.response.content_type):
         return raw
     while (edits or raw[:2] in MAGIC) and len(raw) <= BODY_LIMIT and not relay.content.at_eof():
         raw += await relay.read()
-    body = (inflate(raw) if raw.startswith(GZIP) else None) or raw
-    body = without_flag(body) if edits else body
+    body = without_flag(inflate(raw) or raw) if edits else inflate(raw) or raw
     if body != raw:
         headers.popall(PACKED, None)
         headers["Content-Length"] = str(len(body))

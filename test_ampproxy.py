@@ -3374,7 +3374,7 @@ async def test_an_event_of_many_megabytes_does_not_stop_the_rest(tmp_path):
         item = {**THOUGHT, "encrypted_content": "gAAAA" + "x" * 12_000_000}
         big = event("response.output_item.done", sequence_number=2, output_index=0, item=item)
         sent = b"".join([*codex_events()[:2], big, codex_events(output=[item])[4]])
-        w.codex.script = [(200, SSE, [sent])]
+        w.codex.script = [(200, SSE, [sent[i : i + 16_384] for i in range(0, len(sent), 16_384)])]
         asked, began, longest = asyncio.create_task(w.ask(CODEX, QUESTION)), time.monotonic(), 0
         while not asked.done():
             await asyncio.sleep(0)
