@@ -3103,6 +3103,20 @@ async def test_status(tmp_path):
         assert "sk-ant" not in json.dumps(status)
 
 
+@pytest.mark.parametrize("scheme", ["", "http://"])
+@in_loop
+async def test_the_environments_proxy_is_used_but_for_no_proxy(tmp_path, monkeypatch, scheme):
+    outbound = FakeUpstream(answer_json(message()))
+    async with outbound.open():
+        monkeypatch.setenv("http_proxy", scheme + outbound.url.removeprefix("http://"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        async with world(tmp_path, claude={"base-url": "http://claude.invalid"}) as w:
+            assert (await w.ask("/v1/messages", ASK)).status == 200
+            assert outbound.last.raw_path == "http://claude.invalid/v1/messages"
+            assert (await w.ask("/api/threads", method="GET")).status == 200
+            assert (len(outbound.requests), len(w.amp.requests)) == (1, 1)
+
+
 # == ChatGPT logins ================================================================================
 
 CODEX = "/v1/responses"
