@@ -1523,17 +1523,17 @@ class Server(Forwarder):
             call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
             error.headers.update(call.marks)
         error.headers.setdefault("Content-Type", "application/json")
-        if error.retry_after:
-            error.headers["Retry-After"] = str(max(1, round(error.retry_after)))
-        if error.retry_after > 30:
-            error.headers["x-should-retry"] = "false"
+        wait = max(1, round(error.retry_after)) if error.retry_after else 0
+        told = {"Retry-After": str(wait), "x-should-retry": "false" if wait > 30 else ""}
+        error.headers.update({name: value for name, value in told.items() if wait and value})
         said = error_body(call.dialect if call else "", error.status, error.message)
         if error.status == 502 and not call:
             said = {"error": "amp_upstream_proxy_error", "message": error.message}
-        if call and call.dialect == "responses" and error.status == 429 and error.retry_after > 30:
-            wait = round(error.retry_after)  # Codex shows this one, and waits out any other
-            spent = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
-            said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **spent}
+        spent = error.status == 429 and wait > 30 and b'"usage_limit_reached"' not in error.body
+        if call and call.dialect == "responses" and spent:  # Codex waits out any other in silence
+            ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
+            said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **ends}
+            error.body = b""
         body = error.body or compact(said)
         response = web.Response(status=error.status, body=body, headers=error.headers)
         if not request.content.is_eof():

@@ -3505,6 +3505,20 @@ async def test_a_spent_plan_is_told_as_codex_understands_it(tmp_path):
         assert body["error"]["resets_at"] == 1_800_001_800
 
 
+@pytest.mark.parametrize(
+    ("wait", "kind"), [("3600", "usage_limit_reached"), ("20", "rate_limit_exceeded")]
+)
+@in_loop
+async def test_a_long_throttle_is_told_likewise(tmp_path, wait, kind):
+    """Codex would sit through any other 429 without a word (clients.md)."""
+    async with codex_world(tmp_path, **{"max-retry-interval": 0}) as w:
+        refused = {"error": {"type": "rate_limit_exceeded", "message": "slowly"}}
+        w.codex.usual = answer_json(refused, 429, **{"Retry-After": wait})
+        status, body, headers = await w.ask_json(CODEX, QUESTION)
+        assert (status, body["error"]["type"], headers["Retry-After"]) == (429, kind, wait)
+        assert body["error"].get("resets_in_seconds") == (3600 if wait == "3600" else None)
+
+
 @in_loop
 async def test_an_error_without_the_dialects_shape_is_given_it(tmp_path):
     async with codex_world(tmp_path) as w:
