@@ -207,7 +207,9 @@ DEFAULTS: Json = yaml.safe_load(r"""
    authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true'},
    token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
    client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access},
-  gemini: &later {<<: *claude, aliases: [''], paths: {}}, antigravity: *later}}
+  gemini: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
+   profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
+   client-id: '', client-secret: ''}, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
@@ -336,7 +338,7 @@ class Live:
             raise Failure(f"{self.path}: is empty")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
-        self.rows = [self.row(name) for name, row in config["providers"].items() if row["enabled"]]
+        self.rows = [r for r in map(self.row, config["providers"]) if r["enabled"] and r["paths"]]
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
@@ -380,8 +382,9 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     asked.append(row["headers"]["anthropic-beta"])
     betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
     headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
-    if body.get("thinking") == {"type": "auto"}:  # a word of Amp's only
-        body["thinking"] = {"type": "adaptive"}
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict) and thinking.get("type") == "auto":  # a word of Amp's only
+        thinking["type"] = "adaptive"
     if isinstance(body.get("messages"), list):
         body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
     if row["identity"]:
@@ -544,11 +547,9 @@ class Net:
         """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
         idle = more.pop("idle", self.live.config["streaming"]["idle-timeout-seconds"])
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
-        more |= {"timeout": timeout, "proxy": self.proxy(url)}
+        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
-            response = await self.session.request(
-                method, URL(url, encoded=True), allow_redirects=False, **more
-            )
+            response = await self.session.request(method, URL(url, encoded=True), **more)
         except NET_ERRORS as error:
             host = URL(url).host or "an empty upstream-url"
             raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
@@ -717,8 +718,7 @@ KEY_PARAMETERS = ("key", "auth_token")
 MODEL_PATH = re.compile(
     r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
     r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models/"
-    r"(?P<model>[^/:]+):(?P<verb>\w+))"
-)
+    r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
@@ -818,11 +818,8 @@ class Call:
             raise ProxyError(400, "The request names no model")
         found = SUFFIX.fullmatch(model)
         name, effort, gpt, level = found.groups() if found else ("", "", "", "")
-        self.model, self.wanted, self.effort = (
-            model,
-            name or gpt or model,
-            (effort or level or "").lower(),
-        )
+        self.model, self.wanted = model, name or gpt or model
+        self.effort = (effort or level or "").lower()
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
@@ -1001,7 +998,7 @@ class Pool:
             waits.append(wait := account.wait(model, now))
             then = account.hint if wait == NEVER else f"wakes in {wait:.0f} s"
             errors = [rest.error for rest in account.resting(model)]
-            lacks = lacks and all(error.status in (400, 404) for error in errors)
+            lacks = lacks and bool(errors) and all(error.status in (400, 404) for error in errors)
             reasons = ", ".join(error.message for error in errors)
             told.append(f"{account.type} {account.email}: {reasons}; {then}")
         first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
@@ -1286,6 +1283,7 @@ QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overa
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
+MATTERS = re.compile(rb'"(response|error|response\.output_item\.done)"')  # in later events
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
 STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "invalid_prompt": 400,
@@ -1376,6 +1374,7 @@ class Forwarder(Ampcode):
 
 
 def word(call: Call, row: Json) -> None:
+    """Put the call in the words of a row's backend: `headers`, `worded`, whether it `folds`."""
     if call.row:  # the body has been changed for another row
         call.parse()
     call.row, call.provider, call.served_model = row, row["name"], call.wanted
@@ -1440,8 +1439,8 @@ class Reading:
             answer = read_object(raw := inflate(raw) or raw)
         error = self.failure(answer, upstream.status)
         full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
-        waits = full.values() if error.status == 429 else ()
-        error.retry_after = max(error.retry_after, number(headers.get("Retry-After")), *waits)
+        waits = number(headers.get("Retry-After")), *(full.values() if error.status == 429 else ())
+        error.retry_after = max(error.retry_after, *waits)
         error.said += f" [{','.join(full)}]"
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
         error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
@@ -1461,7 +1460,8 @@ class Reading:
         return error
 
     def __call__(self, data: bytes) -> bytes:
-        if self.done or (at := data.find(b"{")) < 0:
+        at = data.find(b"{")
+        if self.done or at < 0 or (self.told and not MATTERS.search(data)):
             return data
         event = read_object(data[at:])
         inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))

@@ -692,6 +692,7 @@ ENABLED = {"type": "enabled", "budget_tokens": 4000}
 @pytest.mark.parametrize(("body", "sent"), [
     ({"thinking": ENABLED, "tool_choice": {"type": "auto"}}, {"thinking": ENABLED, "tool_choice": {"type": "auto"}}),
     ({"thinking": {"type": "auto"}}, {"thinking": {"type": "adaptive"}}),
+    ({"thinking": {"type": "auto", "display": "x"}}, {"thinking": {"type": "adaptive", "display": "x"}}),
     ({"thinking": ENABLED, "temperature": 0.7}, {"thinking": ENABLED, "temperature": 0.7}),
     ({"thinking": "very", "temperature": "hot"}, {"thinking": "very", "temperature": "hot"}),
 ])  # fmt: skip
@@ -1112,6 +1113,26 @@ async def test_odd_values_in_a_token_file_are_survived(tmp_path, odd):
         w.server.tick()
         assert (await w.ask("/v1/messages", ASK)).status == 200
         assert (await w.ask("/status", method="GET")).status == 200
+
+
+@pytest.mark.parametrize("kind", ["gemini", "antigravity", "qwen"])
+@in_loop
+async def test_a_login_of_a_provider_that_is_not_served_goes_nowhere(tmp_path, kind):
+    """CLIProxyAPI's directory may hold such files; their tokens are nobody's here."""
+    async with world(tmp_path) as w:
+        path = token_file(w.auth, "ann@example.com", type=kind, expired="2020-01-01T00:00:00Z")
+        before = path.read_bytes()
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert not any(account.refreshing for account in w.server.pool.accounts.values())
+        assert not w.authority.requests
+        assert path.read_bytes() == before
+
+
+@in_loop
+async def test_accounts_that_woke_meanwhile_are_no_reason_for_a_404(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS[:2]) as w:
+        assert w.server.pool.nobody(w.server.live.rows, "claude-opus-4-6").status == 429
 
 
 @in_loop
