@@ -1033,6 +1033,7 @@ class Pool:
                 raise ProxyError(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, account.row, {"refresh_token": token})
+            self.read(account.path)
             if account.token.get("refresh_token") != token:
                 return  # a new login came meanwhile
             account.replaced = str(account.token.get("access_token"))
@@ -1374,7 +1375,6 @@ class Forwarder(Ampcode):
 
 
 def word(call: Call, row: Json) -> None:
-    """Put the call in the words of a row's backend: `headers`, `worded`, whether it `folds`."""
     if call.row:  # the body has been changed for another row
         call.parse()
     call.row, call.provider, call.served_model = row, row["name"], call.wanted
@@ -1524,8 +1524,8 @@ class Server(Forwarder):
             error.headers.update(call.marks)
         error.headers.setdefault("Content-Type", "application/json")
         wait = max(1, round(error.retry_after)) if error.retry_after else 0
-        told = {"Retry-After": str(wait), "x-should-retry": "false" if wait > 30 else ""}
-        error.headers.update({name: value for name, value in told.items() if wait and value})
+        error.headers.update({"Retry-After": str(wait)} if wait else {})
+        error.headers.update({"x-should-retry": "false"} if wait > 30 else {})
         said = error_body(call.dialect if call else "", error.status, error.message)
         if error.status == 502 and not call:
             said = {"error": "amp_upstream_proxy_error", "message": error.message}

@@ -3670,8 +3670,9 @@ async def test_an_id_token_without_an_address_still_tells_the_account(tmp_path):
     assert json.loads(path.read_text())["account_id"] == "acc-1"
 
 
+@pytest.mark.parametrize("looked", [True, False])
 @in_loop
-async def test_a_login_made_during_a_refresh_is_not_overwritten(tmp_path):
+async def test_a_login_made_during_a_refresh_is_not_overwritten(tmp_path, looked):
     async with codex_world(tmp_path, ()) as w:
         path = codex_file(w.auth, expired="2020-01-01T00:00:00Z")
         w.server.tick()
@@ -3683,7 +3684,8 @@ async def test_a_login_made_during_a_refresh_is_not_overwritten(tmp_path):
                 "expired": "2030-01-01T00:00:00Z",
             }
             ampproxy.save_token(path, login)
-            w.server.tick()
+            if looked:
+                w.server.tick()
             return web.json_response(
                 {"access_token": "B", "refresh_token": "rt_B", "expires_in": 9999}
             )
