@@ -37,8 +37,8 @@ import urllib.request
 import webbrowser
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,19 +172,16 @@ DEFAULTS: Json = yaml.safe_load(r"""
  logging-to-file: false, proxy-url: '', request-retry: 3, max-retry-interval: 30.0,
  max-cooldown: 1800.0, streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
  routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h},
- ampcode: {
-  upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
-  upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], client-inference: true,
+ ampcode: {upstream-url: https://ampcode.com, upstream-api-key: '', client-inference: true,
+  upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], fallback: always|unserved|never,
   restrict-management-to-localhost: false, force-model-mappings: false,
   model-mappings: [{from!: '', to!: [''], regex: false}]},
- claude-api-key: [&key {api-key!: '', base-url: '', models: [&model {name!: '', alias: ''}],
-                        excluded-models: [''], headers: {}}],
- codex-api-key: [*key], gemini-api-key: [*key],
+ claude-api-key: [&key {api-key!: '', base-url: '', headers: {}, excluded-models: [''],
+  models: [&model {name!: '', alias: ''}]}], codex-api-key: [*key], gemini-api-key: [*key],
  openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
                          excluded-models: [''], api-key-entries: [{api-key!: ''}]}],
  providers: {
-  claude: &claude {
-   enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com,
+  claude: &claude {enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com,
    paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}, identity: true,
    headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
@@ -192,21 +189,19 @@ DEFAULTS: Json = yaml.safe_load(r"""
    models: [claude-*], excluded-models: [''], max-tokens: 32000,  # for a client that sets none
    authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
    token-url: https://api.anthropic.com/v1/oauth/token, token-form: false, drops: [''],
-   profile-url: https://api.anthropic.com/api/oauth/profile,
-   client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, client-secret: '',
-   scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload,
-   callback-port: 54545, callback-path: /callback, refresh-lead: 300},
+   profile-url: https://api.anthropic.com/api/oauth/profile, client-secret: '', refresh-lead: 300,
+   client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, callback-port: 54545, callback-path: /callback,
+   scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload},
   codex: {<<: *claude, aliases: [openai, chatgpt], base-url: https://chatgpt.com/backend-api/codex,
    paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
-   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0},
+   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0}, models: [gpt-*, codex-*],
    passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
-   models: [gpt-*, codex-*], callback-port: 1455, callback-path: /auth/callback,
    drops: [max_*, top_*, '*_penalty', 'prompt_cache_[ro]*', temperature, user, truncation, n, seed,
            stop, context_*, metadata, safety_*, stream_o*, log*, '*_format', reasoning_e*],
-   authorize-url: https://auth.openai.com/oauth/authorize,
+   authorize-url: https://auth.openai.com/oauth/authorize, token-form: true, profile-url: '',
    authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true'},
-   token-url: https://auth.openai.com/oauth/token, token-form: true, profile-url: '',
-   client-id: app_EMoamEEZ73f0CkXaXp7hrann, scope: openid email profile offline_access},
+   token-url: https://auth.openai.com/oauth/token, client-id: app_EMoamEEZ73f0CkXaXp7hrann,
+   callback-port: 1455, callback-path: /auth/callback, scope: openid email profile offline_access},
   gemini: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
    profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
    client-id: '', client-secret: ''}, antigravity: *later}}
@@ -226,12 +221,13 @@ def default(example: Any) -> Any:
 
 
 class ConfigFile:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, running: bool) -> None:
         self.path, self.warnings = path, list[str]()
         try:
             self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
             node = self.loader.get_single_node()
-            self.empty = node is None or not node.value or node.tag.endswith(":null")
+            if running and (node is None or not node.value or node.tag.endswith(":null")):
+                raise ValueError("it is empty")
             self.config: Json = self.read(node, DEFAULTS, "")
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
@@ -329,13 +325,11 @@ class Live:
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
     def load(self, running: bool = False) -> None:
-        file = ConfigFile(self.path) if self.path else None
+        file = ConfigFile(self.path, running) if self.path else None
         config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
         config["api-keys"] = [key for key in config["api-keys"] if key]
         if not is_loopback(config["host"]) and not config["api-keys"]:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
-        if running and file and file.empty:
-            raise Failure(f"{self.path}: is empty")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
         self.rows = [r for r in map(self.row, config["providers"]) if r["enabled"] and r["paths"]]
@@ -357,15 +351,12 @@ class Live:
         return {**self.config["providers"][name], "name": name}
 
     def rows_for(self, model: str, verb: str) -> list[Json]:
-        return [row for row in self.rows if verb in row["paths"] and serves(row, model)]
+        rows = [row for row in self.rows if verb in row["paths"] and matches(model, row["models"])]
+        return [row for row in rows if not matches(model, row["excluded-models"])]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
-
-
-def serves(row: Json, model: str) -> bool:
-    return matches(model, row["models"]) and not matches(model, row["excluded-models"])
 
 
 # == Provider rules ================================================================================
@@ -377,28 +368,21 @@ TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
 
 def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     """The beta list, then the body.  context-1m would be billed beside the plan: it is dropped."""
-    listed = body.pop("betas", None)
-    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ())]
-    asked.append(row["headers"]["anthropic-beta"])
-    betas = dict.fromkeys(beta.strip() for text in asked for beta in str(text).split(","))
-    headers["anthropic-beta"] = ",".join(b for b in betas if b and not b.startswith("context-1m"))
+    listed, own = body.pop("betas", None), row["headers"]["anthropic-beta"]
+    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ()), own]
+    betas = dict.fromkeys(re.findall(r"[^\s,]+", ",".join(map(str, asked))))
+    headers["anthropic-beta"] = ",".join(b for b in betas if not b.startswith("context-1m"))
     thinking = body.get("thinking")
     if isinstance(thinking, dict) and thinking.get("type") == "auto":  # a word of Amp's only
         thinking["type"] = "adaptive"
     if isinstance(body.get("messages"), list):
-        body["messages"] = [message for message in body["messages"] if clean_blocks(message)]
+        body["messages"] = [message for message in body["messages"] if is_clean(message)]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
 
 
-def clean_blocks(holder: Any) -> bool:
-    content = holder.get("content") if isinstance(holder, dict) else None
-    if isinstance(content, list):
-        holder["content"] = [block for block in content if is_clean(block)]
-    return not content or bool(holder["content"])
-
-
 def is_clean(block: Any) -> bool:
+    """Whether a block, or a message, may be sent on; what it holds is cleaned in place."""
     match block:
         case {"type": "text", "text": ""}:
             return False
@@ -410,24 +394,24 @@ def is_clean(block: Any) -> bool:
                 del block[key]
         case {"type": "tool_result", "tool_use_id": str(name)}:
             block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            clean_blocks(block)
+    match block:
+        case {"content": [_, *_] as content}:
+            block["content"] = [inner for inner in content if is_clean(inner)]
+            return bool(block["content"]) or "role" not in block
     return True
 
 
 def with_identity(system: Any) -> list[Any]:
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = [block for block in blocks if is_clean(block)]
-    texts = [str(block.get("text")) for block in blocks[:2] if isinstance(block, dict)]
-    if texts and texts[0].startswith("x-anthropic-billing-header"):
-        texts.pop(0)
-    there = bool(texts) and texts[0].startswith(IDENTITY)
+    start = "\n".join(str(block.get("text")) for block in blocks[:2] if isinstance(block, dict))
+    there = re.match(f"(x-anthropic-billing-header.*\n+)?{IDENTITY}", start)
     return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
 
 
 def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
     if body.get("previous_response_id"):
-        lack = "ChatGPT's backend keeps no answers: send the whole conversation as `input`"
-        raise ProxyError(400, f"previous_response_id cannot be used here, as {lack}")
+        raise ProxyError(400, "previous_response_id: no answer is kept here, send the whole input")
     for name in [name for name in body if matches(name, row["drops"])]:
         del body[name]
     if body.get("service_tier") != "priority":
@@ -507,8 +491,7 @@ def expiry(token: Json) -> float:
 def claims(token: Json) -> Json:
     """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
     with suppress(ValueError, LookupError, AttributeError):
-        part = str(token["id_token"]).split(".")[1]
-        told = read_object(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        told = read_object(base64.urlsafe_b64decode(str(token["id_token"]).split(".")[1] + "=="))
         auth = told.get("https://api.openai.com/auth") or {}
         names = {"account_id": "chatgpt_account_id", "plan": "chatgpt_plan_type", "email": "email"}
         return {k: found for k, v in names.items() if (found := auth.get(v) or told.get(v))}
@@ -517,8 +500,7 @@ def claims(token: Json) -> Json:
 
 # == The network ===================================================================================
 # No cookie is kept, no redirect followed, nothing unpacked, no header added.
-NET_ERRORS = (aiohttp.ClientError, OSError, TimeoutError, LookupError, ValueError, zlib.error,
-              RecursionError)  # fmt: skip
+NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error, RecursionError)
 
 
 async def stay(*_: object) -> None:  # for WebSockets: aiohttp would follow, keys and all
@@ -553,16 +535,12 @@ class Net:
         except NET_ERRORS as error:
             host = URL(url).host or "an empty upstream-url"
             raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
-        try:
+        with closing(response):  # what was read to its end has given its connection back already
             yield response
-        finally:
-            (response.release if response.content.at_eof() else response.close)()
 
-    async def ask_json(self, method: str, url: str, **more: Any) -> tuple[int, Json]:
-        kind = "x-www-form-urlencoded" if "data" in more else "json"
-        headers = {"Accept": "application/json", "Content-Type": f"application/{kind}"}
-        headers |= {"User-Agent": f"ampproxy/{__version__}"} | more.pop("headers", {})
-        async with self.ask(method, url, idle=30, headers=headers, **more) as response:
+    async def ask_json(self, method: str, url: str, headers: Json, data: Any) -> tuple[int, Json]:
+        headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}", **headers}
+        async with self.ask(method, url, idle=30, headers=headers, data=data) as response:
             raw = await response.read()
         with suppress(ValueError):
             return response.status, read_object(inflate(raw) or raw)
@@ -581,14 +559,13 @@ def error_text(answer: Json, *keys: str) -> str:
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
     runner = web.ServerRunner(server, shutdown_timeout=5)  # aiohttp waits twice as long
     await runner.setup()
-    try:
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(runner.cleanup)
         try:
             await web.TCPSite(runner, host or None, port).start()
         except OSError as error:
             raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
         yield runner.addresses[0][1]
-    finally:
-        await runner.cleanup()
 
 
 # == Signing in ====================================================================================
@@ -623,34 +600,27 @@ async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
     query = {name: row[name.replace("_", "-")] for name in ("client_id", "scope")}
     query |= {**row["authorize-query"], "response_type": "code", "state": state}
     query |= {"code_challenge": challenge, "code_challenge_method": "S256"}
-    net = Net(live)
-    try:
-        found, redirect = await await_callback(row, query, browser)
-        if "error" in found:
-            raise Failure(f"the login was refused: {error_text(found)}")
-        if not same(found.get("state", ""), state):
-            raise Failure("the state of that callback belongs to another login: start again")
-        form = {"grant_type": "authorization_code", "code": found["code"]}
-        form |= {"redirect_uri": redirect, "code_verifier": verifier}
-        answer = await ask_token(net, row, form | ({} if row["token-form"] else {"state": state}))
-        token = {"type": row["name"], "refresh_token": "", "id_token": ""}
+    found, redirect = await await_callback(row, query, browser)
+    if "error" in found:
+        raise Failure(f"the login was refused: {error_text(found)}")
+    if not same(found.get("state", ""), state):
+        raise Failure("the state of that callback belongs to another login: start again")
+    form = {"grant_type": "authorization_code", "code": found["code"], "redirect_uri": redirect}
+    form |= {"code_verifier": verifier} | ({} if row["token-form"] else {"state": state})
+    net, token = Net(live), {"type": row["name"], "refresh_token": "", "id_token": ""}
+    async with net.session:
+        answer = await ask_token(net, row, form)
         token |= await identity_of(net, row, answer) | token_fields(answer, time.time())
-        name = f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-        save_token(live.auth_dir / name, merge_token(live.auth_dir / name, {}, token))
-        return token["email"], live.auth_dir / name
-    except (ProxyError, *NET_ERRORS) as error:
-        raise Failure(f"the login could not be completed: {why(error)}") from error
-    finally:
-        await net.session.close()
+    name = f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
+    save_token(live.auth_dir / name, merge_token(live.auth_dir / name, {}, token))
+    return token["email"], live.auth_dir / name
 
 
 async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
-    loop = asyncio.get_running_loop()
-    callback: asyncio.Future[dict[str, str]] = loop.create_future()
+    callback = asyncio.Future[dict[str, str]]()
 
     def take(text: str) -> bool:
-        found = read_callback(text)
-        if found and not callback.done():
+        if (found := read_callback(text)) and not callback.done():
             callback.set_result(found)
         return bool(found)
 
@@ -672,7 +642,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
-        threading.Thread(target=read_lines, args=(loop, paste), daemon=True).start()
+        threading.Thread(target=read_lines, args=(callback.get_loop(), paste), daemon=True).start()
         if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
             raise Failure("no callback came within 10 minutes")
         return callback.result(), redirect
@@ -681,8 +651,9 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
-    how: Any = {"data" if row["token-form"] else "json": form}
-    status, answer = await net.ask_json("POST", row["token-url"], **how)
+    kind, data = ("x-www-form-urlencoded", form) if row["token-form"] else ("json", compact(form))
+    headers = {"Content-Type": f"application/{kind}"}
+    status, answer = await net.ask_json("POST", row["token-url"], headers, data)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     said = error_text(answer).replace(str(form.get("refresh_token") or form["code"]), "...")
@@ -691,23 +662,20 @@ async def ask_token(net: Net, row: Json, form: Json) -> Json:
 
 
 def token_fields(answer: Json, now: float) -> Json:
-    named = {name: answer[name] for name in ("refresh_token", "id_token") if answer.get(name)}
+    given = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
     ends = now + max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
-    times = {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
-    return {"access_token": answer["access_token"], **named, **times}
+    return given | {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
 
 
 async def identity_of(net: Net, row: Json, answer: Json) -> Json:
-    token, told = str(answer["access_token"]), claims(answer)
+    told = {"email": f"account-{secrets.token_hex(4)}", **claims(answer)}
+    headers = {"Authorization": f"Bearer {answer['access_token']}"}
     with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
-        if told.get("email"):
-            return told
-        if not (answer.get("account") or {}).get("email_address"):
-            more = {"headers": {"Authorization": f"Bearer {token}"}}
-            _, answer = await net.ask_json("GET", row["profile-url"], **more)
+        if row["profile-url"] and not (answer.get("account") or {}).get("email_address"):
+            _, answer = await net.ask_json("GET", row["profile-url"], headers, None)
         account = answer.get("account", answer)
-        return {"email": str(account.get("email_address") or account["email"])}
-    return {**told, "email": "account-" + hashlib.sha256(token.encode()).hexdigest()[:8]}
+        told["email"] = str(account.get("email_address") or account["email"])
+    return told
 
 
 # == Who asks, and what? ===========================================================================
@@ -732,10 +700,6 @@ def bare(value: str) -> str:
 
 
 class Request(web.BaseRequest):
-    def __init__(self, *given: Any) -> None:
-        loop: Any = asyncio.get_running_loop()
-        super().__init__(*given, loop, client_max_size=BODY_LIMIT)  # type: ignore[misc]
-
     @property
     def is_upgrade(self) -> bool:
         upgrade, key = (self.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
@@ -748,9 +712,8 @@ class Request(web.BaseRequest):
 
     def refuse_strangers(self, config: Json) -> None:
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host)
-        name = found[1].strip("[]") if found else ""
-        own = name and (is_loopback(name) or name == config["host"].lower())
+        name = re.sub(r":\d+$", "", host).strip("[]")
+        own = is_loopback(name) or name == config["host"].lower()
         if not own and not config["api-keys"]:
             raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
         foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
@@ -836,20 +799,18 @@ class Call:
 # Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
 NEVER = float("inf")
 RESTS = (  # what an error means: the first row that fits.  To add a rule, add a row.
-    # status and words of the error        what rests  seconds*     and then
-    (r"4.. .*(extra usage|long context)",  "",         0,           "stop"),
-    (r"401",                               "account",  NEVER,       "next"),
-    (r"402",                               "account",  30 * MINUTE, "next"),
-    (r"403",                               "account",  DAY,         "next"),
-    (r"404|400 .*model.* not supported",   "model",    30 * MINUTE, "next"),
-    (r".* model is at capacity",           "model",    MINUTE,      "next"),
-    (r".* usage_not_included",             "account",  30 * MINUTE, "next"),
-    (r"429 .*\[7d_oi\]",                   "model",    MINUTE,      "next"),
-    (r"429",                               "account",  MINUTE,      "wait"),
-    (r"408|529",                           "account",  30,          "again"),
-    (r"50[0234]",                          "account",  5,           "again"),
-    (r"5",                                 "account",  5,           "next"),
-    (r"",                                  "",         0,           "stop"))  # fmt: skip
+    # status and words of the error              what rests  seconds*     and then
+    (r"4.. .*(extra usage|long context)",        "",         0,           "stop"),
+    (r"401",                                     "account",  NEVER,       "next"),
+    (r"402|.* usage_not_included",               "account",  30 * MINUTE, "next"),
+    (r"403",                                     "account",  DAY,         "next"),
+    (r"404|400 .*model.* not supported",         "model",    30 * MINUTE, "next"),
+    (r"429 .*\[7d_oi\]|.* model is at capacity", "model",    MINUTE,      "next"),
+    (r"429",                                     "account",  MINUTE,      "wait"),
+    (r"408|529",                                 "account",  30,          "again"),
+    (r"50[0234]",                                "account",  5,           "again"),
+    (r"5",                                       "account",  5,           "next"),
+    (r"",                                        "",         0,           "stop"))  # fmt: skip
 # * where the error names no time.  again: as often as request-retry says; wait: if that is short
 SHORT_WAIT, RETRY_PAUSE, PROBE, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 2, 30, 30
 NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
@@ -872,7 +833,7 @@ class Account:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
-        self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
+        self.hint = f"run `ampproxy.py login {self.type}`"
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced = "-"  # the access token that the present one came for
@@ -932,26 +893,23 @@ class Pool:
             account.rests, account.retry = {}, 0.0
         account.token = token
 
-    def of(self, row: Json) -> list[Account]:
-        mine = [a for a in self.accounts.values() if a.type == row["name"]]
-        for account in mine:
-            account.row = row
+    def of(self, rows: list[Json]) -> list[Account]:
+        mine = [a for row in rows for a in self.accounts.values() if a.type == row["name"]]
         return [a for a in mine if a.token.get("disabled") is not True]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
-            now, waits = self.clock.monotonic(), [NEVER]
-            for row in rows:
-                left = [(a.wait(call.wanted, now), a) for a in self.of(row) if a not in spent]
-                if free := [account for wait, account in left if not wait]:
-                    account = self.home(call.thread and row["name"] + call.thread, free, now)
-                    for rest in account.resting(call.wanted):  # it is over: this is the probe
-                        rest.wakes = now + PROBE
-                    return account
-                waits += [wait for wait, _ in left]
-            if now + min(waits) > until:
+            now, left = self.clock.monotonic(), [a for a in self.of(rows) if a not in spent]
+            if free := [account for account in left if not account.wait(call.wanted, now)]:
+                first = [account for account in free if account.type == free[0].type]
+                account = self.home(call.thread and first[0].type + call.thread, first, now)
+                for rest in account.resting(call.wanted):  # it is over: this is the probe
+                    rest.wakes = now + PROBE
+                return account
+            pause = min((account.wait(call.wanted, now) for account in left), default=NEVER)
+            if now + pause > until:
                 return None
-            await self.clock.sleep(min(waits))
+            await self.clock.sleep(pause)
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
         ttl, homes = seconds(self.live.config["routing"]["session-affinity-ttl"]), self.homes
@@ -994,7 +952,7 @@ class Pool:
 
     def nobody(self, rows: list[Json], model: str) -> ProxyError:
         now, told, waits, lacks = self.clock.monotonic(), [], [NEVER], True
-        for account in (account for row in rows for account in self.of(row)):
+        for account in self.of(rows):
             waits.append(wait := account.wait(model, now))
             then = account.hint if wait == NEVER else f"wakes in {wait:.0f} s"
             errors = [rest.error for rest in account.resting(model)]
@@ -1008,39 +966,36 @@ class Pool:
     async def bearer(self, account: Account, refused: str = "") -> str:
         soon = self.clock.time() + MINUTE
         if account.stale(refused, soon):
-            task = account.refreshing or self.begin_refresh(account, refused)
-            await asyncio.wait([task], timeout=REFRESH_WAIT + 5)
+            task = account.refreshing or asyncio.create_task(self.refresh(account, refused, soon))
+            account.refreshing = task
+            await asyncio.wait([task])
         if account.wait("", 0) == NEVER or not account.token.get("access_token"):
             raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint}")
-        pending = account.refreshing or account.retry > self.clock.monotonic()
-        if account.stale(refused, soon - MINUTE) and pending:
-            raise ProxyError(503, account.trouble or "the token is not renewed yet")
+        if account.stale(refused, soon - MINUTE) and account.retry > self.clock.monotonic():
+            raise ProxyError(503, account.trouble)
         return str(account.token["access_token"])
 
-    def begin_refresh(self, account: Account, refused: str) -> asyncio.Task[None]:
-        task = account.refreshing = asyncio.create_task(self.refresh(account, refused))
-        task.add_done_callback(lambda _: setattr(account, "refreshing", None))
-        return task
-
-    async def refresh(self, account: Account, refused: str) -> None:
+    async def refresh(self, account: Account, refused: str, soon: float) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
             self.read(account.path)
-            late = account.stale(refused, self.clock.time() + MINUTE)
-            if not late or account.retry > self.clock.monotonic():
+            if not account.stale(refused, soon) or account.retry > self.clock.monotonic():
                 return
-            if not (token := account.token.get("refresh_token")):
+            form = {"refresh_token": account.token.get("refresh_token")}
+            if not form["refresh_token"]:
                 raise ProxyError(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, account.row, {"refresh_token": token})
+                answer = await ask_token(self.net, self.live.row(account.type), form)
             self.read(account.path)
-            if account.token.get("refresh_token") != token:
+            if account.token.get("refresh_token") != form["refresh_token"]:
                 return  # a new login came meanwhile
             account.replaced = str(account.token.get("access_token"))
             self.save(account, token_fields(answer, self.clock.time()))
             log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
+        finally:
+            account.refreshing = None
 
     def save(self, account: Account, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
@@ -1053,23 +1008,22 @@ class Pool:
             log.error("%s: the new token cannot be saved: %s", account.name, why(error))
 
     def refresh_failed(self, account: Account, error: ProxyError) -> None:
-        old = account.token.get("access_token")
+        account.retry = self.clock.monotonic() + REFRESH_PAUSE
         self.read(account.path)
-        if account.token.get("access_token") == old:
+        if account.retry:  # else a newer token was there
             account.trouble = f"refresh failed: {error.message}"
-            account.retry = self.clock.monotonic() + REFRESH_PAUSE
             log.error("%s: %s", account.name, account.trouble)
             if error.status == 401 or account.stale("", self.clock.time()):
                 self.rest(account, error, "", NEVER)
 
     def refresh_ahead(self) -> None:
         now = self.clock.time()
-        for account in (account for row in self.live.rows for account in self.of(row)):
-            due = expiry(account.token) - account.row.get("refresh-lead", 0) <= now
+        for account in self.of(self.live.rows):
+            soon = now + self.live.row(account.type).get("refresh-lead", 0)
             done = moment(account.token.get("last_refresh")) + MINUTE > now
             busy = account.refreshing or account.retry > self.clock.monotonic()
-            if due and not (done or busy) and account.wait("", 0) < NEVER:
-                self.begin_refresh(account, str(account.token.get("access_token")))
+            if account.stale("", soon) and not (done or busy) and account.wait("", 0) < NEVER:
+                account.refreshing = asyncio.create_task(self.refresh(account, "", soon))
 
 
 # == Passing answers on ============================================================================
@@ -1099,7 +1053,6 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         plain = call and self.events and PACKED not in headers and not call.folds
         self.dialect = call.dialect if plain else ""
         self.silence = (call.silence or None) if self.dialect else None
-        self.unpacker: Any = None  # for bytes that are packed and must be read
         self.first, self.tail = b"", b"\n\n"
 
     async def read(self) -> bytes:
@@ -1107,8 +1060,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         while not self.content.at_eof():
             try:
                 async with asyncio.timeout(self.silence) as silence:
-                    raw = await self.content.readany()
-                return bytes(self.unpacker.decompress(raw)) if self.unpacker else raw
+                    return await self.content.readany()
             except NET_ERRORS as error:
                 if not silence.expired():
                     raise ProxyError(502, f"the upstream broke off: {why(error)}") from error
@@ -1151,14 +1103,13 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         except (ValueError, ProxyError) as error:  # of garbage, or a break
             if isinstance(error, ProxyError) and not edit.ended:
                 raise
-        if not edit.told or (edit.call.folds and not edit.ended):
+        if not edit.told or (self.events and not edit.ended):
             raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
-        held = compact(edit.whole) if edit.call.folds else held
         if not self.dialect:
+            held = compact(edit.whole) if self.events else held
             self.response.content_length = len(held)
         await self.write(held)
-        broken = self.dialect and not edit.ended
-        return await self.finish("the stream stopped before its end" if broken else "")
+        return await self.finish()
 
     async def finish(self, broken: str = "", status: int = 502, said: str = "") -> Answer:
         if broken and self.call:
@@ -1177,14 +1128,15 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
 # == ampcode.com ===================================================================================
 # It gets what is no model call, and, for credits, the calls that nobody here answers; as they came.
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
-FLAG = "thread-actors-tui"  # takes clients of April and May 2026 off the proxy (amp-client.md 3)
+# The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
+FLAG = re.compile(rb'(,\s*)?\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*\}(?(1)|\s*,?)')
 
 
 class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
         self.sockets: set[web.WebSocketResponse] = set()
-        self.from_file = "", 0.0, ""  # upstream, good until, its key in the secrets file
+        self.secrets, self.secrets_until = Json(), 0.0  # what the secrets file said, until then
 
     def base(self) -> str:
         return str(self.live.config["ampcode"]["upstream-url"]).rstrip("/")
@@ -1193,19 +1145,18 @@ class Ampcode:
         return self.base() + request.target(self.live.config["api-keys"])
 
     def file_key(self) -> str:
-        entries, base = Json(), self.base()
-        with suppress(OSError, ValueError):
-            entries = read_object(SECRETS_FILE.expanduser().read_bytes())
-        return str(entries.get(f"apiKey@{base}/") or entries.get(f"apiKey@{base}") or "").strip()
+        base, now = self.base(), self.clock.monotonic()
+        if self.secrets_until <= now:
+            self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
+            with suppress(OSError, ValueError):
+                self.secrets = read_object(SECRETS_FILE.expanduser().read_bytes())
+        return str(self.secrets.get(f"apiKey@{base}/") or self.secrets.get(f"apiKey@{base}") or "")
 
     def upstream_key(self, key: str) -> str:
         amp = self.live.config["ampcode"]
         own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
         own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
-        base, now = self.base(), self.clock.monotonic()
-        if not any(own) and (self.from_file[0] != base or self.from_file[1] <= now):
-            self.from_file = base, now + 5 * MINUTE, self.file_key()
-        return str(next(filter(None, own), self.from_file[2]))
+        return str(next(filter(None, own), "") or self.file_key().strip())
 
     def outgoing(self, request: Request, key: str) -> Headers:
         own = self.upstream_key(key)
@@ -1262,19 +1213,11 @@ async def opened(relay: Relay, edits: bool) -> bytes:
         return raw
     while (edits or raw[:2] in MAGIC) and len(raw) <= BODY_LIMIT and not relay.content.at_eof():
         raw += await relay.read()
-    body = without_flag(inflate(raw) or raw) if edits else inflate(raw) or raw
+    body = inflate(raw) or raw
+    body = FLAG.sub(b"", body) if edits else body
     if body != raw:
         headers.popall(PACKED, None)
         headers["Content-Length"] = str(len(body))
-    return body
-
-
-def without_flag(body: bytes) -> bytes:
-    with suppress(ValueError, LookupError, TypeError, AttributeError):
-        answer = read_object(body)
-        given, result = answer["result"]["features"], answer["result"]
-        result["features"] = [f for f in given if isinstance(f, str) or f.get("name") != FLAG]
-        return compact(answer) if result["features"] != given else body
     return body
 
 
@@ -1299,13 +1242,13 @@ class Forwarder(Ampcode):
         config, spent = self.live.config, set[Account]()
         call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
-        rows = [r for r in self.live.rows_for(call.wanted, call.verb) if self.pool.of(r)]
+        rows = [r for r in self.live.rows_for(call.wanted, call.verb) if self.pool.of([r])]
         error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         if rows:
             call.route, call.provider, call.served_model = "local", rows[0]["name"], call.wanted
         while account := await self.pool.choose(rows, call, spent, until):
-            if call.row is not account.row:
-                word(call, account.row)
+            if call.row.get("name") != account.type:
+                word(call, self.live.row(account.type))
             try:
                 return await self.attempt(call, account)
             except ProxyError as failed:
@@ -1314,7 +1257,7 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
-        if rows and (error is nobody or sum(len(self.pool.of(row)) for row in rows) > 1):
+        if rows and (error is nobody or len(self.pool.of(rows)) > 1):
             error = self.pool.nobody(rows, call.wanted)
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
@@ -1352,7 +1295,8 @@ class Forwarder(Ampcode):
 
     async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
         url, now = addressed(call, account, token), self.clock.time()
-        async with self.net.ask("POST", url, headers=call.headers, data=call.worded) as upstream:
+        sent: Any = {"headers": call.headers, "data": call.worded, "auto_decompress": True}
+        async with self.net.ask("POST", url, **sent) as upstream:
             account.quota = (windows := quota_of(upstream.headers)) or account.quota
             reading = Reading(call, lambda: self.pool.answered(account, call.wanted, began))
             if upstream.status != 200:
@@ -1360,8 +1304,6 @@ class Forwarder(Ampcode):
             headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
             headers.update({"Content-Type": "application/json"} if call.folds else {})
             relay = Relay(call.request, upstream, headers, call)
-            if upstream.headers.get(PACKED, "identity").lower() != "identity":
-                relay.unpacker = zlib.decompressobj(47)
             try:
                 return await relay.edited(reading)
             except ProxyError as late:
@@ -1383,8 +1325,6 @@ def word(call: Call, row: Json) -> None:
         call.headers[name] = ",".join(given.getall(name))
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
     call.folds = call.verb == "responses" and not call.body.get("stream")
-    streams = call.folds or call.body.get("stream")
-    call.headers["Accept"] = "text/event-stream" if streams else "application/json"
     call.body["model"] = call.wanted
     if call.effort.isdigit():
         call.effort = next(LEVELS[most] for most in LEVELS if int(call.effort) <= most)
@@ -1398,6 +1338,7 @@ def word(call: Call, row: Json) -> None:
     RULES[row["name"]](call.body, call.headers, row)
     if call.verb == "compact":
         del call.body["stream"]
+    call.headers["Accept"] = "text/event-stream" if call.body.get("stream") else "application/json"
     call.worded = compact(call.body)
 
 
@@ -1491,6 +1432,7 @@ ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP
                "none": "NO_PROVIDER"}  # fmt: skip
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
+PROBES = {"GET /healthz": 200, "HEAD /healthz": 200, "HEAD /": 200, "HEAD /api/hello": 404}
 
 
 class Server(Forwarder):
@@ -1557,10 +1499,8 @@ class Server(Forwarder):
         if not request.raw_path.startswith("/"):
             raise ProxyError(400, "only targets that begin with / are served")
         request.refuse_strangers(config)
-        if method in ("GET", "HEAD") and path == "/healthz":
-            return web.json_response({"status": "ok"})
-        if method == "HEAD" and path in ("/", "/api/hello"):
-            return web.Response(status=200 if path == "/" else 404)
+        if found := PROBES.get(f"{method} {path}"):
+            return web.json_response({"status": "ok"}, status=found)
         if request.is_browsing:
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = request.key(config["api-keys"])
@@ -1571,9 +1511,8 @@ class Server(Forwarder):
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
             return await self.answer(call, key)
-        peer = request.transport.get_extra_info("peername") if request.transport else None
         local = config["ampcode"]["restrict-management-to-localhost"] and not call
-        if local and not (peer and is_loopback(str(peer[0]))):  # forwarding headers prove nothing
+        if local and not is_loopback(request.remote or ""):  # forwarding headers prove nothing
             raise ProxyError(403, "Access denied: management routes restricted to localhost")
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
@@ -1605,26 +1544,23 @@ class Server(Forwarder):
             "in_flight": account.in_flight, "threads": self.pool.threads()[account],
             **account.counts}  # fmt: skip
 
-    async def watch(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            try:
-                self.tick()
-            except Exception as error:  # whatever is in the files: the watch goes on
-                log.error("watching the files failed: %s", why(error))
-
     def tick(self) -> None:
-        if self.live.reload():
-            set_up_log(self.live)
-        self.pool.scan()
-        self.pool.refresh_ahead()
+        try:
+            if self.live.reload():
+                set_up_log(self.live)
+            self.pool.scan()
+            self.pool.refresh_ahead()
+        except Exception as error:  # whatever is in the files: the next look comes
+            log.error("watching the files failed: %s", why(error))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         self.pool.scan()
+        loop = asyncio.get_running_loop()
+        made = functools.partial(Request, loop=loop, client_max_size=BODY_LIMIT)
         server = web.Server(
             self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536, request_factory=Request)  # fmt: skip
+            max_line_size=65536, max_field_size=65536, request_factory=made)  # fmt: skip
         hint, config = "is ampproxy running already? --port takes another one", self.live.config
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
@@ -1634,19 +1570,6 @@ class Server(Forwarder):
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
             await self.net.session.close()
-
-    @classmethod
-    async def run(cls, live: Live) -> None:
-        server, stop = cls(live, Net(live), CLOCK), asyncio.Event()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
-                asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        async with server.serving() as port:
-            log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
-            watcher = asyncio.create_task(server.watch())
-            await stop.wait()
-            watcher.cancel()
-            log.info("stopping: running answers get 10 seconds")
 
 
 def set_up_log(live: Live) -> None:
@@ -1661,27 +1584,30 @@ def set_up_log(live: Live) -> None:
 
 
 # == Command line ==================================================================================
-# One function a command, its help the docstring.  Failure is what main says in one sentence.
+# One coroutine a command, its help the docstring.  Failure is what main says in one sentence.
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    name = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-    return importlib.import_module(name).run(work)
-
-
-def serve(live: Live, args: argparse.Namespace) -> None:
+async def serve(live: Live, args: Json) -> None:
     """Run the proxy; also without a command."""
-    run(Server.run(live))
+    server, stop = Server(live, Net(live), CLOCK), asyncio.get_running_loop().create_future()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
+            stop.get_loop().add_signal_handler(name, stop.cancel)
+    async with server.serving() as port:
+        log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
+        while not (await asyncio.wait([stop], timeout=1))[0]:
+            server.tick()
+        log.info("stopping: running answers get 10 seconds")
 
 
-def login(live: Live, args: argparse.Namespace) -> None:
+async def login(live: Live, args: Json) -> None:
     """Sign in to a provider; several logins are several accounts."""
-    if not args.provider:
+    if not args["provider"]:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
-    row, browser = live.row(NAMES[args.provider]), not (args.no_browser or remote)
-    email, path = run(sign_in(live, row, browser))
+    row, browser = live.row(NAMES[args["provider"]]), not ("no_browser" in args or remote)
+    email, path = await sign_in(live, row, browser)
     say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
 
 
@@ -1691,10 +1617,10 @@ def accounts_of(live: Live, provider: str = "") -> list[Account]:
     return [account for account in pool.accounts.values() if provider in ("", account.type)]
 
 
-def logout(live: Live, args: argparse.Namespace) -> None:
+async def logout(live: Live, args: Json) -> None:
     """Delete a login."""
-    there = accounts_of(live, NAMES[args.provider])
-    wanted = [a for a in there if args.account in (None, a.email, a.path.name, a.path.stem)]
+    there = accounts_of(live, NAMES[args["provider"]])
+    wanted = [a for a in there if args["account"] in (None, a.email, a.path.name, a.path.stem)]
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
         raise Failure(f"{problem}: {', '.join(a.email for a in there) or 'none'} ({live.auth_dir})")
@@ -1715,7 +1641,7 @@ def ask_proxy(live: Live) -> Json:
         raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
 
 
-def accounts(live: Live, args: argparse.Namespace) -> None:
+async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
@@ -1727,12 +1653,12 @@ def accounts(live: Live, args: argparse.Namespace) -> None:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
 
-def status(live: Live, args: argparse.Namespace) -> None:
+async def status(live: Live, args: Json) -> None:
     """Ask the running proxy how it stands, as JSON."""
     say(json.dumps(ask_proxy(live), indent=2, ensure_ascii=False))
 
 
-def check(live: Live, args: argparse.Namespace) -> None:
+async def check(live: Live, args: Json) -> None:
     """Check the configuration and print what is in effect."""
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
@@ -1748,51 +1674,49 @@ def masked(value: Any, key: str = "") -> Any:
     return mask(text) if secret and text else text
 
 
-ARGUMENTS: dict[str, Json] = {
-    "login": {"provider": {"nargs": "?", "choices": NAMES},
-              "--no-browser": {"action": "store_true", "help": "print the address only"}},
-    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?"}},
-    "status": {"--json": {"action": "store_true"}}}  # fmt: skip
 COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
+ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
+    "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
+    "serve": {"--host": {"metavar": "H", "help": "listen on this address"},
+              "--port": {"metavar": "N", "type": int, "help": "listen on this port"},
+              "--debug": {"action": "store_true", "help": "say more in the log"}},
+    "login": {"provider": {"nargs": "?", "choices": NAMES, "default": None},
+              "--no-browser": {"action": "store_true", "help": "print the address only"}},
+    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "status": {"--json": {"action": "store_true"}}}  # fmt: skip
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Json:
     bare: Any = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    common = argparse.ArgumentParser(add_help=False, **bare)
-    common.add_argument("--config", metavar="FILE", help="the configuration file")
-    serving = argparse.ArgumentParser(add_help=False, parents=[common], **bare)
-    serving.add_argument("--host", metavar="H", help="listen on this address")
-    serving.add_argument("--port", metavar="N", type=int, help="listen on this port")
-    serving.add_argument("--debug", action="store_true", help="say more in the log")
-    about: Any = {"description": (__doc__ or "").partition("\n")[0]}
-    parser = argparse.ArgumentParser("ampproxy.py", parents=[serving], **about, **bare)
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("ampproxy.py", description=about, **bare)
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        about = {"help": command.__doc__, "description": command.__doc__, "allow_abbrev": False}
-        made = commands.add_parser(name, parents=[serving if name == "serve" else common], **about)
-        for argument, more in ARGUMENTS.get(name, {}).items():
+        commands.add_parser(name, help=command.__doc__, description=command.__doc__, **bare)
+    for name, made in [("serve", parser), *commands.choices.items()]:
+        for argument, more in (ARGUMENTS[""] | ARGUMENTS.get(name, {})).items():
             made.add_argument(argument, **more)
-    args = parser.parse_args(argv)
-    if not 0 <= getattr(args, "port", 0) <= 65535:
+    args = vars(parser.parse_args(argv))
+    if not 0 <= args.get("port", 0) <= 65535:
         parser.error("argument --port: a port is a number from 0 to 65535")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(parse(argv))
+    args = parse(argv)
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
         live = Live(find_config(args.get("config")), **given)
         set_up_log(live)
-        COMMANDS[args.get("command") or "serve"](live, argparse.Namespace(**args))
-        return 0
-    except KeyboardInterrupt:
-        problem = "stopped"
-    except Exception as error:  # a Failure; of a fault of this program, too, one sentence
-        problem = why(error)
-    print(f"ampproxy: {problem}", file=sys.stderr)
-    return 1
+        work = COMMANDS[args.get("command") or "serve"](live, args)
+        loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+        importlib.import_module(loop).run(work)
+    except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
+        problem = why(error) if isinstance(error, Exception) else "stopped"
+        print(f"ampproxy: {problem}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
