@@ -44,7 +44,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode
 
 try:
     import aiohttp
@@ -100,8 +100,8 @@ def number(value: Any) -> float:
 
 
 def seconds(text: str | int) -> float:
-    parts = re.findall(r"(\d+)([smh]?)", str(text))
-    return sum(int(n) * {"m": MINUTE, "h": HOUR}.get(unit, 1) for n, unit in parts)
+    parts = re.findall(r"([\d.]*\d)(ms|[smh]?)", str(text))
+    return sum(number(n) * {"ms": 0.001, "m": MINUTE, "h": HOUR}.get(u, 1) for n, u in parts)
 
 
 def inflate(raw: bytes) -> bytes | None:
@@ -176,37 +176,50 @@ DEFAULTS: Json = yaml.safe_load(r"""
   upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], fallback: always|unserved|never,
   restrict-management-to-localhost: false, force-model-mappings: false,
   model-mappings: [{from!: '', to!: [''], regex: false}]},
- claude-api-key: [&key {api-key!: '', base-url: '', headers: {}, excluded-models: [''],
-  models: [&model {name!: '', alias: ''}]}], codex-api-key: [*key], gemini-api-key: [*key],
- openai-compatibility: [{name!: '', base-url!: '', models: [*model], headers: {},
-                         excluded-models: [''], api-key-entries: [{api-key!: ''}]}],
+ claude-api-key: [{api-key!: '', base-url: https://api.anthropic.com, <<: &key {headers: {},
+   models: [&model {name!: '', alias: ''}, claude-*], excluded-models: [''], max-tokens: 32000,
+   passes: [anthropic-*, openai-*, x-goog-api-client, user-agent, x-stainless-*],
+   key-header: Authorization, key-host: ''},
+  key-header: x-api-key, key-host: api.anthropic.com,  # to other hosts it is a bearer token
+  headers: {anthropic-version: '2023-06-01'},
+  paths: &messages {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}}],
+ codex-api-key: [{<<: *key, api-key!: '', base-url: https://api.openai.com,
+  models: [*model, gpt-*, chatgpt-*, codex-*, 'o[1-9]*'], paths: {responses: /v1/responses,
+   compact: /v1/responses/compact, completions: &chat /v1/chat/completions}}],
+ gemini-api-key: [{<<: *key, api-key!: '', base-url: https://generativelanguage.googleapis.com,
+  models: [*model, gemini-*, gemma-*], key-header: x-goog-api-key,
+  paths: {generateContent: &verb '/v1beta/models/{model}:{verb}', streamGenerateContent: *verb,
+          countTokens: *verb}}],
+ openai-compatibility: [{<<: *key, name!: '', base-url!: '', models: [*model],
+  api-key-entries: [{api-key!: ''}], paths: {completions: *chat}}],
  providers: {
   claude: &claude {enabled: true, aliases: [anthropic], base-url: https://api.anthropic.com,
-   paths: {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}, identity: true,
-   headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
+   paths: *messages, headers: {anthropic-version: '2023-06-01', anthropic-beta: oauth-2025-04-20},
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
             user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
-   models: [claude-*], excluded-models: [''], max-tokens: 32000,  # for a client that sets none
+   models: [*model, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-opus-4-5-20251101,
+            claude-sonnet-4-6, claude-sonnet-4-5-20250929, claude-haiku-4-5-20251001, claude-*],
+   excluded-models: [''], max-tokens: 32000, drops: [''], identity: true, token-form: false,
    authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
-   token-url: https://api.anthropic.com/v1/oauth/token, token-form: false, drops: [''],
+   token-url: https://api.anthropic.com/v1/oauth/token, key-header: Authorization, key-host: '',
    profile-url: https://api.anthropic.com/api/oauth/profile, client-secret: '', refresh-lead: 300,
    client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, callback-port: 54545, callback-path: /callback,
    scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload},
   codex: {<<: *claude, aliases: [openai, chatgpt], base-url: https://chatgpt.com/backend-api/codex,
    paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
-   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0}, models: [gpt-*, codex-*],
    passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
+   models: [*model, gpt-5.5, gpt-5.4, gpt-5.4-mini, gpt-5.3-codex-spark, gpt-*, codex-*],
+   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0}, token-form: true,
    drops: [max_*, top_*, '*_penalty', 'prompt_cache_[ro]*', temperature, user, truncation, n, seed,
            stop, context_*, metadata, safety_*, stream_o*, log*, '*_format', reasoning_e*],
-   authorize-url: https://auth.openai.com/oauth/authorize, token-form: true, profile-url: '',
+   authorize-url: https://auth.openai.com/oauth/authorize, profile-url: '',
    authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true'},
    token-url: https://auth.openai.com/oauth/token, client-id: app_EMoamEEZ73f0CkXaXp7hrann,
    callback-port: 1455, callback-path: /auth/callback, scope: openid email profile offline_access},
-  gemini: &later {enabled: true, paths: {}, base-url: '', authorize-url: '', token-url: '',
-   profile-url: '', callback-port: 0, headers: {}, models: [''], excluded-models: [''],
-   client-id: '', client-secret: ''}, antigravity: *later}}
+  gemini: &later {enabled: true, paths: {}}, antigravity: *later}}
 """)
 TEXT_TABLES = {"headers", "paths", "authorize-query"}
+KEY_LISTS = ("claude-api-key", "codex-api-key", "gemini-api-key", "openai-compatibility")
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
          dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
@@ -216,7 +229,7 @@ def default(example: Any) -> Any:
     if isinstance(example, dict):
         return {name.rstrip("!"): default(inner) for name, inner in example.items()}
     if isinstance(example, list):
-        return example if example[0] and isinstance(example[0], str) else []
+        return [m for m in (example[1:] if isinstance(example[0], dict) else example) if m]
     return example.split("|")[0] if isinstance(example, str) else example
 
 
@@ -254,8 +267,8 @@ class ConfigFile:
                 return {**default(example), "enabled": value}
             case [""], str() if name == "to" and value:
                 return [value]
-            case {"alias": _}, str():
-                return {"name": value, "alias": ""}
+            case {"alias": _}, str() if value:
+                return value
         if expected := self.misfit(example, value, name):
             self.fail(node, key, f"expected {expected}")
         return value.strip() if isinstance(value, str) else value
@@ -332,7 +345,9 @@ class Live:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
-        self.rows = [r for r in map(self.row, config["providers"]) if r["enabled"] and r["paths"]]
+        listed = [(kind, entry) for kind in KEY_LISTS for entry in config[kind]]
+        pairs = [(k, e) for k, e in config["providers"].items() if e["enabled"] and e["paths"]]
+        self.rows = [as_row(kind, entry) for kind, entry in pairs + listed]
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
@@ -348,11 +363,23 @@ class Live:
         return True
 
     def row(self, name: str) -> Json:
-        return {**self.config["providers"][name], "name": name}
+        return as_row(name, self.config["providers"][name])
 
     def rows_for(self, model: str, verb: str) -> list[Json]:
         rows = [row for row in self.rows if verb in row["paths"] and matches(model, row["models"])]
         return [row for row in rows if not matches(model, row["excluded-models"])]
+
+
+def as_row(kind: str, entry: Json) -> Json:
+    """`models` by the name that clients use; `keys`: a token each, by a path that stands for it."""
+    models = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in entry["models"]]
+    row = {"name": kind, "keys": Json(), "kind": kind, **entry}
+    row["models"] = {m["alias"] or m["name"]: m["name"] for m in models}
+    for given in entry.get("api-key-entries", [entry] if "api-key" in entry else ()):
+        name = hashlib.sha256(f"{row['base-url']} {given['api-key']}".encode()).hexdigest()[:8]
+        token = {"type": kind, "email": f"{row['name']} {name}", "access_token": given["api-key"]}
+        row["keys"][Path(row["name"], name)] = token
+    return row
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -687,6 +714,7 @@ MODEL_PATH = re.compile(
     r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
     r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models/"
     r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
+LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
@@ -833,7 +861,8 @@ class Account:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
-        self.hint = f"run `ampproxy.py login {self.type}`"
+        login = f"run `ampproxy.py login {self.type}`"
+        self.hint, self.row = login if path.suffix else f"see {self.type} in the config", Json()
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced = "-"  # the access token that the present one came for
@@ -872,8 +901,11 @@ class Pool:
 
     def scan(self) -> None:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        known = stamps.keys() | self.stamps.keys()  # what is gone for two looks is gone
+        keys = {path: token for row in self.live.rows for path, token in row["keys"].items()}
+        known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
         self.accounts = {path: a for path, a in self.accounts.items() if path in known}
+        for path, token in keys.items():
+            self.accounts.setdefault(path, Account(path, token))
         seen, self.stamps = self.stamps, stamps
         for path in [path for path, now in stamps.items() if now != seen.get(path)]:
             self.read(path)
@@ -894,8 +926,13 @@ class Pool:
         account.token = token
 
     def of(self, rows: list[Json]) -> list[Account]:
-        mine = [a for row in rows for a in self.accounts.values() if a.type == row["name"]]
-        return [a for a in mine if a.token.get("disabled") is not True]
+        mine = list[Account]()
+        for row in rows:
+            kin = [account for account in self.accounts.values() if account.type == row["kind"]]
+            mine += (found := [a for a in kin if not row["keys"] or a.path in row["keys"]])
+            for account in found:
+                account.row = row
+        return [account for account in mine if account.token.get("disabled") is not True]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
@@ -965,7 +1002,7 @@ class Pool:
 
     async def bearer(self, account: Account, refused: str = "") -> str:
         soon = self.clock.time() + MINUTE
-        if account.stale(refused, soon):
+        if account.stale(refused, soon) and not account.row["keys"]:
             task = account.refreshing or asyncio.create_task(self.refresh(account, refused, soon))
             account.refreshing = task
             await asyncio.wait([task])
@@ -985,7 +1022,7 @@ class Pool:
             if not form["refresh_token"]:
                 raise ProxyError(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, self.live.row(account.type), form)
+                answer = await ask_token(self.net, account.row, form)
             self.read(account.path)
             if account.token.get("refresh_token") != form["refresh_token"]:
                 return  # a new login came meanwhile
@@ -1019,7 +1056,7 @@ class Pool:
     def refresh_ahead(self) -> None:
         now = self.clock.time()
         for account in self.of(self.live.rows):
-            soon = now + self.live.row(account.type).get("refresh-lead", 0)
+            soon = now + account.row.get("refresh-lead", 0)
             done = moment(account.token.get("last_refresh")) + MINUTE > now
             busy = account.refreshing or account.retry > self.clock.monotonic()
             if account.stale("", soon) and not (done or busy) and account.wait("", 0) < NEVER:
@@ -1029,7 +1066,8 @@ class Pool:
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, MAGIC = 4096, (b"", b"\x1f", b"\x1f\x8b")  # how gzip begins
-ENDING = re.compile(rb'"message_stop"|\nevent: error')
+ENDING = re.compile(rb'"message_stop"|\nevent: error|\ndata: ?(\[DONE\]|\{"error")|'
+                    rb'"finish_?[rR]eason": ?"|"blockReason"')  # fmt: skip
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
     "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
@@ -1076,7 +1114,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         await self.response.write(data)
 
     async def send(self, first: bytes) -> Answer:
-        broken = "the stream stopped before its end" if self.dialect == "anthropic" else ""
+        broken = "" if self.dialect in ("", "responses") else "the stream stopped before its end"
         try:
             await self.write(first)
             while not self.content.at_eof():
@@ -1115,12 +1153,12 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         if broken and self.call:
             self.call.trouble = f"{self.call.trouble}; {broken}".removeprefix("; ")
             self.call.cut = True
-        if broken and not self.dialect:
+        if broken and self.dialect:
+            await self.write(error_frame(self.dialect, status, said or broken))
+        if broken and self.dialect in ("", "gemini"):  # no other end is seen (clients.md)
             if self.request.transport:
                 self.request.transport.abort()
             raise ConnectionResetError(broken)
-        if broken:
-            await self.write(error_frame(self.dialect, status, said or broken))
         await self.response.write_eof()
         return self.response
 
@@ -1227,9 +1265,11 @@ QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overa
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
-MATTERS = re.compile(rb'"(response|error|response\.output_item\.done)"')  # in later events
+MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
+DELAY = re.compile(r'"(?:resets_in_seconds|retryDelay|quotaResetDelay)":"?([\d.hms]+)')
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
 STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
+STREAM_ERRORS |= {str(code): code for code in range(400, 600)}
 STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "invalid_prompt": 400,
                   "context_length_exceeded": 400, "invalid_encrypted_content": 400,
                   "insufficient_quota": 429, "server_is_overloaded": 529}  # fmt: skip
@@ -1247,8 +1287,8 @@ class Forwarder(Ampcode):
         if rows:
             call.route, call.provider, call.served_model = "local", rows[0]["name"], call.wanted
         while account := await self.pool.choose(rows, call, spent, until):
-            if call.row.get("name") != account.type:
-                word(call, self.live.row(account.type))
+            if call.row is not account.row:
+                word(call, account.row)
             try:
                 return await self.attempt(call, account)
             except ProxyError as failed:
@@ -1319,39 +1359,50 @@ class Forwarder(Ampcode):
 def word(call: Call, row: Json) -> None:
     if call.row:  # the body has been changed for another row
         call.parse()
-    call.row, call.provider, call.served_model = row, row["name"], call.wanted
+    call.row, call.provider = row, row["name"]
+    call.served_model = row["models"].get(call.wanted, call.wanted)
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
     for name in {name.lower() for name in given if matches(name, row["passes"])}:
         call.headers[name] = ",".join(given.getall(name))
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-    call.folds = call.verb == "responses" and not call.body.get("stream")
-    call.body["model"] = call.wanted
+    streams = call.body.get("stream") or call.verb == "streamGenerateContent"
+    only = row["kind"] == "codex" and call.verb == "responses"  # which its backend only streams
+    if call.dialect == "gemini":  # without alt=sse a client waits for a list
+        call.folds = streams and call.request.query.get("alt") != "sse"
+    else:
+        call.folds, call.body["model"] = only and not streams, call.served_model
     if call.effort.isdigit():
         call.effort = next(LEVELS[most] for most in LEVELS if int(call.effort) <= most)
-    if call.effort not in ("", "auto") and call.dialect == "responses":
+    if call.dialect == "chat" and call.effort not in ("", "auto"):
+        call.body["reasoning_effort"] = call.effort
+    if call.dialect == "responses" and call.effort not in ("", "auto"):
         asked = call.body.get("reasoning")
         call.body["reasoning"] = dict(asked if isinstance(asked, dict) else {}, effort=call.effort)
     if call.verb == "count_tokens":
         call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
     elif call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
-    RULES[row["name"]](call.body, call.headers, row)
+    if row["kind"] in RULES:
+        RULES[row["kind"]](call.body, call.headers, row)
     if call.verb == "compact":
-        del call.body["stream"]
-    call.headers["Accept"] = "text/event-stream" if call.body.get("stream") else "application/json"
+        call.body.pop("stream", None)
+    call.headers["Accept"] = "text/event-stream" if streams or only else "application/json"
     call.worded = compact(call.body)
 
 
 def addressed(call: Call, account: Account, token: str) -> str:
-    base, path = call.row["base-url"].rstrip("/"), call.row["paths"][call.verb]
-    call.headers["Authorization"] = f"Bearer {token}"
+    row, base = call.row, call.row["base-url"].rstrip("/")
+    header = row["key-header"] if row["key-host"] in base else "Authorization"
+    call.headers[header] = f"Bearer {token}" if header == "Authorization" else token
     call.headers.popall("Chatgpt-Account-Id", None)
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
         call.headers["Chatgpt-Account-Id"] = str(number)
-    if found := re.search(r"/(v\d\w*|backend-api/codex)$", base):
-        path = path.removeprefix(found[0])
+    path = row["paths"][call.verb].replace("{model}", quote(call.served_model, safe=""))
+    if re.search(r"/(v\d\w*|backend-api/codex)$", base):
+        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
     pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-    return f"{base}{path}" + (f"?{urlencode(pairs)}" if pairs else "")
+    pairs += [("alt", "sse")] if call.folds and call.dialect == "gemini" else []
+    return f"{base}{path}".replace("{verb}", call.verb) + (f"?{urlencode(pairs)}" if pairs else "")
 
 
 def quota_of(headers: Any) -> list[Json]:
@@ -1371,13 +1422,15 @@ class Reading:
 
     def __init__(self, call: Call, answered: Callable[[], None]) -> None:
         self.call, self.answered, self.items = call, answered, dict[int, Any]()
-        self.told, self.ended, self.done, self.whole = False, False, False, Json()
+        self.told, self.ended, self.done = False, False, False
+        self.whole: Any = [] if call.dialect == "gemini" else {}  # where a stream is folded
 
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
         raw, answer, headers = b"", Json(), upstream.headers
         with suppress(*NET_ERRORS):
             raw = await upstream.read()
-            answer = read_object(raw := inflate(raw) or raw)
+            raw = (inflate(raw) or raw).strip().removeprefix(b"[").removesuffix(b"]")
+            answer = read_object(raw)
         error = self.failure(answer, upstream.status)
         full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
         waits = number(headers.get("Retry-After")), *(full.values() if error.status == 429 else ())
@@ -1390,14 +1443,15 @@ class Reading:
 
     def failure(self, answer: Json, status: int = 0) -> ProxyError:
         told = answer["error"] if isinstance(answer.get("error"), dict) else answer
-        words = (str(told.get(name)) for name in ("code", "type"))
+        words = (str(told.get(name)) for name in ("code", "type", "status"))
         how = f"answered {status}" if status else "answered with an error:"
         message = f"{self.call.provider} {how} {error_text(answer, 'type')}"
         status = status or next((STREAM_ERRORS[w] for w in words if w in STREAM_ERRORS), 502)
         error = ProxyError(status if status >= 400 else 502, message, said=error_text(answer))
         if status >= 400 and answer:
             error.body = compact(error_body(self.call.dialect, status, error.said))
-        error.retry_after = number(told.get("resets_in_seconds"))
+        delay = DELAY.search(compact(told).decode())
+        error.retry_after = seconds(delay[1]) if delay else 0
         return error
 
     def __call__(self, data: bytes) -> bytes:
@@ -1410,19 +1464,25 @@ class Reading:
         late = self.told and kind == "response.failed" and not self.call.folds
         if kind == "error" or (isinstance(holder.get("error"), dict) and not late):
             raise self.failure(holder)
-        self.ended = self.ended or kind in ENDS
+        self.ended = self.ended or kind in ENDS or bool(ENDING.search(data))
         if kind == "response.output_item.done":
             self.items[event.get("output_index", len(self.items))] = event.get("item")
         elif change := holder.get("output") == [] and bool(self.items):
             holder["output"] = [item for _, item in sorted(self.items.items())]
-        if isinstance(name := holder.get("model"), str) and name != self.call.model:
-            holder["model"], given, asked = self.call.model, compact(name), compact(self.call.model)
+        key = "modelVersion" if self.call.dialect == "gemini" else "model"
+        if isinstance(name := holder.get(key), str) and name != self.call.model:
+            holder[key], given, asked = self.call.model, compact(name), compact(self.call.model)
             change = change or data.count(given) != 1  # a tool's input may have it, too
             data = data.replace(given, asked)
         if not self.told and kind not in QUIET:
-            self.told, self.done = True, self.call.dialect == "anthropic"
+            self.told = True
             self.answered()
-        self.whole = self.whole if holder is event else holder
+        once = name == self.call.model and self.call.dialect != "responses" and not self.call.folds
+        self.done = self.told and (once or self.call.dialect == "anthropic")
+        if self.call.folds and self.call.dialect == "gemini":
+            self.whole.append(event)
+        elif holder is not event:
+            self.whole = holder
         return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
 
 
@@ -1514,12 +1574,28 @@ class Server(Forwarder):
         local = config["ampcode"]["restrict-management-to-localhost"] and not call
         if local and not is_loopback(request.remote or ""):  # forwarding headers prove nothing
             raise ProxyError(403, "Access denied: management routes restricted to localhost")
+        if method == "GET" and LISTING.fullmatch(path) and not upgrade:
+            return web.json_response(self.models(request))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.report())
         if (method == "POST" or upgrade) and path.startswith(("/api/thread-actors", "/actors/")):
             self.server_side += path == "/api/thread-actors"
             log.warning(AMP_BILLS)
         return await (self.tunnel if upgrade else self.forward)(request, key)
+
+    def models(self, request: Request) -> Json:
+        """What the present accounts serve; Anthropic's and OpenAI's clients find theirs in one."""
+        rows = [row for row in reversed(self.live.rows) if self.pool.of([row])]
+        owners = {name: row["name"] for row in rows for name in row["models"]
+                  if "*" not in name and not matches(name, row["excluded-models"])}  # fmt: skip
+        if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
+            more: Json = {"supportedGenerationMethods": [*DEFAULTS["gemini-api-key"][0]["paths"]]}
+            rows = [{"name": f"models/{n}", "displayName": n, **more} for n in sorted(owners)]
+            return {"models": rows}
+        more = {"type": "model", "object": "model", "created": 0, "created_at": rfc3339(0)}
+        rows = [{"id": n, "display_name": n, "owned_by": owners[n], **more} for n in sorted(owners)]
+        ends = {"first_id": min(owners, default=None), "last_id": max(owners, default=None)}
+        return {"object": "list", "data": rows, "has_more": False, **ends}
 
     def report(self) -> Json:
         return {

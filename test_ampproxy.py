@@ -396,7 +396,7 @@ def test_config_yaml_shows_every_key_and_changes_nothing():
     text = (HERE / "config.yaml").read_text()
     wanted = {path.rpartition(".")[2] for path in leaves(ampproxy.default(ampproxy.DEFAULTS))}
     internal = {"aliases", "dialect", "paths", "passes", "known", "limits", "callback-path", "authorize-query",
-                "refresh-lead", "enabled", "token-form", "drops"}  # fmt: skip
+                "refresh-lead", "enabled", "token-form", "drops", "key-header", "key-host"}  # fmt: skip
     assert not [key for key in wanted - internal if f"{key}:" not in text]
 
 
@@ -431,7 +431,7 @@ def at(config, dotted):
     ("providers: {codex: true}", "providers.codex.enabled", True),
     ("providers: {claude: {headers: {X-A: b}}}", "providers.claude.headers.X-A", "b"),
     ("providers: {claude: {headers: {X-A: b}}}", "providers.claude.headers.anthropic-version", "2023-06-01"),
-    ("claude-api-key: [{api-key: k, models: [a, {name: b, alias: c}]}]", "claude-api-key.0.models.0.name", "a"),
+    ("claude-api-key: [{api-key: k, models: [a, {name: b, alias: c}]}]", "claude-api-key.0.models", ["a", {"name": "b", "alias": "c"}]),
     ("openai-compatibility: [{name: o, base-url: http://o, api-key-entries: [{api-key: k}]}]",
      "openai-compatibility.0.api-key-entries.0.api-key", "k"),
     ("ampcode: {upstream-api-key: '${FROM_ENV}-x'}", "ampcode.upstream-api-key", "value-x"),
@@ -3796,6 +3796,405 @@ async def test_the_openai_sdk(tmp_path, base):
         with pytest.raises(openai.BadRequestError, match="no"):
             await client.responses.create(model="gpt-5.4", input="hi")
         await client.close()
+
+
+# == API keys ======================================================================================
+
+CHAT = {"model": "gpt-5.4", "messages": [{"role": "user", "content": "hi"}]}
+CONTENTS = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
+
+
+def data(value):
+    return f"data: {json.dumps(value)}\n\n".encode()
+
+
+def completion(model="gpt-5.4"):
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "hé"},
+        "finish_reason": "stop",
+    }
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    return {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 1,
+        "model": model,
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def completion_chunks(model="gpt-5.4"):
+    def chunk(delta, end=None):
+        return data({"id": "c", "object": "chat.completion.chunk", "created": 1, "model": model,
+                     "choices": [{"index": 0, "delta": delta, "finish_reason": end}]})  # fmt: skip
+
+    usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    last = {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": model,
+        "choices": [],
+        "usage": usage,
+    }
+    return [chunk({"role": "assistant", "content": ""}), chunk({"content": "hé"}), chunk({}, "stop"),
+            data(last), b"data: [DONE]\n\n"]  # fmt: skip
+
+
+def content(model="gemini-2.5-pro", text="hé", end="STOP"):
+    candidate = {"content": {"role": "model", "parts": [{"text": text}]}, "index": 0}
+    usage = {"promptTokenCount": 5, "candidatesTokenCount": 3, "totalTokenCount": 8}
+    return {"candidates": [candidate | ({"finishReason": end} if end else {})], "usageMetadata": usage,
+            "modelVersion": model}  # fmt: skip
+
+
+def content_chunks(model="gemini-2.5-pro"):
+    return [data(content(model, "h", None)), data(content(model, "é"))]
+
+
+def models_path(model, verb="generateContent", query=""):
+    return f"/v1beta/models/{model}:{verb}{query}"
+
+
+KINDS = {  # the list: model, path, body, its path upstream, the header with the key, an answer, a stream
+    "claude-api-key": ("claude-opus-4-6", "/v1/messages", ASK, "/v1/messages", "Authorization", message, events),
+    "codex-api-key": ("gpt-5.4", CODEX, QUESTION, "/v1/responses", "Authorization", reply, codex_events),
+    "gemini-api-key": ("gemini-2.5-pro", models_path("{}"), CONTENTS, models_path("{}"), "x-goog-api-key",
+                       content, content_chunks),
+    "openai-compatibility": ("gpt-5.4", "/v1/chat/completions", CHAT, "/v1/chat/completions", "Authorization",
+                             completion, completion_chunks),
+}  # fmt: skip
+
+
+def key_entry(kind, url, *keys, **more):
+    if kind == "openai-compatibility":
+        entry = {"name": "router", "api-key-entries": [{"api-key": key} for key in keys]}
+        return [{**entry, "base-url": url, "models": ["gpt-*"], **more}]
+    return [{"api-key": key, "base-url": url, **more} for key in keys]
+
+
+@asynccontextmanager
+async def key_world(folder, kind, keys=("k-one",), suffix="", tokens=(), config=None, **more):
+    """A world with API keys of one kind."""
+    keyed = FakeUpstream(None)
+    async with keyed.open(), world(folder, tokens=tokens) as w:
+        w.keyed, keyed.usual = keyed, answer_json(KINDS[kind][5]())
+        w.reload(**{kind: key_entry(kind, keyed.url + suffix, *keys, **more)}, **(config or {}))
+        w.server.tick()
+        yield w
+
+
+def asked_as(kind, model=None, stream=False):
+    """Path and body of a request to the kind of provider."""
+    given, path, body, *_ = KINDS[kind]
+    if kind == "gemini-api-key":
+        verb = "streamGenerateContent" if stream else "generateContent"
+        return models_path(model or given, verb, "?alt=sse" if stream else ""), body
+    return path, {**body, "model": model or given, "stream": stream}
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_what_reaches_a_provider_with_a_key(tmp_path, kind, suffix):
+    suffix = suffix.replace("v1", "v1beta") if kind == "gemini-api-key" else suffix
+    async with key_world(tmp_path, kind, suffix=suffix, headers={"X-Mine": "1"}) as w:
+        model, _, _, there, header, answer, _ = KINDS[kind]
+        path, body = asked_as(kind)
+        status, got, headers = await w.ask_json(
+            path, body, headers={**CLIENT, "X-Amp-Thread-Id": "T-1"}
+        )
+        assert (status, got) == (200, answer())
+        sent = w.keyed.last
+        assert sent.raw_path == there.format(model)
+        assert sent.headers[header] == ("Bearer k-one" if header == "Authorization" else "k-one")
+        assert sent.headers["X-Mine"] == "1"
+        others = {"Authorization", "X-Api-Key", "X-Goog-Api-Key", "Cookie", "X-Amp-Thread-Id"}
+        assert (
+            not {name for name in others if name in sent.headers}
+            - {"Authorization", "X-Goog-Api-Key"}
+            or header
+        )
+        assert [name for name in ("Authorization", "X-Api-Key", "X-Goog-Api-Key") if name in sent.headers] == [
+            name for name in ("Authorization", "X-Goog-Api-Key") if name.lower() == header.lower()]  # fmt: skip
+        assert not sent.headers.keys() & {
+            "Cookie",
+            "X-Amp-Thread-Id",
+            "originator",
+            "Chatgpt-Account-Id",
+        }
+        assert w.keyed.body() == body
+        assert headers["x-ampproxy-route"] == "local"
+        assert headers["x-ampproxy-provider"] == (
+            "router" if kind == "openai-compatibility" else kind
+        )
+
+
+@in_loop
+async def test_a_key_of_anthropic_itself_goes_where_its_sdk_puts_it(tmp_path):
+    """To no other host; here the proxy's outbound proxy is the one that sees the request."""
+    outside = FakeUpstream(answer_json(message()))
+    async with outside.open(), key_world(tmp_path, "claude-api-key") as w:
+        for host, header in (
+            ("api.anthropic.com", "X-Api-Key"),
+            ("elsewhere.example", "Authorization"),
+        ):
+            w.reload(
+                **{
+                    "claude-api-key": [{"api-key": "k-one", "base-url": f"http://{host}"}],
+                    "proxy-url": outside.url,
+                }
+            )
+            w.server.tick()
+            assert (await w.ask("/v1/messages", ASK)).status == 200
+            sent = outside.last
+            assert (sent.headers["Host"], sent.path) == (host, "/v1/messages")
+            assert sent.headers[header].removeprefix("Bearer ") == "k-one"
+            assert len({"X-Api-Key", "Authorization"} & sent.headers.keys()) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("served", ["other", "mine"])
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_streams_of_keys_carry_the_asked_name(tmp_path, kind, served, size):
+    models = [{"name": "other", "alias": "mine"}, "some-*"]
+    async with key_world(tmp_path, kind, models=models) as w:
+        stream = KINDS[kind][6]
+        sent = b"".join(stream(served))
+        w.keyed.usual = (200, SSE, [sent[i : i + size] for i in range(0, len(sent), size)])
+        path, body = asked_as(kind, "mine", stream=True)
+        response = await w.ask(path, body)
+        wanted = b"".join(stream("mine"))
+        if kind == "codex-api-key":  # its lost output comes back
+            assert [e["type"] for e in data_of(response.bytes)] == [
+                e["type"] for e in data_of(wanted)
+            ]
+            assert b'"other"' not in response.bytes
+        else:
+            assert response.bytes == wanted
+        assert response.headers["x-ampproxy-model"] == "other"
+        there = w.keyed.last.raw_path if kind == "gemini-api-key" else w.keyed.body()["model"]
+        assert "other" in there
+        assert w.server.requests[-1]["output_tokens"] in (3, 7)
+        w.keyed.usual = answer_json(KINDS[kind][5](served))
+        path, body = asked_as(kind, "mine")
+        assert (await w.ask_json(path, body))[1] == KINDS[kind][5]("mine")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_keys_of_one_list_rotate_and_stand_in_for_each_other(tmp_path, kind):
+    async with key_world(tmp_path, kind, ("k-one", "k-two", "k-three")) as w:
+        path, body = asked_as(kind)
+        _, _, _, _, header, *_ = KINDS[kind]
+
+        async def used():
+            response = await w.ask(path, body)
+            assert response.status == 200
+            return w.keyed.last.headers[header].removeprefix("Bearer ")
+
+        assert {await used() for _ in range(3)} == {"k-one", "k-two", "k-three"}
+
+        async def refuse(request):
+            good = "k-two" in request.headers[header]
+            return web.json_response(
+                KINDS[kind][5]() if good else {"error": {"message": "no"}},
+                status=200 if good else 401,
+            )
+
+        w.keyed.usual = refuse
+        assert [await used() for _ in range(3)] == ["k-two"] * 3
+        report = (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        assert sorted(row["state"] for row in report) == ["needs-login", "needs-login", "ready"]
+        assert all(
+            kind in row["reason"]
+            for row in report
+            if row["state"] == "needs-login" and "login" in row["reason"]
+        )
+        assert not re.search(rb"k-(one|two|three)", (await w.ask("/status", method="GET")).bytes)
+
+
+@in_loop
+async def test_plans_come_before_keys(tmp_path):
+    async with key_world(tmp_path, "claude-api-key", tokens=("fred@example.com",)) as w:
+        assert (await w.ask(PATH, ASK)).headers["x-ampproxy-provider"] == "claude"
+        w.claude.usual = limit(**{"Retry-After": "900"})
+        response = await w.ask(PATH, ASK)
+        assert (response.status, response.headers["x-ampproxy-provider"]) == (200, "claude-api-key")
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_a_key_row_takes_only_its_models(tmp_path):
+    async with key_world(tmp_path, "codex-api-key", **{"excluded-models": ["*-mini"]}) as w:
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        assert (await w.ask(CODEX, {**QUESTION, "model": "gpt-5.4-mini"})).status == 404
+        assert (await w.ask(CODEX, {**QUESTION, "model": "claude-opus-4-6"})).status == 404
+        assert len(w.keyed.requests) == 1
+
+
+@in_loop
+async def test_a_key_of_openai_is_no_chatgpt_login(tmp_path):
+    """None of the plan backend's rules: what the client says is what is asked."""
+    body = {
+        "model": "gpt-5.4",
+        "input": "hi",
+        "previous_response_id": "resp_0",
+        "max_output_tokens": 9,
+        "temperature": 1,
+    }
+    async with key_world(tmp_path, "codex-api-key") as w:
+        w.keyed.usual = answer_json(reply(output=[TEXT_ITEM]))
+        assert (await w.ask_json(CODEX, body))[1] == reply(output=[TEXT_ITEM])
+        assert w.keyed.body() == body
+        w.keyed.usual = answer_json(completion())
+        assert (await w.ask_json("/v1/chat/completions", CHAT))[1] == completion()
+        assert w.keyed.last.path == "/v1/chat/completions"
+
+
+@in_loop
+async def test_an_effort_suffix_is_said_in_chat(tmp_path):
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        response = await w.ask("/v1/chat/completions", {**CHAT, "model": "gpt-5.4(high)"})
+        assert (w.keyed.body()["model"], w.keyed.body()["reasoning_effort"]) == ("gpt-5.4", "high")
+        assert json.loads(response.bytes)["model"] == "gpt-5.4(high)"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_a_key_that_leaves_the_config_is_used_no_more(tmp_path, kind):
+    async with key_world(tmp_path, kind) as w:
+        path, body = asked_as(kind)
+        assert (await w.ask(path, body)).status == 200
+        w.reload()
+        w.server.tick()
+        assert (await w.ask(path, body)).status == 404
+        assert (await w.ask_json("/status", method="GET"))[1]["accounts"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_a_stream_that_dies_ends_as_its_dialect_ends(tmp_path, kind):
+    async with key_world(tmp_path, kind) as w:
+        start = KINDS[kind][6]()[: 3 if kind == "codex-api-key" else 1]
+        w.keyed.usual = (200, SSE, [*start, "cut"])
+        path, body = asked_as(kind, stream=True)
+        if kind != "gemini-api-key":
+            assert (await w.ask(path, body)).bytes.startswith(b"".join(start))
+            last = data_of((await w.ask(path, body)).bytes)[-1]
+            told = last["response"]["error"] if kind == "codex-api-key" else last["error"]
+            assert "broke off" in told["message"]
+            return
+        request = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(json.dumps(body))}\r\n\r\n{json.dumps(body)}"
+        got = await raw_exchange(w.port, request.encode())
+        assert data_of(got)[-1]["error"]["status"] == "INTERNAL"
+        assert not got.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("kind", ["openai-compatibility", "gemini-api-key"])
+@in_loop
+async def test_errors_of_key_providers(tmp_path, kind):
+    shape = {"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}}
+    async with key_world(tmp_path, kind, config={"max-retry-interval": 0}) as w:
+        path, body = asked_as(kind)
+        w.keyed.usual = answer_json(shape, 429)
+        status, got, headers = await w.ask_json(path, body)
+        assert (status, got) == (429, shape)
+        (account,) = w.server.pool.accounts.values()
+        assert (account.wait("any", w.clock.monotonic()), "Retry-After" in headers) == (60, False)
+        w.clock.now += 100
+        w.keyed.usual = answer_json(
+            {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}, 400
+        )
+        assert (await w.ask_json(path, body))[:2] == (
+            400,
+            {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}},
+        )
+        path, body = asked_as(kind, stream=True)
+        w.keyed.usual = (
+            200,
+            SSE,
+            [data({"error": {"code": 503, "message": "full", "status": "UNAVAILABLE"}})],
+        )
+        assert (await w.ask(path, body)).status == 503
+
+
+@in_loop
+async def test_a_gemini_stream_without_sse_is_a_list(tmp_path):
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        w.keyed.usual = (200, SSE, content_chunks())
+        _, got, headers = await w.ask_json(
+            models_path("gemini-2.5-pro", "streamGenerateContent"), CONTENTS
+        )
+        assert got == [content(text="h", end=None), content(text="é")]
+        assert headers["Content-Type"] == "application/json"
+        assert w.keyed.last.query_string == "alt=sse"
+
+
+# == Models ========================================================================================
+
+
+@pytest.mark.parametrize(("path", "headers", "shape"), [
+    ("/v1/models", {}, "openai"), ("/models", {}, "openai"), ("/v1/v1/models", {}, "openai"),
+    ("/api/provider/openai/v1/models", {}, "openai"), ("/api/provider/xai/models", {}, "openai"),
+    ("/v1/models", {"anthropic-version": "2023-06-01"}, "anthropic"), ("/api/provider/anthropic/v1/models", {}, "anthropic"),
+    ("/v1beta/models", {}, "gemini"), ("/v1/models", {"x-goog-api-key": "k"}, "gemini"),
+    ("/api/provider/google/v1beta/models", {}, "gemini"),
+])  # fmt: skip
+@in_loop
+async def test_models_that_are_served_are_listed_in_each_shape(tmp_path, path, headers, shape):
+    models = [{"name": "backend", "alias": "mine"}, "wild-*", "plain"]
+    async with key_world(
+        tmp_path, "openai-compatibility", tokens=("fred@example.com",), models=models
+    ) as w:
+        status, got, _ = await w.ask_json(path, method="GET", headers=headers)
+        assert status == 200
+        if shape == "gemini":
+            names = [row["name"].removeprefix("models/") for row in got["models"]]
+            assert all(
+                "generateContent" in row["supportedGenerationMethods"] for row in got["models"]
+            )
+        else:
+            names = [row["id"] for row in got["data"]]
+            assert {row["type" if shape == "anthropic" else "object"] for row in got["data"]} == {
+                "model"
+            }
+        if shape == "anthropic":
+            assert (got["has_more"], got["first_id"], got["last_id"]) == (
+                False,
+                names[0],
+                names[-1],
+            )
+            assert all(row["display_name"] and row["created_at"] for row in got["data"])
+        if shape == "openai":
+            assert got["object"] == "list"
+            assert {row["owned_by"] for row in got["data"]} == {"claude", "router"}
+        assert {"mine", "plain", "claude-opus-4-6"} <= set(names)
+        assert not [
+            name for name in names if "*" in name or name.startswith(("gpt", "backend", "gemini"))
+        ]
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_models_follow_the_accounts_and_the_exclusions(tmp_path):
+    async with world(tmp_path, tokens=(), claude={"excluded-models": ["*-haiku-*"]}) as w:
+        assert (await w.ask_json("/v1/models", method="GET"))[1]["data"] == []
+        _, got, _ = await w.ask_json("/v1/models", method="GET", headers={"anthropic-version": "x"})
+        assert (got["data"], got["has_more"], got["first_id"], got["last_id"]) == (
+            [],
+            False,
+            None,
+            None,
+        )
+        token_file(w.auth)
+        w.server.tick()
+        names = [row["id"] for row in (await w.ask_json("/v1/models", method="GET"))[1]["data"]]
+        assert any("opus" in name for name in names)
+        assert not any("haiku" in name for name in names)
 
 
 # == The official SDK ==============================================================================
