@@ -4113,6 +4113,7 @@ async def test_errors_of_key_providers(tmp_path, kind):
             400,
             {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}},
         )
+        w.clock.now += 100
         path, body = asked_as(kind, stream=True)
         w.keyed.usual = (
             200,
