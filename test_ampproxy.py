@@ -1,7 +1,8 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2"]
+# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2",
+#                 "google-genai>=2"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
 
@@ -4196,6 +4197,97 @@ async def test_models_follow_the_accounts_and_the_exclusions(tmp_path):
         names = [row["id"] for row in (await w.ask_json("/v1/models", method="GET"))[1]["data"]]
         assert any("opus" in name for name in names)
         assert not any("haiku" in name for name in names)
+
+
+@pytest.mark.parametrize("version", ["v1beta", "v1"])
+@in_loop
+async def test_the_google_sdk(tmp_path, version):
+    genai = pytest.importorskip("google.genai")
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        options = genai.types.HttpOptions(base_url=w.url, api_version=version)
+        client, model = genai.Client(api_key="any", http_options=options).aio, "gemini-2.5-flash"
+        image = genai.types.Part.from_bytes(data=b"\0", mime_type="image/png")
+        w.keyed.usual = answer_json(content(model))
+        answer = await client.models.generate_content(model=model, contents=["hi", image])
+        assert (
+            answer.text,
+            answer.model_version,
+            answer.usage_metadata.candidates_token_count,
+        ) == ("hé", model, 3)
+        assert w.keyed.body()["contents"][0]["parts"][1]["inlineData"]["data"] == "AA=="
+        w.keyed.usual = (200, SSE, content_chunks(model))
+        stream = await client.models.generate_content_stream(model=model, contents="hi")
+        assert "".join([chunk.text async for chunk in stream]) == "hé"
+        call = {"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "czE="}
+        candidate = {"content": {"role": "model", "parts": [call]}, "finishReason": "STOP"}
+        w.keyed.usual = answer_json({**content(model), "candidates": [candidate]})
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        tool = genai.types.Tool(function_declarations=[{"name": "f", "parameters": schema}])
+        asked = genai.types.GenerateContentConfig(tools=[tool], system_instruction="be kind")
+        answer = await client.models.generate_content(model=model, contents="hi", config=asked)
+        assert (answer.function_calls[0].name, answer.function_calls[0].args) == ("f", {"a": 1})
+        assert w.keyed.body()["tools"][0]["functionDeclarations"][0]["name"] == "f"
+        w.keyed.usual = answer_json({"totalTokens": 7})
+        assert (await client.models.count_tokens(model=model, contents="hi")).total_tokens == 7
+        w.keyed.usual = answer_json(
+            {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}, 400
+        )
+        with pytest.raises(genai.errors.ClientError, match="bad"):
+            await client.models.generate_content(model=model, contents="hi")
+        w.keyed.usual = (200, SSE, [*content_chunks(model)[:1], "cut"])
+        with pytest.raises(Exception, match="broke off"):
+            async for _ in await client.models.generate_content_stream(model=model, contents="hi"):
+                pass
+
+
+@pytest.mark.parametrize("base", ["/v1", "/api/provider/openrouter/v1"])
+@in_loop
+async def test_the_openai_sdk_with_chat_completions(tmp_path, base):
+    openai = pytest.importorskip("openai")
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+    }
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        client = openai.AsyncOpenAI(api_key="k", base_url=w.url + base, max_retries=0)
+        asked = [{"role": "user", "content": [{"type": "text", "text": "hi"}, image]}]
+        answer = await client.chat.completions.create(model="gpt-5.4(low)", messages=asked)
+        assert (answer.choices[0].message.content, answer.model) == ("hé", "gpt-5.4(low)")
+        assert (w.keyed.body()["messages"], w.keyed.body()["reasoning_effort"]) == (asked, "low")
+        called = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        whole = completion()
+        whole["choices"][0] |= {
+            "message": {"role": "assistant", "tool_calls": [called]},
+            "finish_reason": "tool_calls",
+        }
+        w.keyed.usual = answer_json(whole)
+        answer = await client.chat.completions.create(model="gpt-5.4", messages=asked, tools=[tool])
+        assert (answer.choices[0].message.tool_calls[0].function.name, w.keyed.body()["tools"]) == (
+            "f",
+            [tool],
+        )
+        w.keyed.usual = (200, SSE, completion_chunks())
+        stream = await client.chat.completions.create(model="gpt-5.4", messages=asked, stream=True)
+        assert (
+            "".join(
+                [chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices]
+            )
+            == "hé"
+        )
+        assert [model.id async for model in client.models.list()] == []  # a pattern names no model
+        w.keyed.usual = answer_json(
+            {"error": {"message": "no", "type": "invalid_request_error"}}, 400
+        )
+        with pytest.raises(openai.BadRequestError, match="no"):
+            await client.chat.completions.create(model="gpt-5.4", messages=asked)
+        w.keyed.usual = (200, SSE, [*completion_chunks()[:1], "cut"])
+        with pytest.raises(openai.APIError, match="broke off"):
+            async for _ in await client.chat.completions.create(
+                model="gpt-5.4", messages=asked, stream=True
+            ):
+                pass
+        await client.close()
 
 
 # == The official SDK ==============================================================================
