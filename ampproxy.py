@@ -899,7 +899,7 @@ class Pool:
         self.accounts, self.stamps, self.turn = dict[Path, Account](), dict[Path, Any](), 0
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
 
-    def scan(self) -> None:
+    def scan(self) -> list[Account]:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
         keys = {path: token for row in self.live.rows for path, token in row["keys"].items()}
         known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
@@ -909,6 +909,7 @@ class Pool:
         seen, self.stamps = self.stamps, stamps
         for path in [path for path, now in stamps.items() if now != seen.get(path)]:
             self.read(path)
+        return list(self.accounts.values())
 
     def read(self, path: Path) -> None:
         try:
@@ -1687,15 +1688,9 @@ async def login(live: Live, args: Json) -> None:
     say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
 
 
-def accounts_of(live: Live, provider: str = "") -> list[Account]:
-    pool = Pool(live)
-    pool.scan()
-    return [account for account in pool.accounts.values() if provider in ("", account.type)]
-
-
 async def logout(live: Live, args: Json) -> None:
     """Delete a login."""
-    there = accounts_of(live, NAMES[args["provider"]])
+    there = [a for a in Pool(live).scan() if a.type == NAMES[args["provider"]]]
     wanted = [a for a in there if args["account"] in (None, a.email, a.path.name, a.path.stem)]
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
@@ -1721,7 +1716,7 @@ async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
     line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
-    for a in (found := accounts_of(live)):
+    for a in (found := Pool(live).scan()):
         left = (expiry(a.token) - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
         say(line.format(a.type, a.email, a.plan or "-", ends, a.state(0), a.path))
