@@ -1699,17 +1699,16 @@ async def logout(live: Live, args: Json) -> None:
     say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
 
-def ask_proxy(live: Live) -> Json:
+async def ask_proxy(live: Live) -> Json:
     host, keys = live.config["host"], [*live.config["api-keys"], ""]
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{live.config['port']}/status"
-    request = urllib.request.Request(url, headers={"X-Api-Key": keys[0]})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
+    more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
     try:
-        with opener.open(request, timeout=10) as answer:
-            return read_object(answer.read())
-    except (OSError, ValueError) as error:
-        raise Failure(f"no proxy to ask at {url} ({error}): start one, or see --config") from error
+        async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
+            return read_object(await answer.read())
+    except NET_ERRORS as error:
+        raise Failure(f"no proxy to ask at {url} ({why(error)}): start it, see --config") from error
 
 
 async def accounts(live: Live, args: Json) -> None:
@@ -1726,7 +1725,7 @@ async def accounts(live: Live, args: Json) -> None:
 
 async def status(live: Live, args: Json) -> None:
     """Ask the running proxy how it stands, as JSON."""
-    say(json.dumps(ask_proxy(live), indent=2, ensure_ascii=False))
+    say(json.dumps(await ask_proxy(live), indent=2, ensure_ascii=False))
 
 
 async def check(live: Live, args: Json) -> None:
