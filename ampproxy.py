@@ -780,10 +780,9 @@ class Call:
 
     @property
     def thread(self) -> str:
-        metadata = self.body.get("metadata")
-        shown = [self.request.headers.get(name) for name in SESSION_HEADERS]
-        shown.append(metadata.get("user_id") if isinstance(metadata, dict) else None)
-        shown.append(self.body.get("prompt_cache_key"))
+        headers, metadata = self.request.headers, self.body.get("metadata")
+        user = metadata.get("user_id") if isinstance(metadata, dict) else None
+        shown = [*map(headers.get, SESSION_HEADERS), user, self.body.get("prompt_cache_key")]
         return next((text[:1000] for text in shown if text and isinstance(text, str)), "")
 
     @property
@@ -808,9 +807,8 @@ class Call:
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "The request names no model")
         found = SUFFIX.fullmatch(model)
-        name, effort, gpt, level = found.groups() if found else ("", "", "", "")
-        self.model, self.wanted = model, name or gpt or model
-        self.effort = (effort or level or "").lower()
+        parts = [part for part in found.groups() if part is not None] if found else [model, ""]
+        self.model, self.wanted, self.effort = model, parts[0], parts[1].lower()
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
