@@ -1262,6 +1262,7 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 # One model call, answered by the first account that can.
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
+HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
 MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
@@ -1300,7 +1301,7 @@ class Forwarder(Ampcode):
             error = self.pool.nobody(rows, call.wanted)
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            call.account, call.trouble = "", error.message
+            call.account, call.trouble = "", f"{error.message}; {HINT}"
             return await self.forward(call.request, key, call)
         raise error
 
@@ -1490,7 +1491,6 @@ class Reading:
 ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
                "none": "NO_PROVIDER"}  # fmt: skip
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
-HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
 PROBES = {"GET /healthz": 200, "HEAD /healthz": 200, "HEAD /": 200, "HEAD /api/hello": 404}
 
 
@@ -1547,11 +1547,10 @@ class Server(Forwarder):
         row = {name: getattr(call, name)[:200] for name in names} | call.tokens
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
         self.requests.append(row)
-        told = f"{call.trouble}; {HINT}" if call.route == "amp" else call.trouble
-        level = logging.WARNING if told or status >= 400 else logging.INFO
+        level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
         who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
         word, model = ROUTE_WORDS[call.route], call.model[:100] or "-"
-        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, told)
+        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
 
     async def dispatch(self, request: Request, call: Call | None) -> Answer:
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
