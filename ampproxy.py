@@ -342,9 +342,8 @@ class Live:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
-        listed = [(kind, entry) for kind in KEY_LISTS for entry in config[kind]]
-        pairs = [(k, e) for k, e in config["providers"].items() if e["enabled"] and e["paths"]]
-        self.rows = [as_row(kind, entry) for kind, entry in pairs + listed]
+        pairs = [*config["providers"].items(), *((k, e) for k in KEY_LISTS for e in config[k])]
+        self.rows = [as_row(k, e) for k, e in pairs if e.get("enabled", True) and e["paths"]]
 
     def reload(self) -> bool:
         now = stamp(self.path) if self.path else None
