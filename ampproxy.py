@@ -245,7 +245,7 @@ class ConfigFile:
             raise Failure(f"{place}: cannot be read: {problem or why(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
-        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
+        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key[1:] or 'the file'}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
         if node is None or node.tag.endswith(":null"):
@@ -282,7 +282,7 @@ class ConfigFile:
             with suppress(ValueError, TypeError):
                 fits = fits or (URL(value).scheme in ("http", "https") and URL(value).host)
         elif re.fullmatch(r"(\d+[smh])+", str(example)):
-            fits = type(value) is not bool and re.fullmatch(r"\d+|(\d+[smh])+", str(value))
+            fits = re.fullmatch(r"\d+|(\d+[smh])+", str(value))
             words = "a length of time such as 2h, 30m or 90"
         return "" if fits else words
 
@@ -290,14 +290,13 @@ class ConfigFile:
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
-        prefix = f"{key}." if key else ""
         if key.rpartition(".")[2] in TEXT_TABLES:
             names |= dict.fromkeys(given, "")
-        table = {name: self.read(given.get(name), names[name], prefix + name) for name in names}
+        table = {name: self.read(given.get(name), names[name], f"{key}.{name}") for name in names}
         for name, inner in example.get("ampcode", {}).items():  # CLIProxyAPI's older names
             old = given.pop(f"amp-{name}", None)
             if old and table["ampcode"][name] == default(inner):
-                table["ampcode"][name] = self.read(old, inner, f"amp-{name}")
+                table["ampcode"][name] = self.read(old, inner, f".amp-{name}")
         for node_name in (n for n, _ in node.value if n.value in given.keys() - names):
             near = difflib.get_close_matches(node_name.value, names, 1, 0)[0]
             told = f"unknown key {node_name.value!r}; the nearest is {near!r}"
@@ -307,7 +306,7 @@ class ConfigFile:
         try:
             re.compile(table["from"] if table.get("regex") else "")
         except re.error as error:
-            self.fail(given["from"], prefix + "from", f"is no regular expression: {error}")
+            self.fail(given["from"], f"{key}.from", f"is no regular expression: {error}")
         return table
 
 
