@@ -339,39 +339,32 @@ class Live:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
-        pairs = [*config["providers"].items(), *((k, e) for k in KEY_LISTS for e in config[k])]
+        keys = [(kind, entry | key) for kind in KEY_LISTS for entry in config[kind]
+                for key in entry.get("api-key-entries", [{}])]  # fmt: skip
+        pairs = [*config["providers"].items(), *keys]
         self.rows = [as_row(k, e) for k, e in pairs if e.get("enabled", True) and e["paths"]]
 
     def reload(self) -> bool:
-        now = stamp(self.path) if self.path else None
-        if now in (None, self.seen):
-            return False
-        self.seen = now
-        try:
+        """Whether the file has changed and is in effect; raises for a broken one, once."""
+        seen, self.seen = self.seen, (self.path and stamp(self.path)) or self.seen
+        if self.seen != seen:
             self.load(running=True)
-        except (Failure, RuntimeError) as error:  # the latter for a ~user that there is not
-            log.error("%s; the configuration from before stays in effect", error)
-            return False
-        log.info("%s is taken up", self.path)
-        return True
+            log.info("%s is taken up", self.path)
+        return self.seen != seen
 
     def row(self, name: str) -> Json:
         return as_row(name, self.config["providers"][name])
 
-    def rows_for(self, model: str, verb: str) -> list[Json]:
-        rows = [row for row in self.rows if verb in row["paths"] and matches(model, row["models"])]
-        return [row for row in rows if not matches(model, row["excluded-models"])]
-
 
 def as_row(kind: str, entry: Json) -> Json:
-    """`models` by the name that clients use; `keys`: a token each, by a path that stands for it."""
+    """`models` by the name that clients use; `id`: the type of its logins, or a path for its key"""
     models = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in entry["models"]]
-    row = {"name": kind, "keys": Json(), "kind": kind, **entry}
+    row = {"name": kind, "kind": kind, "id": kind, **entry}
     row["models"] = {m["alias"] or m["name"]: m["name"] for m in models}
-    for given in entry.get("api-key-entries", [entry] if "api-key" in entry else ()):
-        name = hashlib.sha256(f"{row['base-url']} {given['api-key']}".encode()).hexdigest()[:8]
-        token = {"type": kind, "email": f"{row['name']} {name}", "access_token": given["api-key"]}
-        row["keys"][Path(row["name"], name)] = token
+    if "api-key" in row:
+        name = hashlib.sha256(f"{row['base-url']} {row['api-key']}".encode()).hexdigest()[:8]
+        token = {"type": kind, "email": f"{row['name']} {name}", "access_token": row["api-key"]}
+        row |= {"id": Path(row["name"], name), "token": token}
     return row
 
 
@@ -720,6 +713,13 @@ def bare(value: str) -> str:
     return re.sub(r"(?i)^bearer\s+", "", value.strip())
 
 
+def without_suffix(model: str) -> tuple[str, str]:
+    """A model's name, and its thinking suffix: a level, a budget or nothing."""
+    found = SUFFIX.fullmatch(model)
+    parts = [part for part in found.groups() if part is not None] if found else [model, ""]
+    return parts[0], parts[1].lower()
+
+
 class Request(web.BaseRequest):
     @property
     def is_upgrade(self) -> bool:
@@ -799,9 +799,7 @@ class Call:
         model = self.model or self.body.get("model")
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "The request names no model")
-        found = SUFFIX.fullmatch(model)
-        parts = [part for part in found.groups() if part is not None] if found else [model, ""]
-        self.model, self.wanted, self.effort = model, parts[0], parts[1].lower()
+        self.model, (self.wanted, self.effort) = model, without_suffix(model)
 
     def parse(self) -> None:
         packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
@@ -892,7 +890,7 @@ class Pool:
 
     def scan(self) -> list[Account]:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        keys = {path: token for row in self.live.rows for path, token in row["keys"].items()}
+        keys = {row["id"]: row["token"] for row in self.live.rows if "token" in row}
         known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
         self.accounts = {path: a for path, a in self.accounts.items() if path in known}
         for path, token in keys.items():
@@ -918,20 +916,23 @@ class Pool:
         account.token = token
 
     def of(self, rows: list[Json]) -> list[Account]:
-        mine = list[Account]()
-        for row in rows:
-            kin = [account for account in self.accounts.values() if account.type == row["kind"]]
-            mine += (found := [a for a in kin if not row["keys"] or a.path in row["keys"]])
-            for account in found:
-                account.row = row
-        return [account for account in mine if account.token.get("disabled") is not True]
+        mine = [(row, account) for row in rows for account in self.accounts.values()
+                if row["id"] in (account.type, account.path)]  # fmt: skip
+        for row, account in mine:
+            account.row = row
+        return [account for _, account in mine if account.token.get("disabled") is not True]
+
+    def rows_for(self, model: str, verb: str) -> list[Json]:
+        rows = [r for r in self.live.rows if verb in r["paths"] and matches(model, r["models"])]
+        return [r for r in rows if self.of([r]) and not matches(model, r["excluded-models"])]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
             now, left = self.clock.monotonic(), [a for a in self.of(rows) if a not in spent]
             if free := [account for account in left if not account.wait(call.wanted, now)]:
-                first = [account for account in free if account.type == free[0].type]
-                account = self.home(call.thread and first[0].type + call.thread, first, now)
+                name = free[0].row["name"]
+                first = [account for account in free if account.row["name"] == name]
+                account = self.home(call.thread and name + call.thread, first, now)
                 for rest in account.resting(call.wanted):  # it is over: this is the probe
                     rest.wakes = now + PROBE
                 return account
@@ -994,7 +995,7 @@ class Pool:
 
     async def bearer(self, account: Account, refused: str = "") -> str:
         soon = self.clock.time() + MINUTE
-        if account.stale(refused, soon) and not account.row["keys"]:
+        if account.stale(refused, soon) and "token" not in account.row:
             task = account.refreshing or asyncio.create_task(self.refresh(account, refused, soon))
             account.refreshing = task
             await asyncio.wait([task])
@@ -1270,15 +1271,41 @@ STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "inval
 
 class Forwarder(Ampcode):
     async def answer(self, call: Call, key: str) -> Answer:
-        """From the accounts as the pool chooses them, else from ampcode.com, else a ProxyError."""
+        """By the first way that works, else from ampcode.com, else a ProxyError."""
         await call.read()
-        config, spent = self.live.config, set[Account]()
+        config = self.live.config
         call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
-        rows = [r for r in self.live.rows_for(call.wanted, call.verb) if self.pool.of([r])]
-        error = nobody = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
-        if rows:
-            call.route, call.provider, call.served_model = "local", rows[0]["name"], call.wanted
+        error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
+        ways = self.ways(call)
+        for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
+            try:
+                return await self.serve(call, rows, until if number == len(ways) else 0)
+            except ProxyError as failed:
+                if verdict(error := failed)[2] == "stop":
+                    raise
+        if call.amp and config["ampcode"]["fallback"] in ("always", "" if ways else "unserved"):
+            call.route, call.provider, call.served_model = "amp", "ampcode", call.model
+            call.account, call.trouble = "", f"{error.message}; {HINT}"
+            return await self.forward(call.request, key, call)
+        raise error
+
+    def ways(self, call: Call) -> list[tuple[str, str, str, list[Json]]]:
+        """Route, model, effort and rows, in the order to try: its own name, or what it maps to."""
+        config, name = self.live.config["ampcode"], call.wanted.lower()
+        rules = sorted(config["model-mappings"], key=lambda rule: rule["regex"])  # the exact first
+        fits = [rule for rule in rules if rule["from"].lower() == name
+                or (rule["regex"] and re.search(rule["from"], name, re.I))]  # fmt: skip
+        targets = [without_suffix(target) for rule in fits for target in rule["to"]]
+        mapped = [("mapped", model, effort or call.effort) for model, effort in targets]
+        own, forced = [("local", call.wanted, call.effort)], config["force-model-mappings"]
+        ways = [(*way, rows) for way in (mapped + own if forced else own + mapped)
+                if (rows := self.pool.rows_for(way[1], call.verb))]  # fmt: skip
+        return ways if forced or not ways or ways[0][0] == "mapped" else ways[:1]
+
+    async def serve(self, call: Call, rows: list[Json], until: float) -> Answer:
+        error, spent = None, set[Account]()
+        call.row, call.provider, call.served_model = Json(), rows[0]["name"], call.wanted
         while account := await self.pool.choose(rows, call, spent, until):
             if call.row is not account.row:
                 word(call, account.row)
@@ -1290,13 +1317,8 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
-        if rows and (error is nobody or len(self.pool.of(rows)) > 1):
-            error = self.pool.nobody(rows, call.wanted)
-        if call.amp and config["ampcode"]["fallback"] in ("always", "" if rows else "unserved"):
-            call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            call.account, call.trouble = "", f"{error.message}; {HINT}"
-            return await self.forward(call.request, key, call)
-        raise error
+        alone = error and len(self.pool.of(rows)) == 1
+        raise error if error and alone else self.pool.nobody(rows, call.wanted)
 
     async def attempt(self, call: Call, account: Account) -> Answer:
         tried, refused, call.account = 0, "", account.email
@@ -1350,7 +1372,7 @@ class Forwarder(Ampcode):
 
 
 def word(call: Call, row: Json) -> None:
-    if call.row:  # the body has been changed for another row
+    if call.worded:  # the body has been changed for another row
         call.parse()
     call.row, call.provider = row, row["name"]
     call.served_model = row["models"].get(call.wanted, call.wanted)
@@ -1618,7 +1640,7 @@ class Server(Forwarder):
             self.pool.scan()
             self.pool.refresh_ahead()
         except Exception as error:  # whatever is in the files: the next look comes
-            log.error("watching the files failed: %s", why(error))
+            log.error("%s; what was read before stays in effect", why(error))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:

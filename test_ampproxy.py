@@ -525,9 +525,18 @@ def test_search_order(tmp_path, monkeypatch):
     assert ampproxy.find_config("~/x.yaml") == Path.home() / "x.yaml"
 
 
+def look(live):
+    """What the running proxy does each second: is a changed file in effect now?"""
+    try:
+        return live.reload()
+    except ampproxy.Failure as error:
+        logging.getLogger("ampproxy").error(error)
+        return False
+
+
 def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
     live = load(tmp_path, "port: 1000\nrequest-retry: 5")
-    assert not live.reload()
+    assert not look(live)
     for text in (
         "request-retry: none",
         "",
@@ -540,17 +549,17 @@ def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
         "a: ][",
     ):
         live.path.write_text(text)
-        assert live.reload() == (text == "host: 0.0.0.0"), (
+        assert look(live) == (text == "host: 0.0.0.0"), (
             text
         )  # host and port never change while it runs
-        assert not live.reload(), "reported once"
+        assert not look(live), "reported once"
         assert live.config["port"] == 1000
     live.path.unlink()
-    assert not live.reload()
+    assert not look(live)
     draft = tmp_path / "draft"
     draft.write_text("request-retry: 7\nport: 2000")
     draft.rename(live.path)
-    assert live.reload()
+    assert look(live)
     assert (live.config["request-retry"], live.config["port"]) == (7, 1000)
     assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 8
 
@@ -558,10 +567,10 @@ def test_reload_takes_a_good_file_and_keeps_the_last_good_one(tmp_path, caplog):
 def test_reload_does_not_open_a_proxy_to_strangers(tmp_path):
     live = load(tmp_path, "host: 0.0.0.0\napi-keys: [one]")
     live.path.write_text("host: 127.0.0.1\nrequest-retry: 9")
-    assert not live.reload()
+    assert not look(live)
     assert live.config["api-keys"] == ["one"]
     live.path.write_text("api-keys: [two]")
-    assert live.reload()
+    assert look(live)
     assert live.config["api-keys"] == ["two"]
 
 
@@ -3088,7 +3097,8 @@ async def test_an_upstream_that_closes_hears_its_own_code(tmp_path):
 @in_loop
 async def test_a_reload_with_a_home_that_is_none_changes_nothing(tmp_path, caplog):
     async with world(tmp_path) as w:
-        assert not w.reload(**{"max-cooldown": 77, "auth-dir": "~nobody-at-all/x"})
+        w.write(**{"max-cooldown": 77, "auth-dir": "~nobody-at-all/x"})
+        w.server.tick()
         assert w.server.live.config["max-cooldown"] == 1800
         assert "stays in effect" in caplog.text
 
@@ -4288,6 +4298,182 @@ async def test_the_openai_sdk_with_chat_completions(tmp_path, base):
             ):
                 pass
         await client.close()
+
+
+# == Mappings ======================================================================================
+
+EXACT = {"from": "Quick", "to": "gpt-5.4"}
+REGEX = {"from": "^qu.*k$", "to": "gpt-5.5", "regex": True}
+SUFFIXES = [  # rules, the name asked for -> served, effort
+    ([EXACT], "quick", "gpt-5.4", None), ([EXACT], "QUICK", "gpt-5.4", None), ([EXACT], "quick(8192)", "gpt-5.4", "medium"),
+    ([EXACT], "quick(high)", "gpt-5.4", "high"), ([EXACT], "quick(auto)", "gpt-5.4", None), ([EXACT], "quick(none)", "gpt-5.4", "none"),
+    ([EXACT], "quick()", "gpt-5.4", None), ([EXACT], "quick(high", None, None), ([EXACT], "quicker", None, None),
+    ([{"from": "quick", "to": "gpt-5.4(medium)"}], "quick(high)", "gpt-5.4", "medium"),
+    ([{"from": "quick", "to": "gpt-5.4(medium)"}], "quick", "gpt-5.4", "medium"),
+    ([{"from": "quick", "to": "gpt-5.4-low"}], "quick(high)", "gpt-5.4", "low"),
+    ([REGEX], "quick(8192)", "gpt-5.5", "medium"), ([REGEX], "QUACK", "gpt-5.5", None), ([REGEX, EXACT], "quick", "gpt-5.4", None),
+    ([{"from": "ick", "to": "gpt-5.5", "regex": True}], "quick", "gpt-5.5", None),
+    ([{"from": "quick", "to": "nobody-has-it"}, REGEX], "quick", "gpt-5.5", None),
+    ([{"from": "quick", "to": ["nobody-has-it", "gpt-5.4", "gpt-5.5"]}], "quick", "gpt-5.4", None),
+    ([{"from": "quick", "to": "quick"}], "quick", None, None),
+    ([{"from": "quick", "to": "slow"}, {"from": "slow", "to": "quick"}], "quick", None, None),
+    ([{"from": "gpt-5.4", "to": "gpt-5.5"}], "gpt-5.4", "gpt-5.4", None),
+    ([{"from": "gpt-5.9-mini", "to": "nobody-has-it"}], "gpt-5.9-mini-high", "gpt-5.9-mini", "high"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "asked", "served", "effort"), SUFFIXES)
+@in_loop
+async def test_mappings(tmp_path, rules, asked, served, effort):
+    config = {"ampcode": {"model-mappings": rules, "fallback": "never"}}
+    async with codex_world(tmp_path, **config) as w:
+        w.codex.usual = (200, SSE, codex_events(served or "x"))
+        response = await w.ask(CODEX, {**QUESTION, "model": asked})
+        if served is None:
+            assert (response.status, len(w.codex.requests)) == (404, 0)
+            assert response.headers["x-ampproxy-route"] == "none"
+            return
+        body = w.codex.body()
+        assert (body["model"], body.get("reasoning", {}).get("effort")) == (served, effort)
+        assert [e["response"]["model"] for e in data_of(response.bytes) if "response" in e] == [
+            asked
+        ] * 3
+        local = served in asked
+        assert response.headers["x-ampproxy-route"] == ("local" if local else "mapped")
+        assert (response.headers["x-ampproxy-model"], response.headers["x-ampproxy-provider"]) == (
+            served,
+            "codex",
+        )
+        assert w.server.routes["local" if local else "mapped"] == 1
+
+
+@in_loop
+async def test_forced_mappings_come_before_the_model_itself(tmp_path):
+    rules = {
+        "model-mappings": [{"from": "gpt-5.4", "to": ["nobody-has-it", "gpt-5.5"]}],
+        "force-model-mappings": True,
+    }
+    async with codex_world(tmp_path, ampcode=rules) as w:
+        response = await w.ask(CODEX, QUESTION)
+        assert (w.codex.body()["model"], response.headers["x-ampproxy-route"]) == (
+            "gpt-5.5",
+            "mapped",
+        )
+        response = await w.ask(CODEX, {**QUESTION, "model": "gpt-5.5"})
+        assert (w.codex.body()["model"], response.headers["x-ampproxy-route"]) == (
+            "gpt-5.5",
+            "local",
+        )
+
+        async def spent(request):
+            gone = json.loads(request.bytes)["model"] == "gpt-5.5"
+            return await respond(
+                request,
+                answer_json({"detail": "Not Found"}, 404) if gone else (200, SSE, codex_events()),
+            )
+
+        w.codex.usual = spent
+        response = await w.ask(CODEX, QUESTION)
+        assert (w.codex.body()["model"], response.headers["x-ampproxy-route"]) == (
+            "gpt-5.4",
+            "local",
+        )
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_the_targets_of_a_list_are_tried_in_order(tmp_path):
+    """And an answer's model is the name that was asked for, whoever answers in the end."""
+    rules = {
+        "model-mappings": [
+            {"from": "quick", "to": ["gpt-5.4(high)", "claude-haiku-4-5", "gpt-5.5"]}
+        ]
+    }
+    async with codex_world(tmp_path, ampcode=rules) as w:
+
+        async def lacks(request):
+            gone = json.loads(request.bytes)["model"] == "gpt-5.4"
+            return await respond(
+                request,
+                answer_json({"detail": "Not Found"}, 404)
+                if gone
+                else (200, SSE, codex_events("gpt-5.5")),
+            )
+
+        w.codex.usual = lacks
+        response = await w.ask("/api/provider/openai" + CODEX, {**QUESTION, "model": "quick"})
+        assert (response.status, response.headers["x-ampproxy-model"]) == (200, "gpt-5.5")
+        assert [w.codex.body(i)["model"] for i in range(2)] == ["gpt-5.4", "gpt-5.5"]
+        assert (w.codex.body(0)["reasoning"], w.codex.body(1).get("reasoning")) == (
+            {"effort": "high"},
+            None,
+        )
+        assert {e["response"]["model"] for e in data_of(response.bytes) if "response" in e} == {
+            "quick"
+        }
+        assert w.server.routes["mapped"] == 1
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_a_mapped_call_that_falls_back_goes_as_it_came(tmp_path):
+    rules = {"model-mappings": [{"from": "quick", "to": "gpt-5.4"}]}
+    async with codex_world(tmp_path, ampcode=rules) as w:
+        w.codex.usual = answer_json(SPENT, 429)
+        sent = b'{ "model":"quick(high)", "input": [],"stream" :true}'
+        response = await w.ask("/api/provider/openai" + CODEX, sent)
+        assert (response.headers["x-ampproxy-route"], response.headers["x-ampproxy-model"]) == (
+            "amp",
+            "quick(high)",
+        )
+        assert w.amp.last.bytes == sent
+
+
+@in_loop
+async def test_gemini_paths_are_mapped_too(tmp_path):
+    rules = {
+        "ampcode": {
+            "model-mappings": [{"from": "gemini-9(.*)", "to": "gemini-2.5-flash", "regex": True}]
+        }
+    }
+    async with key_world(tmp_path, "gemini-api-key", models=["gemini-2*"], config=rules) as w:
+        w.keyed.usual = answer_json(content("gemini-2.5-flash"))
+        path = "/api/provider/google/v1beta1/publishers/google/models/gemini-9-pro:generateContent"
+        status, got, headers = await w.ask_json(path, CONTENTS)
+        assert (status, got, headers["x-ampproxy-route"]) == (
+            200,
+            content("gemini-9-pro"),
+            "mapped",
+        )
+        assert w.keyed.last.raw_path == models_path("gemini-2.5-flash")
+
+
+@in_loop
+async def test_names_that_are_mapped_are_listed(tmp_path):
+    rules = [
+        {"from": "quick", "to": "gpt-5.4"},
+        {"from": "lost", "to": "nobody-has-it"},
+        {"from": "^q", "to": "gpt-5.4", "regex": True},
+    ]
+    async with codex_world(tmp_path, ampcode={"model-mappings": rules}) as w:
+        names = [row["id"] for row in (await w.ask_json("/v1/models", method="GET"))[1]["data"]]
+        assert "quick" in names
+        assert not {"lost", "^q"} & set(names)
+
+
+@in_loop
+async def test_a_paid_call_says_which_mapping_would_have_helped(tmp_path, caplog):
+    async with codex_world(tmp_path) as w:
+        assert (
+            await w.ask("/api/provider/openai" + CODEX, {**QUESTION, "model": "o9-new"})
+        ).headers["x-ampproxy-route"] == "amp"
+        assert "AMP_CREDITS o9-new" in caplog.text
+        assert "model-mappings: [{from: o9-new, to: gpt-5." in caplog.text
+        w.reload(ampcode={"fallback": "never"})
+        status, body, _ = await w.ask_json(
+            "/api/provider/anthropic/v1/messages", {**ASK, "model": "claude-9"}
+        )
+        assert (status, "claude-9" in body["error"]["message"]) == (404, True)
 
 
 # == The official SDK ==============================================================================
