@@ -721,6 +721,8 @@ def without_suffix(model: str) -> tuple[str, str]:
 
 
 class Request(web.BaseRequest):
+    begun: Any = None  # the Relay whose first bytes have gone out
+
     @property
     def is_upgrade(self) -> bool:
         upgrade, key = (self.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
@@ -767,7 +769,7 @@ class Call:
         self.verb, self.model = found["verb"] or last or first, unquote(found["model"] or "")
         self.raw, self.body, self.worded, self.headers = b"", Json(), b"", Headers()
         self.row, self.folds, self.wanted, self.effort = Json(), False, "", ""
-        self.trouble, self.cut, self.silence = "", False, 0.0  # until a comment goes out
+        self.trouble, self.silence = "", 0.0  # until a comment goes out
         self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
@@ -1077,7 +1079,7 @@ def passing(headers: Any, *without: str) -> Headers:
 
 class Relay:  # one answer on its way; only a plain event stream of a `call` takes comments
     def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
-        self.request, self.content, self.call = request, upstream.content, call
+        self.request, self.content = request, upstream.content
         headers.update(call.marks if call else {})
         self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
         self.events = upstream.content_type == "text/event-stream"
@@ -1094,6 +1096,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                     return await self.content.readany()
             except NET_ERRORS as error:
                 if not silence.expired():
+                    if self.dialect and ENDING.search(self.tail):
+                        break  # it was whole
                     raise ProxyError(502, f"the upstream broke off: {why(error)}") from error
                 if self.tail.endswith((b"\n\n", b"\r\n\r\n")):
                     await self.write(b": keep-alive\n\n")
@@ -1102,26 +1106,24 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
     async def write(self, data: bytes) -> None:
         self.tail = (self.tail + data[-TAIL:])[-TAIL:]
         if not self.response.prepared:
-            self.first = data[:TAIL]
+            self.first, self.request.begun = data[:TAIL], self
             await self.response.prepare(self.request)
         await self.response.write(data)
 
     async def send(self, first: bytes) -> Answer:
-        broken = "" if self.dialect in ("", "responses") else "the stream stopped before its end"
-        try:
-            await self.write(first)
-            while not self.content.at_eof():
-                await self.write(await self.read())
-        except ProxyError as error:
-            broken = error.message
-        return await self.finish("" if self.dialect and ENDING.search(self.tail) else broken)
+        await self.write(first)
+        while data := await self.read():
+            await self.write(data)
+        if self.dialect not in ("", "responses") and not ENDING.search(self.tail):
+            raise ProxyError(502, "the stream stopped before its end")
+        return self.response
 
     async def edited(self, edit: Any) -> Answer:
         """What `edit` makes of each event, or of the whole; nothing goes out before it has told."""
         rest, held = bytearray(), b""
         try:
-            while not self.content.at_eof():
-                rest += (data := await self.read())
+            while data := await self.read():
+                rest += data
                 if self.events and b"\n" in data:
                     whole, end, rest = rest.rpartition(b"\n\n" if b"\n\n" in rest else b"\r\n\r\n")
                     held += b"".join(edit(bytes(one + end)) for one in whole.split(end or None))
@@ -1140,19 +1142,16 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             held = compact(edit.whole) if self.events else held
             self.response.content_length = len(held)
         await self.write(held)
-        return await self.finish()
+        return self.response
 
-    async def finish(self, broken: str = "", status: int = 502, said: str = "") -> Answer:
-        if broken and self.call:
-            self.call.trouble = f"{self.call.trouble}; {broken}".removeprefix("; ")
-            self.call.cut = True
-        if broken and self.dialect:
-            await self.write(error_frame(self.dialect, status, said or broken))
-        if broken and self.dialect in ("", "gemini"):  # no other end is seen (clients.md)
-            if self.request.transport:
-                self.request.transport.abort()
-            raise ConnectionResetError(broken)
-        await self.response.write_eof()
+    async def end(self, error: ProxyError) -> Answer:
+        """Of an answer that broke off: as the dialect says it, or as a broken connection does."""
+        if self.dialect:
+            said = error.said or error.message
+            await self.write(error_frame(self.dialect, error.status, said))
+        if self.dialect in ("", "gemini") and self.request.transport:  # no other is seen
+            self.request.transport.abort()
+            return web.Response(status=502)  # for the log: nobody gets it
         return self.response
 
 
@@ -1313,7 +1312,7 @@ class Forwarder(Ampcode):
                 return await self.attempt(call, account)
             except ProxyError as failed:
                 *_, then = verdict(error := failed)
-                if then == "stop":
+                if then == "stop" or call.request.begun:
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
@@ -1335,6 +1334,9 @@ class Forwarder(Ampcode):
                     *_, then = verdict(error)
                     pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
                     tried += 1
+                    if call.request.begun:  # there is no other try
+                        self.pool.rest(account, error, call.wanted, first)
+                        raise
                     if error.status == 401 and not refused:
                         refused = token
                     elif "invalid_encrypted_content" in error.said and call.forget_reasoning():
@@ -1361,11 +1363,6 @@ class Forwarder(Ampcode):
             relay = Relay(call.request, upstream, headers, call)
             try:
                 return await relay.edited(reading)
-            except ProxyError as late:
-                if not relay.response.prepared:
-                    raise
-                self.pool.rest(account, late, call.wanted, began)
-                return await relay.finish(late.message, late.status, late.said)
             finally:
                 call.count(relay.first + relay.tail)
                 account.counts.update(call.tokens)
@@ -1522,22 +1519,23 @@ class Server(Forwarder):
         try:
             response = await self.dispatch(request, call)
         except ConnectionError:
-            raise  # the client is gone, or was cut off on purpose
+            raise  # the client is gone
         except Exception as error:  # a ProxyError, or a fault of this program, which survives it
             if not isinstance(error, ProxyError):
                 log.error("internal error: %s: %s", type(error).__name__, why(error))
                 error = ProxyError(500, "internal error of ampproxy, see its log")
-            response = self.refuse(request, call, error)
+            if call:
+                call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
+            begun = request.begun
+            response = await begun.end(error) if begun else self.refuse(request, call, error)
         finally:
             if call and call.raw:
-                status = response.status if response is not None else 502 if call.cut else 499
-                self.note(call, status, self.clock.monotonic() - began)  # 499: the client left
+                status = response.status if response is not None else 499  # the client left
+                self.note(call, status, self.clock.monotonic() - began)
         return response
 
     def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
-        if call:
-            call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
-            error.headers.update(call.marks)
+        error.headers.update(call.marks if call else {})
         error.headers.setdefault("Content-Type", "application/json")
         wait = max(1, round(error.retry_after)) if error.retry_after else 0
         error.headers.update({"Retry-After": str(wait)} if wait else {})
