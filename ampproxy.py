@@ -1449,8 +1449,8 @@ class Reading:
         error.retry_after = max(error.retry_after, *waits)
         error.said += f" [{','.join(full)}]"
         kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        error.headers.extend((k, v) for k, v in headers.items() if error.body and matches(k, kept))
-        error.body = raw if isinstance(answer.get("error"), dict) and error.body else error.body
+        error.headers.extend((k, v) for k, v in headers.items() if answer and matches(k, kept))
+        error.body = raw if isinstance(answer.get("error"), dict) else error.body
         return error
 
     def failure(self, answer: Json, status: int = 0) -> ProxyError:
@@ -1458,13 +1458,11 @@ class Reading:
         words = (str(told.get(name)) for name in ("code", "type", "status"))
         how = f"answered {status}" if status else "answered with an error:"
         message = f"{self.call.provider} {how} {error_text(answer, 'type')}"
-        status = status or next((STREAM_ERRORS[w] for w in words if w in STREAM_ERRORS), 502)
-        error = ProxyError(status if status >= 400 else 502, message, said=error_text(answer))
-        if status >= 400 and answer:
-            error.body = compact(error_body(self.call.dialect, status, error.said))
+        known = (STREAM_ERRORS[word] for word in words if word in STREAM_ERRORS and not status)
+        status, said = status if status >= 400 else next(known, 502), error_text(answer)
+        body = compact(error_body(self.call.dialect, status, said)) if answer else b""
         delay = DELAY.search(compact(told).decode())
-        error.retry_after = seconds(delay[1]) if delay else 0
-        return error
+        return ProxyError(status, message, seconds(delay[1]) if delay else 0, said, body)
 
     def __call__(self, data: bytes) -> bytes:
         at = data.find(b"{")
