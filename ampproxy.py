@@ -1147,8 +1147,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
     async def end(self, error: ProxyError) -> Answer:
         """Of an answer that broke off: as the dialect says it, or as a broken connection does."""
         if self.dialect:
-            said = error.said or error.message
-            await self.write(error_frame(self.dialect, error.status, said))
+            await self.write(error_frame(self.dialect, error.status, error.said or error.message))
         if self.dialect in ("", "gemini") and self.request.transport:  # no other is seen
             self.request.transport.abort()
             return web.Response(status=502)  # for the log: nobody gets it
@@ -1206,12 +1205,12 @@ class Ampcode:
             return await relay.send(await opened(relay, edits))
 
     async def tunnel(self, request: Request, key: str) -> Answer:
-        asked = request.headers.get("Sec-WebSocket-Protocol", "").replace(" ", "").split(",")
+        asked = re.findall(r"[^\s,]+", request.headers.get("Sec-WebSocket-Protocol", ""))
         url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
         try:
             upstream = await self.net.session.ws_connect(
                 url, headers=self.outgoing(request, key), proxy=proxy, autoclose=False,
-                protocols=list(filter(None, asked)), max_msg_size=BODY_LIMIT)  # fmt: skip
+                protocols=asked, max_msg_size=BODY_LIMIT)  # fmt: skip
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
