@@ -177,7 +177,8 @@ DEFAULTS: Json = yaml.safe_load(r"""
   client-inference: true}, streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
  claude-api-key: [{api-key!: '', base-url: https://api.anthropic.com, <<: &key {headers: {},
    models: [&model {name!: '', alias: ''}, claude-*], excluded-models: [''], max-tokens: 32000,
-   passes: [anthropic-*, openai-*, x-goog-api-client, user-agent, x-stainless-*],
+   passes: [anthropic-version, anthropic-beta, anthropic-dangerous-*, openai-beta, user-agent,
+            x-goog-api-client, x-app, x-stainless-*, x-claude-code-*],  # of a client's headers
    key-header: Authorization, key-host: ''}, headers: &version {anthropic-version: '2023-06-01'},
   key-header: x-api-key, key-host: api.anthropic.com,  # to other hosts it is a bearer token
   paths: &messages {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}}],
@@ -193,8 +194,6 @@ DEFAULTS: Json = yaml.safe_load(r"""
    base-url: https://api.anthropic.com, headers: {<<: *version, anthropic-beta: oauth-2025-04-20},
    models: [*model, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-opus-4-5-20251101,
             claude-sonnet-4-6, claude-sonnet-4-5-20250929, claude-haiku-4-5-20251001, claude-*],
-   passes: [anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, x-app,
-            user-agent, x-stainless-*, x-claude-code-*],  # of a client's headers
    authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
    token-url: https://api.anthropic.com/v1/oauth/token, client-secret: '', callback-port: 54545,
    profile-url: https://api.anthropic.com/api/oauth/profile, token-form: false, refresh-lead: 300,
@@ -351,9 +350,6 @@ class Live:
             self.load(running=True)
             log.info("%s is taken up", self.path)
         return self.seen != seen
-
-    def row(self, name: str) -> Json:
-        return as_row(name, self.config["providers"][name])
 
 
 def as_row(kind: str, entry: Json) -> Json:
@@ -811,7 +807,7 @@ class Call:
         items = self.body.get("input", [])
         self.body["input"] = [i for i in items if not (isinstance(i, dict) and "summary" in i)]
         self.worded = compact(self.body)
-        return len(self.body["input"]) < len(items)
+        return len(self.body["input"]) < len(items) and not self.request.begun
 
 
 # == Accounts ======================================================================================
@@ -925,8 +921,9 @@ class Pool:
         return [account for _, account in mine if account.token.get("disabled") is not True]
 
     def rows_for(self, model: str, verb: str) -> list[Json]:
-        rows = [r for r in self.live.rows if verb in r["paths"] and matches(model, r["models"])]
-        return [r for r in rows if self.of([r]) and not matches(model, r["excluded-models"])]
+        rows = [row for row in self.live.rows if matches(model, row["models"])]
+        rows = [row for row in rows if not matches(model, row["excluded-models"])]
+        return [row for row in rows if verb in ("", *row["paths"]) and self.of([row])]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
@@ -1254,9 +1251,10 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 # One model call, answered by the first account that can.
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
-HINT = "ampcode.com may charge for it; `ampcode.fallback: never` would forbid that"
+HINT = "ampcode.com may charge for it; try fallback: never, model-mappings: [{{from: {}, to: {}}}]"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
+UNASKED = {"count_tokens": ("max_tokens", "stream"), "compact": ("stream",)}  # of such calls
 MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
 DELAY = re.compile(r'"(?:resets_in_seconds|retryDelay|quotaResetDelay)":"?([\d.hms]+)')
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
@@ -1271,22 +1269,30 @@ class Forwarder(Ampcode):
     async def answer(self, call: Call, key: str) -> Answer:
         """By the first way that works, else from ampcode.com, else a ProxyError."""
         await call.read()
-        config = self.live.config
+        config, ways = self.live.config, self.ways(call)
         call.silence = config["streaming"]["keepalive-seconds"]
         until = self.clock.monotonic() + config["max-retry-interval"]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
-        ways = self.ways(call)
         for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
             try:
                 return await self.serve(call, rows, until if number == len(ways) else 0)
             except ProxyError as failed:
-                if verdict(error := failed)[2] == "stop":
+                if verdict(error := failed)[2] == "stop" or call.request.begun:
                     raise
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if ways else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            call.account, call.trouble = "", f"{error.message}; {HINT}"
+            to = next(iter([] if ways else self.listed(call.verb)), "...")
+            call.account, call.trouble = "", f"{error.message}; {HINT.format(call.model[:100], to)}"
             return await self.forward(call.request, key, call)
         raise error
+
+    def listed(self, verb: str = "") -> dict[str, str]:
+        """The names that the present accounts serve, and who does; patterns are no names."""
+        pairs = [(n, n) for row in self.live.rows for n in row["models"] if "*" not in n]
+        rules = [r for r in self.live.config["ampcode"]["model-mappings"] if not r["regex"]]
+        pairs += [(rule["from"], without_suffix(to)[0]) for rule in rules for to in rule["to"]]
+        served = [(name, self.pool.rows_for(model, verb)) for name, model in pairs]
+        return {name: rows[0]["name"] for name, rows in served if rows}
 
     def ways(self, call: Call) -> list[tuple[str, str, str, list[Json]]]:
         """Route, model, effort and rows, in the order to try: its own name, or what it maps to."""
@@ -1297,9 +1303,9 @@ class Forwarder(Ampcode):
         targets = [without_suffix(target) for rule in fits for target in rule["to"]]
         mapped = [("mapped", model, effort or call.effort) for model, effort in targets]
         own, forced = [("local", call.wanted, call.effort)], config["force-model-mappings"]
-        ways = [(*way, rows) for way in (mapped + own if forced else own + mapped)
-                if (rows := self.pool.rows_for(way[1], call.verb))]  # fmt: skip
-        return ways if forced or not ways or ways[0][0] == "mapped" else ways[:1]
+        order = mapped + own if forced else own + mapped
+        ways = [(*way, rows) for way in order if (rows := self.pool.rows_for(way[1], call.verb))]
+        return [way for way in ways if forced or way[0] == ways[0][0]]
 
     async def serve(self, call: Call, rows: list[Json], until: float) -> Answer:
         error, spent = None, set[Account]()
@@ -1333,14 +1339,11 @@ class Forwarder(Ampcode):
                     *_, then = verdict(error)
                     pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
                     tried += 1
-                    if call.request.begun:  # there is no other try
-                        self.pool.rest(account, error, call.wanted, first)
-                        raise
-                    if error.status == 401 and not refused:
+                    if error.status == 401 and not (refused or call.request.begun):
                         refused = token
                     elif "invalid_encrypted_content" in error.said and call.forget_reasoning():
                         log.info("%s: reasoning of another account is left out", account.name)
-                    elif tried < most.get(then, 0) and pause <= short:
+                    elif tried < most.get(then, 0) and pause <= short and not call.request.begun:
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
@@ -1389,14 +1392,12 @@ def word(call: Call, row: Json) -> None:
     if call.dialect == "responses" and call.effort not in ("", "auto"):
         asked = call.body.get("reasoning")
         call.body["reasoning"] = dict(asked if isinstance(asked, dict) else {}, effort=call.effort)
-    if call.verb == "count_tokens":
-        call.body = {k: v for k, v in call.body.items() if k not in ("max_tokens", "stream")}
-    elif call.verb == "messages" and not call.body.get("max_tokens"):
+    if call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
     if row["kind"] in RULES:
         RULES[row["kind"]](call.body, call.headers, row)
-    if call.verb == "compact":
-        call.body.pop("stream", None)
+    for name in UNASKED.get(call.verb, ()):
+        call.body.pop(name, None)
     call.headers["Accept"] = "text/event-stream" if streams or only else "application/json"
     call.worded = compact(call.body)
 
@@ -1593,9 +1594,7 @@ class Server(Forwarder):
 
     def models(self, request: Request) -> Json:
         """What the present accounts serve; Anthropic's and OpenAI's clients find theirs in one."""
-        rows = [row for row in reversed(self.live.rows) if self.pool.of([row])]
-        owners = {name: row["name"] for row in rows for name in row["models"]
-                  if "*" not in name and not matches(name, row["excluded-models"])}  # fmt: skip
+        owners = self.listed()
         if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
             more: Json = {"supportedGenerationMethods": [*DEFAULTS["gemini-api-key"][0]["paths"]]}
             rows = [{"name": f"models/{n}", "displayName": n, **more} for n in sorted(owners)]
@@ -1690,9 +1689,9 @@ async def login(live: Live, args: Json) -> None:
     if not args["provider"]:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
-    row, browser = live.row(NAMES[args["provider"]]), not ("no_browser" in args or remote)
-    email, path = await sign_in(live, row, browser)
-    say(f"Signed in to {row['name']} as {email}; the login is kept in {path}")
+    name, browser = NAMES[args["provider"]], not ("no_browser" in args or remote)
+    email, path = await sign_in(live, as_row(name, live.config["providers"][name]), browser)
+    say(f"Signed in to {name} as {email}; the login is kept in {path}")
 
 
 async def logout(live: Live, args: Json) -> None:
