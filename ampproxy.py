@@ -353,7 +353,7 @@ class Live:
 
 
 def as_row(kind: str, entry: Json) -> Json:
-    """`models` by the name that clients use; `id`: the type of its logins, or a path for its key"""
+    """`models` by the names for clients; `id`: the type of its logins, or a path for its key."""
     models = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in entry["models"]]
     row = {"name": kind, "kind": kind, "id": kind, **entry}
     row["models"] = {m["alias"] or m["name"]: m["name"] for m in models}
@@ -1251,7 +1251,7 @@ async def opened(relay: Relay, edits: bool) -> bytes:
 # One model call, answered by the first account that can.
 QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
-HINT = "ampcode.com may charge for it; try fallback: never, model-mappings: [{{from: {}, to: {}}}]"
+HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
 LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
 UNASKED = {"count_tokens": ("max_tokens", "stream"), "compact": ("stream",)}  # of such calls
@@ -1281,8 +1281,9 @@ class Forwarder(Ampcode):
                     raise
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if ways else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            to = next(iter([] if ways else self.listed(call.verb)), "...")
-            call.account, call.trouble = "", f"{error.message}; {HINT.format(call.model[:100], to)}"
+            to = next(iter([] if ways else self.listed(call.verb)), "")
+            mapping = f", model-mappings: [{{from: {call.model[:100]}, to: {to}}}]" if to else ""
+            call.account, call.trouble = "", f"{error.message}; {HINT}{mapping}"
             return await self.forward(call.request, key, call)
         raise error
 
@@ -1594,13 +1595,12 @@ class Server(Forwarder):
 
     def models(self, request: Request) -> Json:
         """What the present accounts serve; Anthropic's and OpenAI's clients find theirs in one."""
-        owners = self.listed()
+        owners = dict(sorted(self.listed().items()))
         if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
             more: Json = {"supportedGenerationMethods": [*DEFAULTS["gemini-api-key"][0]["paths"]]}
-            rows = [{"name": f"models/{n}", "displayName": n, **more} for n in sorted(owners)]
-            return {"models": rows}
+            return {"models": [{"name": f"models/{n}", "displayName": n, **more} for n in owners]}
         more = {"type": "model", "object": "model", "created": 0, "created_at": rfc3339(0)}
-        rows = [{"id": n, "display_name": n, "owned_by": owners[n], **more} for n in sorted(owners)]
+        rows = [{"id": n, "display_name": n, "owned_by": owners[n], **more} for n in owners]
         ends = {"first_id": min(owners, default=None), "last_id": max(owners, default=None)}
         return {"object": "list", "data": rows, "has_more": False, **ends}
 
