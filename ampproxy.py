@@ -126,7 +126,7 @@ def mask(secret: str) -> str:
 
 
 SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,64}@[\w.-]+)"
-                    r"|(sk-|sgamp_|ya29|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
+                    r"|(sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
 
 
 def redact(record: logging.LogRecord) -> bool:
@@ -1275,7 +1275,7 @@ class Forwarder(Ampcode):
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
             try:
-                return await self.serve(call, rows, until if number == len(ways) else 0)
+                return await self.from_accounts(call, rows, until if number == len(ways) else 0)
             except ProxyError as failed:
                 if verdict(error := failed)[2] == "stop" or call.request.begun:
                     raise
@@ -1308,7 +1308,7 @@ class Forwarder(Ampcode):
         ways = [(*way, rows) for way in order if (rows := self.pool.rows_for(way[1], call.verb))]
         return [way for way in ways if forced or way[0] == ways[0][0]]
 
-    async def serve(self, call: Call, rows: list[Json], until: float) -> Answer:
+    async def from_accounts(self, call: Call, rows: list[Json], until: float) -> Answer:
         error, spent = None, set[Account]()
         call.row, call.provider, call.served_model = Json(), rows[0]["name"], call.wanted
         while account := await self.pool.choose(rows, call, spent, until):
@@ -1458,7 +1458,7 @@ class Reading:
         told = answer["error"] if isinstance(answer.get("error"), dict) else answer
         words = (str(told.get(name)) for name in ("code", "type", "status"))
         how = f"answered {status}" if status else "answered with an error:"
-        message = f"{self.call.provider} {how} {error_text(answer, 'type')}"
+        message = f"{self.call.provider} {how} {error_text(answer, 'type', 'status')}"
         known = (STREAM_ERRORS[word] for word in words if word in STREAM_ERRORS and not status)
         status, said = status if status >= 400 else next(known, 502), error_text(answer)
         body = compact(error_body(self.call.dialect, status, said)) if answer else b""
