@@ -1377,7 +1377,8 @@ def word(call: Call, row: Json) -> None:
     call.row, call.provider = row, row["name"]
     call.served_model = row["models"].get(call.wanted, call.wanted)
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
-    for name in {name.lower() for name in given if matches(name, row["passes"])}:
+    names = {name.lower() for name in given}
+    for name in {name for pattern in row["passes"] for name in fnmatch.filter(names, pattern)}:
         call.headers[name] = ",".join(given.getall(name))
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
     streams = call.body.get("stream") or call.verb == "streamGenerateContent"
