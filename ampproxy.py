@@ -839,8 +839,8 @@ def verdict(error: ProxyError) -> tuple[str, float, str]:
 @dataclass
 class Rest:  # why an account, or one model of it, is left alone; the times are monotonic
     error: ProxyError
-    began: float = -NEVER
-    wakes: float = 0.0
+    began: float
+    wakes: float
 
 
 class Account:
@@ -965,17 +965,16 @@ class Pool:
         ended = [k for k, r in account.rests.items() if k in ("", model) and r.began < began]
         account.rests = {k: r for k, r in account.rests.items() if k not in ended}
 
-    def rest(self, account: Account, error: ProxyError, model: str, began: float) -> None:
+    def rest(self, account: Account, error: ProxyError, model: str) -> None:
         what, length, _ = verdict(error)
         account.counts["errors"] += 1
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
             kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-            account.rests, rest = kept, kept.setdefault(key, Rest(error))
-            rest.began = now if rest.began < began else rest.began
             if length != NEVER:
                 length = max(1, min(error.retry_after or length, self.live.config["max-cooldown"]))
-            rest.wakes, rest.error = max(rest.wakes, now + length), error
+            wakes = max(now + length, kept[key].wakes if key in kept else 0)
+            account.rests = kept | {key: Rest(error, now, wakes)}
             then = f"rests for {length:.0f} s" if length < NEVER else account.hint
             log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
 
@@ -1043,7 +1042,7 @@ class Pool:
             account.trouble = f"refresh failed: {error.message}"
             log.error("%s: %s", account.name, account.trouble)
             if error.status == 401 or account.stale("", self.clock.time()):
-                self.rest(account, error, "", NEVER)
+                self.rest(account, error, "")
 
     def refresh_ahead(self) -> None:
         now = self.clock.time()
@@ -1329,7 +1328,7 @@ class Forwarder(Ampcode):
         tried, refused, call.account = 0, "", account.email
         most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
         short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        first, account.in_flight = self.clock.monotonic(), account.in_flight + 1
+        account.in_flight += 1
         account.counts["requests"] += 1
         try:
             while True:
@@ -1348,7 +1347,7 @@ class Forwarder(Ampcode):
                         await self.clock.sleep(pause)
                     else:
                         if error.status != 401 or token == account.token.get("access_token"):
-                            self.pool.rest(account, error, call.wanted, first)
+                            self.pool.rest(account, error, call.wanted)
                         raise
         finally:
             account.in_flight -= 1
