@@ -245,7 +245,7 @@ class ConfigFile:
         raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key[1:] or 'the file'}: {reason}")
 
     def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
-        if node is None or node.tag.endswith(":null"):
+        if node is None or node.tag.endswith(":null") or (node.value == "" and "base-url" in key):
             return default(example)
         if isinstance(node, yaml.MappingNode) and isinstance(example, dict):
             return self.read_table(node, example, key)
@@ -339,7 +339,7 @@ class Live:
         self.auth_dir = Path(config["auth-dir"]).expanduser()
         self.config, self.warnings = config, file.warnings if file else []
         keys = [(kind, entry | key) for kind in KEY_LISTS for entry in config[kind]
-                for key in entry.get("api-key-entries", [{}])]  # fmt: skip
+                for key in entry.get("api-key-entries", [{}]) or [{"api-key": "-"}]]  # fmt: skip
         pairs = [*config["providers"].items(), *keys]
         self.rows = [as_row(k, e) for k, e in pairs if e.get("enabled", True) and e["paths"]]
 
@@ -359,7 +359,7 @@ def as_row(kind: str, entry: Json) -> Json:
     row["models"] = {m["alias"] or m["name"]: m["name"] for m in models}
     if "api-key" in row:
         name = hashlib.sha256(f"{row['base-url']} {row['api-key']}".encode()).hexdigest()[:8]
-        token = {"type": kind, "email": f"{row['name']} {name}", "access_token": row["api-key"]}
+        token = {"type": kind, "email": f"{name} {row['name']}", "access_token": row["api-key"]}
         row |= {"id": Path(row["name"], name), "token": token}
     return row
 
@@ -559,7 +559,7 @@ class Net:
 
 def error_text(answer: Json, *keys: str) -> str:
     parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
-    keys = keys or ("type", "code", "error", "message", "error_description", "detail")
+    keys = keys or ("type", "code", "status", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
     return ": ".join(dict.fromkeys(said))[:300]
 
@@ -701,6 +701,7 @@ SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
                    rb'completion_tokens|candidatesTokenCount)"\s*:\s*(\d{1,12})')  # fmt: skip
+LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", 1e9: "xhigh"}
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 
@@ -710,10 +711,13 @@ def bare(value: str) -> str:
 
 
 def without_suffix(model: str) -> tuple[str, str]:
-    """A model's name, and its thinking suffix: a level, a budget or nothing."""
+    """A model's name, and its thinking suffix as a level; "" for none, or for unknown words."""
     found = SUFFIX.fullmatch(model)
     parts = [part for part in found.groups() if part is not None] if found else [model, ""]
-    return parts[0], parts[1].lower()
+    level = parts[1].lower()
+    if re.fullmatch("[0-9]{1,9}", level):
+        level = next(LEVELS[most] for most in LEVELS if int(level) <= most)
+    return parts[0], level if level in (*LEVELS.values(), "auto", "max") else ""
 
 
 class Request(web.BaseRequest):
@@ -814,18 +818,18 @@ class Call:
 # Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
 NEVER = float("inf")
 RESTS = (  # what an error means: the first row that fits.  To add a rule, add a row.
-    # status and words of the error              what rests  seconds*     and then
-    (r"4.. .*(extra usage|long context)",        "",         0,           "stop"),
-    (r"401",                                     "account",  NEVER,       "next"),
-    (r"402|.* usage_not_included",               "account",  30 * MINUTE, "next"),
-    (r"403",                                     "account",  DAY,         "next"),
-    (r"404|400 .*model.* not supported",         "model",    30 * MINUTE, "next"),
-    (r"429 .*\[7d_oi\]|.* model is at capacity", "model",    MINUTE,      "next"),
-    (r"429",                                     "account",  MINUTE,      "wait"),
-    (r"408|529",                                 "account",  30,          "again"),
-    (r"50[0234]",                                "account",  5,           "again"),
-    (r"5",                                       "account",  5,           "next"),
-    (r"",                                        "",         0,           "stop"))  # fmt: skip
+    # status and words of the error                    what rests seconds*     and then
+    (r"4.. .*(extra usage|long context)",              "",        0,           "stop"),
+    (r"401|400 .*api.key (not valid|expired)",         "account", NEVER,       "next"),
+    (r"402|... .*(credit balance|usage_not_included)", "account", 30 * MINUTE, "next"),
+    (r"403",                                           "account", DAY,         "next"),
+    (r"404|400 .*model.* not supported",               "model",   30 * MINUTE, "next"),
+    (r"429 .*(7d_oi\]|_EXHAUSTED)|... .* at capacity", "model",   MINUTE,      "wait"),
+    (r"429",                                           "account", MINUTE,      "wait"),
+    (r"408|529",                                       "account", 30,          "again"),
+    (r"50[0234]",                                      "account", 5,           "again"),
+    (r"5",                                             "account", 5,           "next"),
+    (r"",                                              "",        0,           "stop"))  # fmt: skip
 # * where the error names no time.  again: as often as request-retry says; wait: if that is short
 SHORT_WAIT, RETRY_PAUSE, PROBE, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 2, 30, 30
 NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
@@ -848,8 +852,7 @@ class Account:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
-        login = f"run `ampproxy.py login {self.type}`"
-        self.hint, self.row = login if path.suffix else f"see {self.type} in the config", Json()
+        self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced = "-"  # the access token that the present one came for
@@ -971,7 +974,7 @@ class Pool:
         if what:
             now, key = self.clock.monotonic(), model if what == "model" else ""
             kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-            if length != NEVER:
+            if length != NEVER or not account.path.suffix:  # a key may be good again
                 length = max(1, min(error.retry_after or length, self.live.config["max-cooldown"]))
             wakes = max(now + length, kept[key].wakes if key in kept else 0)
             account.rests = kept | {key: Rest(error, now, wakes)}
@@ -1057,7 +1060,7 @@ class Pool:
 # == Passing answers on ============================================================================
 # Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
 TAIL, MAGIC = 4096, (b"", b"\x1f", b"\x1f\x8b")  # how gzip begins
-ENDING = re.compile(rb'"message_stop"|\nevent: error|\ndata: ?(\[DONE\]|\{"error")|'
+ENDING = re.compile(rb'"message_stop"|\nevent: error|\ndata: ?(\[DONE\]|\{"error": ?[{"])|'
                     rb'"finish_?[rR]eason": ?"|"blockReason"')  # fmt: skip
 HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
@@ -1110,7 +1113,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         await self.write(first)
         while data := await self.read():
             await self.write(data)
-        if self.dialect not in ("", "responses") and not ENDING.search(self.tail):
+        if self.dialect in ("anthropic", "chat") and not ENDING.search(self.tail):
             raise ProxyError(502, "the stream stopped before its end")
         return self.response
 
@@ -1252,7 +1255,6 @@ QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overa
                    r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
 HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 ENDS = ("response.completed", "response.incomplete", "response.failed")
-LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", NEVER: "xhigh"}
 UNASKED = {"count_tokens": ("max_tokens", "stream"), "compact": ("stream",)}  # of such calls
 MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
 DELAY = re.compile(r'"(?:resets_in_seconds|retryDelay|quotaResetDelay)":"?([\d.hms]+)')
@@ -1281,14 +1283,14 @@ class Forwarder(Ampcode):
         if call.amp and config["ampcode"]["fallback"] in ("always", "" if ways else "unserved"):
             call.route, call.provider, call.served_model = "amp", "ampcode", call.model
             to = next(iter([] if ways else self.listed(call.verb)), "")
-            mapping = f", model-mappings: [{{from: {call.model[:100]}, to: {to}}}]" if to else ""
+            mapping = f", model-mappings: [{{from: {call.wanted[:100]}, to: {to}}}]" if to else ""
             call.account, call.trouble = "", f"{error.message}; {HINT}{mapping}"
             return await self.forward(call.request, key, call)
         raise error
 
     def listed(self, verb: str = "") -> dict[str, str]:
         """The names that the present accounts serve, and who does; patterns are no names."""
-        pairs = [(n, n) for row in self.live.rows for n in row["models"] if "*" not in n]
+        pairs = [(n, n) for row in self.live.rows for n in row["models"] if not {*"*?["} & {*n}]
         rules = [r for r in self.live.config["ampcode"]["model-mappings"] if not r["regex"]]
         pairs += [(rule["from"], without_suffix(to)[0]) for rule in rules for to in rule["to"]]
         served = [(name, self.pool.rows_for(model, verb)) for name, model in pairs]
@@ -1298,7 +1300,7 @@ class Forwarder(Ampcode):
         """Route, model, effort and rows, in the order to try: its own name, or what it maps to."""
         config, name = self.live.config["ampcode"], call.wanted.lower()
         rules = sorted(config["model-mappings"], key=lambda rule: rule["regex"])  # the exact first
-        fits = [rule for rule in rules if rule["from"].lower() == name
+        fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == name
                 or (rule["regex"] and re.search(rule["from"], name, re.I))]  # fmt: skip
         targets = [without_suffix(target) for rule in fits for target in rule["to"]]
         mapped = [("mapped", model, effort or call.effort) for model, effort in targets]
@@ -1321,7 +1323,7 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
-        alone = error and len(self.pool.of(rows)) == 1
+        alone = error and len(self.pool.of(rows)) <= 1
         raise error if error and alone else self.pool.nobody(rows, call.wanted)
 
     async def attempt(self, call: Call, account: Account) -> Answer:
@@ -1386,8 +1388,6 @@ def word(call: Call, row: Json) -> None:
         call.folds = streams and call.request.query.get("alt") != "sse"
     else:
         call.folds, call.body["model"] = only and not streams, call.served_model
-    if call.effort.isdigit():
-        call.effort = next(LEVELS[most] for most in LEVELS if int(call.effort) <= most)
     if call.dialect == "chat" and call.effort not in ("", "auto"):
         call.body["reasoning_effort"] = call.effort
     if call.dialect == "responses" and call.effort not in ("", "auto"):
@@ -1405,16 +1405,16 @@ def word(call: Call, row: Json) -> None:
 
 def addressed(call: Call, account: Account, token: str) -> str:
     row, base = call.row, call.row["base-url"].rstrip("/")
-    header = row["key-header"] if row["key-host"] in base else "Authorization"
+    header = row["key-header"] if row["key-host"] in ("", URL(base).host) else "Authorization"
     call.headers[header] = f"Bearer {token}" if header == "Authorization" else token
     call.headers.popall("Chatgpt-Account-Id", None)
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
         call.headers["Chatgpt-Account-Id"] = str(number)
     path = row["paths"][call.verb].replace("{model}", quote(call.served_model, safe=""))
-    if re.search(r"/(v\d\w*|backend-api/codex)$", base):
+    if re.search(r"/(v\d\w*(/openai)?|backend-api/codex)$", base):
         path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
-    pairs = [(k, v) for k, v in call.request.query.items() if k not in KEY_PARAMETERS]
-    pairs += [("alt", "sse")] if call.folds and call.dialect == "gemini" else []
+    pairs = [(k, v) for k, v in call.request.query.items() if k not in (*KEY_PARAMETERS, "alt")]
+    pairs += [("alt", "sse")] if call.verb == "streamGenerateContent" else []
     return f"{base}{path}".replace("{verb}", call.verb) + (f"?{urlencode(pairs)}" if pairs else "")
 
 
@@ -1471,7 +1471,7 @@ class Reading:
             return data
         event = read_object(data[at:])
         inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
-        kind, holder, change = event.get("type"), next(inner, event), False
+        kind, holder, change = str(event.get("type")), next(inner, event), False
         late = self.told and kind == "response.failed" and not self.call.folds
         if kind == "error" or (isinstance(holder.get("error"), dict) and not late):
             raise self.failure(holder)
@@ -1488,7 +1488,7 @@ class Reading:
         if not self.told and kind not in QUIET:
             self.told = True
             self.answered()
-        once = name == self.call.model and self.call.dialect != "responses" and not self.call.folds
+        once = name == self.call.model and self.call.dialect == "chat"
         self.done = self.told and (once or self.call.dialect == "anthropic")
         if self.call.folds and self.call.dialect == "gemini":
             self.whole.append(event)

@@ -4014,12 +4014,8 @@ async def test_keys_of_one_list_rotate_and_stand_in_for_each_other(tmp_path, kin
         w.keyed.usual = refuse
         assert [await used() for _ in range(3)] == ["k-two"] * 3
         report = (await w.ask_json("/status", method="GET"))[1]["accounts"]
-        assert sorted(row["state"] for row in report) == ["needs-login", "needs-login", "ready"]
-        assert all(
-            kind in row["reason"]
-            for row in report
-            if row["state"] == "needs-login" and "login" in row["reason"]
-        )
+        assert Counter(row["state"] for row in report) == {"resting": 2, "ready": 1}
+        assert {row["wakes_in_seconds"] for row in report} == {1800, None}
         assert not re.search(rb"k-(one|two|three)", (await w.ask("/status", method="GET")).bytes)
 
 
@@ -4110,7 +4106,10 @@ async def test_errors_of_key_providers(tmp_path, kind):
         status, got, headers = await w.ask_json(path, body)
         assert (status, got) == (429, shape)
         (account,) = w.server.pool.accounts.values()
-        assert (account.wait("any", w.clock.monotonic()), "Retry-After" in headers) == (60, False)
+        assert (account.wait(KINDS[kind][0], w.clock.monotonic()), "Retry-After" in headers) == (
+            60,
+            False,
+        )
         w.clock.now += 100
         w.keyed.usual = answer_json(
             {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}, 400
@@ -4127,6 +4126,133 @@ async def test_errors_of_key_providers(tmp_path, kind):
             [data({"error": {"code": 503, "message": "full", "status": "UNAVAILABLE"}})],
         )
         assert (await w.ask(path, body)).status == 503
+
+
+@in_loop
+async def test_one_models_quota_at_google_is_not_the_keys(tmp_path):
+    gone = {"error": {"code": 429, "message": "Quota exceeded", "status": "RESOURCE_EXHAUSTED", "details": [
+        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37.5s"}]}}  # fmt: skip
+    async with key_world(tmp_path, "gemini-api-key", config={"max-retry-interval": 0}) as w:
+        w.keyed.usual = answer_json([gone], 429)  # a list, as Google sometimes words it
+        assert (await w.ask_json(models_path("gemini-2.5-pro"), CONTENTS))[0] == 429
+        (account,) = w.server.pool.accounts.values()
+        assert account.wait("gemini-2.5-pro", w.clock.monotonic()) == pytest.approx(37.5)
+        w.keyed.usual = answer_json(content("gemini-2.5-flash"))
+        assert (await w.ask(models_path("gemini-2.5-flash"), CONTENTS)).status == 200
+
+
+@pytest.mark.parametrize(("kind", "status", "words"), [
+    ("gemini-api-key", 400, "API key not valid. Please pass a valid API key."), ("claude-api-key", 401, "invalid x-api-key"),
+    ("claude-api-key", 400, "Your credit balance is too low to access the Anthropic API."), ("codex-api-key", 429, "You exceeded your current quota"),
+])  # fmt: skip
+@in_loop
+async def test_a_key_that_is_no_good_is_unseen_beside_a_good_one(tmp_path, kind, status, words):
+    """And is asked again after max-cooldown, as no login could ever wake it."""
+    async with key_world(tmp_path, kind, ("k-bad", "k-good")) as w:
+
+        async def play(request):
+            bad = "k-bad" in str(request.headers)
+            return await respond(
+                request,
+                answer_json({"error": {"message": words}}, status)
+                if bad
+                else answer_json(KINDS[kind][5]()),
+            )
+
+        w.keyed.usual = play
+        path, body = asked_as(kind)
+        assert [(await w.ask(path, body)).status for _ in range(4)] == [200] * 4
+        tried = len([r for r in w.keyed.requests if "k-bad" in str(r.headers)])
+        assert tried in (1, 2)
+        w.clock.now += 1801
+        for _ in range(2):
+            await w.ask(path, body)
+        assert len([r for r in w.keyed.requests if "k-bad" in str(r.headers)]) > tried
+
+
+@in_loop
+async def test_much_may_follow_the_end_of_a_gemini_stream(tmp_path):
+    last = content("gemini-2.5-pro", "é")
+    last["candidates"][0]["groundingMetadata"] = {"text": "x" * 200_000}
+    sent = [content_chunks()[0], data(last)]
+    path = "/api/provider/google" + models_path(
+        "gemini-2.5-pro", "streamGenerateContent", "?alt=sse"
+    )
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        for fake in (w.keyed, w.amp):
+            fake.usual = (200, SSE, sent)
+            assert (await w.ask(path, CONTENTS)).bytes == b"".join(sent)
+            w.reload(**{"gemini-api-key": []})
+            w.server.tick()
+
+
+@pytest.mark.parametrize("served", ["gemini-2.5-pro", "another"])
+@in_loop
+async def test_googles_own_error_in_a_stream_ends_the_connection(tmp_path, served):
+    """A clean end would be asked again at full speed (clients.md)."""
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        gate, got = asyncio.Event(), b""
+        gone = {"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}
+        w.keyed.usual = (200, SSE, [content_chunks(served)[0], gate, data(gone)])
+        url = w.url + models_path("gemini-2.5-pro", "streamGenerateContent", "?alt=sse")
+        async with w.http.post(url, data=json.dumps(CONTENTS)) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                while True:
+                    got += await response.content.readany()
+                    gate.set()
+        assert "overloaded" in data_of(got)[-1]["error"]["message"]
+        assert len(w.keyed.requests) == 1
+
+
+@in_loop
+async def test_a_cut_chat_stream_with_an_empty_error_field_is_not_whole(tmp_path):
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        chunk = data(
+            {
+                "error": None,
+                "model": "gpt-5.4",
+                "choices": [{"index": 0, "delta": {"content": "x"}}],
+            }
+        )
+        w.keyed.usual = (200, SSE, [chunk, chunk, "cut"])
+        response = await w.ask("/v1/chat/completions", {**CHAT, "stream": True})
+        assert "broke off" in data_of(response.bytes)[-1]["error"]["message"]
+
+
+@pytest.mark.parametrize(("entry", "path"), [
+    ({"base-url": "{}/v1beta/openai", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
+    ({"base-url": "{}/v1beta/openai/", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
+    ({"base-url": "{}/api/v1", "api-key-entries": [{"api-key": "k"}]}, "/api/v1/chat/completions"),
+    ({"base-url": "{}"}, "/v1/chat/completions"),  # a server on this machine that wants no key
+])  # fmt: skip
+@in_loop
+async def test_addresses_of_compatible_services(tmp_path, entry, path):
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        entry = {**entry, "base-url": entry["base-url"].format(w.keyed.url)}
+        w.reload(**{"openai-compatibility": [{"name": "o", "models": ["gpt-*"], **entry}]})
+        w.server.tick()
+        assert (await w.ask("/v1/chat/completions", CHAT)).status == 200
+        assert w.keyed.last.path == path
+
+
+@in_loop
+async def test_an_empty_base_url_is_the_providers_own(tmp_path):
+    live = load(tmp_path, "gemini-api-key: [{api-key: k, base-url: ''}]")
+    assert [row["base-url"] for row in live.rows][-1] == "https://generativelanguage.googleapis.com"
+
+
+@in_loop
+async def test_a_key_that_goes_while_it_is_asked_leaves_the_providers_words(tmp_path):
+    async with key_world(tmp_path, "claude-api-key") as w:
+
+        async def replaced(request):
+            w.reload(**{"claude-api-key": key_entry("claude-api-key", w.keyed.url, "k-new")})
+            w.server.tick()
+            return await respond(request, answer_json({"error": {"message": "not for you"}}, 403))
+
+        w.keyed.usual = replaced
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["message"]) == (403, "not for you")
 
 
 @in_loop
@@ -4310,7 +4436,9 @@ SUFFIXES = [  # rules, the name asked for -> served, effort
     ([{"from": "ick", "to": "gpt-5.5", "regex": True}], "quick", "gpt-5.5", None),
     ([{"from": "quick", "to": "nobody-has-it"}, REGEX], "quick", "gpt-5.5", None),
     ([{"from": "quick", "to": ["nobody-has-it", "gpt-5.4", "gpt-5.5"]}], "quick", "gpt-5.4", None),
-    ([{"from": "quick", "to": "quick"}], "quick", None, None),
+    ([{"from": "quick", "to": "quick"}], "quick", None, None), ([{"from": "zed(high)", "to": "gpt-5.4"}], "zed(high)", "gpt-5.4", "high"),
+    ([EXACT], "quick(²)", "gpt-5.4", None), ([EXACT], "quick(-1)", "gpt-5.4", None), ([EXACT], "quick(foo)", "gpt-5.4", None),
+    ([EXACT], "quick(" + "9" * 5000 + ")", "gpt-5.4", None), ([EXACT], "quick(max)", "gpt-5.4", "max"),
     ([{"from": "quick", "to": "slow"}, {"from": "slow", "to": "quick"}], "quick", None, None),
     ([{"from": "gpt-5.4", "to": "gpt-5.5"}], "gpt-5.4", "gpt-5.4", None),
     ([{"from": "gpt-5.9-mini", "to": "nobody-has-it"}], "gpt-5.9-mini-high", "gpt-5.9-mini", "high"),
