@@ -1719,7 +1719,7 @@ async def ask_proxy(live: Live) -> Json:
 
 async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
-    line = "{:<10}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
+    line = "{:<20}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
     for a in (found := Pool(live).scan()):
         left = (expiry(a.token) - time.time()) / HOUR
