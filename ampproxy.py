@@ -478,7 +478,7 @@ def read_token(path: Path) -> Json:
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         known = read_token(path)
     return known | changes
 
@@ -855,7 +855,7 @@ class Account:
         self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
         self.rests = dict[str, Rest]()  # by model, "" for all of them
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
-        self.replaced = "-"  # the access token that the present one came for
+        self.replaced = "-"  # the access token in the file that the present one came for
         self.in_flight, self.turn, self.quota = 0, 0, list[Json]()
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
@@ -904,7 +904,7 @@ class Pool:
     def read(self, path: Path) -> None:
         try:
             token = read_token(path)
-        except (OSError, ValueError) as error:
+        except NET_ERRORS as error:
             log.error("%s is no token file: %s", path, why(error))
             return
         account = self.accounts.setdefault(path, Account(path, token))
@@ -1020,8 +1020,8 @@ class Pool:
             self.read(account.path)
             if account.token.get("refresh_token") != form["refresh_token"]:
                 return  # a new login came meanwhile
-            account.replaced = str(account.token.get("access_token"))
-            self.save(account, token_fields(answer, self.clock.time()))
+            account.replaced = str(merge_token(account.path, account.token, {}).get("access_token"))
+            self.save(account, account.token | token_fields(answer, self.clock.time()))
             log.info("%s: token refreshed", account.name)
         except (ProxyError, *NET_ERRORS) as error:
             self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
@@ -1157,7 +1157,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
 # It gets what is no model call, and, for credits, the calls that nobody here answers; as they came.
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 # The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
-FLAG = re.compile(rb'(,\s*)?\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*\}(?(1)|\s*,?)')
+FLAG = re.compile(rb'(?:,|(\[))\s*\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*\}(?(1)\s*,?)')
 
 
 class Ampcode:
@@ -1242,7 +1242,7 @@ async def opened(relay: Relay, edits: bool) -> bytes:
     while (edits or raw[:2] in MAGIC) and len(raw) <= BODY_LIMIT and not relay.content.at_eof():
         raw += await relay.read()
     body = inflate(raw) or raw
-    body = FLAG.sub(b"", body) if edits else body
+    body = FLAG.sub(rb"\1", body) if edits else body
     if body != raw:
         headers.popall(PACKED, None)
         headers["Content-Length"] = str(len(body))
@@ -1707,7 +1707,7 @@ async def logout(live: Live, args: Json) -> None:
 
 async def ask_proxy(live: Live) -> Json:
     host, keys = live.config["host"], [*live.config["api-keys"], ""]
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    host = str({"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
     url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
     more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
     try:

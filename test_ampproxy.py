@@ -1911,6 +1911,51 @@ async def test_a_token_that_could_not_be_saved_at_all_is_not_replaced_by_the_old
         assert json.loads(path.read_text())["access_token"] == "sk-ant-oat-third"
 
 
+@in_loop
+async def test_two_tokens_in_a_row_that_cannot_be_saved_are_not_lost(tmp_path, monkeypatch):
+    """And a refresh token that the second answer does not name stays the first answer's."""
+    full, real = {"now": True}, os.fsync
+
+    def sync(number):
+        if full["now"]:
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        assert await answered_by(w) == "new"
+        for name in ("second", "third"):
+            w.server.tick()
+            w.clock.now += 9 * 3600
+            w.authority.usual = answer_json(
+                {"access_token": f"sk-ant-oat-{name}", "expires_in": 28800}
+            )
+            assert await answered_by(w) == name
+            assert w.authority.body()["refresh_token"] == "sk-ant-ort-new"
+        w.server.tick()
+        assert await answered_by(w) == "third"
+        full["now"] = False
+        w.server.tick()
+        token = json.loads(path.read_text())
+        assert (token["access_token"], token["refresh_token"]) == (
+            "sk-ant-oat-third",
+            "sk-ant-ort-new",
+        )
+
+
+@in_loop
+async def test_a_token_file_that_is_nested_too_deeply_is_named_and_left_alone(tmp_path, caplog):
+    async with world(tmp_path, tokens=()) as w:
+        (w.auth / "claude-a.json").parent.mkdir(exist_ok=True)
+        (w.auth / "claude-a.json").write_text("[" * 200_000)
+        token_file(w.auth, "zoe@example.com")
+        w.server.tick()
+        assert await answered_by(w) == "zoe@example.com"
+        assert "claude-a.json is no token file" in caplog.text
+
+
 @pytest.mark.parametrize("answer", [
     answer_json([{"access_token": "sk-secret"}]), (200, {}, [b'{"access_token": "sk-secret'])])  # fmt: skip
 @in_loop
@@ -2446,6 +2491,18 @@ async def test_hidden_gzip_is_unpacked(tmp_path, headers, sent, got, status, siz
         response = await w.ask("/api/threads", method="GET")
         assert (response.status, response.bytes) == (status, sent if got is None else got)
         assert response.headers.get("Content-Encoding") == headers.get("Content-Encoding")
+
+
+HIS = '{"name": "thread-actors-tui", "enabled": true}'
+
+
+@pytest.mark.parametrize(("sent", "got"), [
+    (f'[{HIS}]', "[]"), (f'[ {HIS} , 1]', "[ 1]"), (f'[1 , {HIS}]', "[1 ]"), (f'[1,{HIS},2]', "[1,2]"), (f'[{{"a":"{{"}},{HIS}]', '[{"a":"{"}]'),
+    (f'{{"x":{HIS},"y":1}}', None), (f'{{"y":1,"x": {HIS}}}', None), (f'[1,\n {HIS},\n 2]', "[1,\n 2]"),
+])  # fmt: skip
+def test_only_a_member_of_a_list_is_the_flag(sent, got):
+    left = ampproxy.FLAG.sub(rb"\1", sent.encode()).decode()
+    assert json.loads(left) == json.loads(sent if got is None else got)
 
 
 @pytest.mark.parametrize("inference", [True, False])
