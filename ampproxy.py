@@ -5,9 +5,9 @@
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
-provider   who answers model calls: claude, codex; each is a row of the provider table
+provider   who answers model calls: claude, codex or who an API key is of; each is a row of a table
 dialect    how bytes are worded: anthropic, chat, responses or gemini
-account    one signed-in subscription of a provider, kept as one token file
+account    one signed-in subscription, kept as one token file, or one API key of the config
 rest       the time during which an account is left alone after an error
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
