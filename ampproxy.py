@@ -87,10 +87,11 @@ def compact(value: Any) -> bytes:
 
 
 def read_object(raw: bytes) -> Json:
-    value = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN and Infinity
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+    try:
+        value: Json = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN, Infinity
+        return value | {}
+    except (TypeError, RecursionError) as error:  # of the line above, and of deep nesting
+        raise ValueError("no JSON object, or nested too deeply") from error
 
 
 def number(value: Any) -> float:
@@ -478,7 +479,7 @@ def read_token(path: Path) -> Json:
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError):
         known = read_token(path)
     return known | changes
 
@@ -509,7 +510,7 @@ def claims(token: Json) -> Json:
 
 # == The network ===================================================================================
 # No cookie is kept, no redirect followed, nothing unpacked, no header added.
-NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error, RecursionError)
+NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error)
 
 
 async def stay(*_: object) -> None:  # for WebSockets: aiohttp would follow, keys and all
@@ -904,7 +905,7 @@ class Pool:
     def read(self, path: Path) -> None:
         try:
             token = read_token(path)
-        except NET_ERRORS as error:
+        except (OSError, ValueError) as error:
             log.error("%s is no token file: %s", path, why(error))
             return
         account = self.accounts.setdefault(path, Account(path, token))
@@ -1137,8 +1138,11 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 raise
         if not edit.told or (self.events and not edit.ended):
             raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
+        if self.events and edit.call.folds and edit.call.dialect == "gemini":
+            held = b"[%b]" % b",".join(re.findall(rb"(?m)^data: ?(\{.*\})", held))
+        elif self.events and edit.call.folds:
+            held = compact(edit.whole)
         if not self.dialect:
-            held = compact(edit.whole) if self.events else held
             self.response.content_length = len(held)
         await self.write(held)
         return self.response
@@ -1435,8 +1439,7 @@ class Reading:
 
     def __init__(self, call: Call, answered: Callable[[], None]) -> None:
         self.call, self.answered, self.items = call, answered, dict[int, Any]()
-        self.told, self.ended, self.done = False, False, False
-        self.whole: Any = [] if call.dialect == "gemini" else {}  # where a stream is folded
+        self.told, self.ended, self.done, self.whole = False, False, False, Json()
 
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
         raw, answer, headers = b"", Json(), upstream.headers
@@ -1490,10 +1493,7 @@ class Reading:
             self.answered()
         once = name == self.call.model and self.call.dialect == "chat"
         self.done = self.told and (once or self.call.dialect == "anthropic")
-        if self.call.folds and self.call.dialect == "gemini":
-            self.whole.append(event)
-        elif holder is not event:
-            self.whole = holder
+        self.whole = self.whole if holder is event else holder
         return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
 
 

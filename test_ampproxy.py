@@ -1879,25 +1879,30 @@ async def test_a_file_that_vanishes_for_a_moment_takes_nothing_along(tmp_path):
         assert resting(w) == {"": 60}
 
 
+def full_disk(monkeypatch):
+    """No file can be written until what this returns is empty."""
+    full, real = ["disk"], os.fsync
+
+    def sync(number):
+        if full:
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return full
+
+
 @in_loop
 async def test_a_token_that_could_not_be_saved_at_all_is_not_replaced_by_the_old_one(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ampproxy, "REFRESH_WAIT", 1)
-    refuse = {"now": True}
-    real = os.fsync
-
-    def full(number):
-        if refuse["now"]:
-            raise OSError(28, "No space left on device")
-        real(number)
-
-    monkeypatch.setattr(os, "fsync", full)
+    full = full_disk(monkeypatch)
     async with world(tmp_path, tokens=()) as w:
         path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
         w.server.tick()
         assert await answered_by(w) == "new"
-        refuse["now"] = False
+        full.clear()
         assert json.loads(path.read_text())["access_token"] == "sk-ant-oat-fred@example.com"
         os.utime(path)
         w.server.tick()
@@ -1914,14 +1919,7 @@ async def test_a_token_that_could_not_be_saved_at_all_is_not_replaced_by_the_old
 @in_loop
 async def test_two_tokens_in_a_row_that_cannot_be_saved_are_not_lost(tmp_path, monkeypatch):
     """And a refresh token that the second answer does not name stays the first answer's."""
-    full, real = {"now": True}, os.fsync
-
-    def sync(number):
-        if full["now"]:
-            raise OSError(28, "No space left on device")
-        real(number)
-
-    monkeypatch.setattr(os, "fsync", sync)
+    full = full_disk(monkeypatch)
     async with world(tmp_path, tokens=()) as w:
         path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
         w.server.tick()
@@ -1936,7 +1934,7 @@ async def test_two_tokens_in_a_row_that_cannot_be_saved_are_not_lost(tmp_path, m
             assert w.authority.body()["refresh_token"] == "sk-ant-ort-new"
         w.server.tick()
         assert await answered_by(w) == "third"
-        full["now"] = False
+        full.clear()
         w.server.tick()
         token = json.loads(path.read_text())
         assert (token["access_token"], token["refresh_token"]) == (
