@@ -660,7 +660,8 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
-    form = {"grant_type": "refresh_token", "client_id": row["client-id"], **form}
+    own = {"client_id": row["client-id"], "client_secret": row["client-secret"]}
+    form = {"grant_type": "refresh_token"} | {k: v for k, v in own.items() if v} | form
     kind, data = ("x-www-form-urlencoded", form) if row["token-form"] else ("json", compact(form))
     headers = {"Content-Type": f"application/{kind}"}
     status, answer = await net.ask_json("POST", row["token-url"], headers, data)
@@ -1138,10 +1139,9 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 raise
         if not edit.told or (self.events and not edit.ended):
             raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
-        if self.events and edit.call.folds and edit.call.dialect == "gemini":
-            held = b"[%b]" % b",".join(re.findall(rb"(?m)^data: ?(\{.*\})", held))
-        elif self.events and edit.call.folds:
-            held = compact(edit.whole)
+        if self.events and edit.call.folds:  # a Gemini stream becomes a list
+            told = edit.whole or re.findall(rb"(?m)^data: ?(\{.*\})", held)
+            held = compact(told) if edit.whole else b"[%b]" % b",".join(told)
         if not self.dialect:
             self.response.content_length = len(held)
         await self.write(held)

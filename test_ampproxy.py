@@ -3346,6 +3346,17 @@ async def test_a_chatgpt_token_is_refreshed_by_a_form(tmp_path):
         assert (report["plan"], report["provider"]) == ("pro", "codex")
 
 
+@in_loop
+async def test_an_app_of_ones_own_signs_in_with_its_id_and_secret(tmp_path):
+    own = {"client-id": "mine", "client-secret": "hush"}
+    async with world(tmp_path, tokens=(), claude=own) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        assert await answered_by(w) == "new"
+        assert w.authority.body() == {"grant_type": "refresh_token", "client_id": "mine", "client_secret": "hush",
+                                      "refresh_token": "sk-ant-ort-fred@example.com"}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "code", ["refresh_token_reused", "refresh_token_expired", "refresh_token_invalidated"]
 )
