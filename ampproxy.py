@@ -318,10 +318,9 @@ def is_loopback(host: str) -> bool:
     return bool(re.fullmatch(r"(::ffff:)?127(\.\d+){3}|::1|localhost", host.lower()))
 
 
-def stamp(path: Path) -> tuple[int, ...] | None:
+def stamp(path: Path) -> int | None:
     with suppress(OSError):
-        found = path.stat()
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return path.stat().st_mtime_ns
     return None
 
 
@@ -404,10 +403,9 @@ def is_clean(block: Any) -> bool:
                 del block[key]
         case {"type": "tool_result", "tool_use_id": str(name)}:
             block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-    match block:
-        case {"content": [_, *_] as content}:
-            block["content"] = [inner for inner in content if is_clean(inner)]
-            return bool(block["content"]) or "role" not in block
+    if isinstance(block, dict) and isinstance(content := block.get("content"), list) and content:
+        block["content"] = [inner for inner in content if is_clean(inner)]
+        return bool(block["content"]) or "role" not in block
     return True
 
 
@@ -422,10 +420,9 @@ def with_identity(system: Any) -> list[Any]:
 def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
     if body.get("previous_response_id"):
         raise ProxyError(400, "previous_response_id: no answer is kept here, send the whole input")
-    for name in [name for name in body if matches(name, row["drops"])]:
+    tier = [] if body.get("service_tier") == "priority" else ["service_tier"]
+    for name in [name for name in body if matches(name, row["drops"] + tier)]:
         del body[name]
-    if body.get("service_tier") != "priority":
-        body.pop("service_tier", None)
     given, told = body.get("input"), [body.get("instructions")]
     asked = {"role": "user", "content": [{"type": "input_text", "text": str(given or "")}]}
     body["input"] = list[Any]()
@@ -521,8 +518,7 @@ class Net:
     def __init__(self, live: Live) -> None:
         self.live, trace = live, aiohttp.TraceConfig()
         trace.on_request_redirect.append(stay)
-        found = urllib.request.getproxies().items()  # aiohttp's look-up is slow, and reads ~/.netrc
-        self.proxies = {name: url if "//" in url else f"http://{url}" for name, url in found}
+        self.proxies = urllib.request.getproxies()  # aiohttp's look-up is slow, and reads ~/.netrc
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
@@ -653,9 +649,7 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
         say(f"Or paste the address that the browser ends at ({redirect}?code=...) here:")
         threading.Thread(target=read_lines, args=(callback.get_loop(), paste), daemon=True).start()
-        if not (await asyncio.wait([callback], timeout=10 * MINUTE))[0]:
-            raise Failure("no callback came within 10 minutes")
-        return callback.result(), redirect
+        return await callback, redirect
 
 
 async def ask_token(net: Net, row: Json, form: Json) -> Json:
@@ -694,10 +688,9 @@ async def identity_of(net: Net, row: Json, answer: Json) -> Json:
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
-MODEL_PATH = re.compile(
-    r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/(?P<end>"
-    r"messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?|models/"
-    r"(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
+MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
+                        r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?"
+                        r"|models/(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
 LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
@@ -727,25 +720,21 @@ class Request(web.BaseRequest):
 
     @property
     def is_upgrade(self) -> bool:
-        upgrade, key = (self.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
-        return upgrade.lower() == "websocket" and bool(key)
+        return self.headers.get("Upgrade", "").lower() == "websocket"
 
     @property
     def is_browsing(self) -> bool:
-        fits = self.method in ("GET", "HEAD") and BROWSER_PATHS.match(self.rel_url.raw_path)
-        return bool(fits) and not self.is_upgrade
+        return self.method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(self.rel_url.raw_path))
 
     def refuse_strangers(self, config: Json) -> None:
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host).strip("[]")
-        own = is_loopback(name) or name == config["host"].lower()
-        if not own and not config["api-keys"]:
+        if not (config["api-keys"] or is_loopback(name) or name == config["host"].lower()):
             raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
         foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
         site = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
         foreign = foreign or (site and not origin.startswith("vscode-webview://"))
-        navigates = self.headers.get("Sec-Fetch-Mode") == "navigate" and self.is_browsing
-        if foreign and not navigates:
+        if foreign and not (self.is_browsing and self.headers.get("Sec-Fetch-Mode") == "navigate"):
             raise ProxyError(403, "requests on behalf of another web site are refused")
 
     def key(self, keys: list[str]) -> str:
@@ -770,8 +759,7 @@ class Call:
         self.request, self.dialect, self.amp = request, DIALECTS[first], bool(found["amp"])
         self.verb, self.model = found["verb"] or last or first, unquote(found["model"] or "")
         self.raw, self.body, self.worded, self.headers = b"", Json(), b"", Headers()
-        self.row, self.folds, self.wanted, self.effort = Json(), False, "", ""
-        self.trouble, self.silence = "", 0.0  # until a comment goes out
+        self.row, self.folds, self.trouble, self.silence = Json(), False, "", 0.0
         self.tokens = Counter(input_tokens=0, output_tokens=0)
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
 
@@ -795,7 +783,7 @@ class Call:
     async def read(self) -> None:
         try:
             self.raw = await self.request.read()
-            self.parse()
+            self.body = read_object(self.raw)
         except web.HTTPRequestEntityTooLarge as error:
             raise ProxyError(413, "The request body is larger than 64 MiB") from error
         except (web.RequestPayloadError, *NET_ERRORS) as error:
@@ -804,10 +792,6 @@ class Call:
         if not isinstance(model, str) or not model:
             raise ProxyError(400, "The request names no model")
         self.model, (self.wanted, self.effort) = model, without_suffix(model)
-
-    def parse(self) -> None:
-        packed = self.request.headers.get(PACKED, "identity").lower() != "identity"
-        self.body = read_object((inflate(self.raw) or b"") if packed else self.raw)
 
     def forget_reasoning(self) -> bool:
         items = self.body.get("input", [])
@@ -828,8 +812,7 @@ RESTS = (  # what an error means: the first row that fits.  To add a rule, add a
     (r"404|400 .*model.* not supported",               "model",   30 * MINUTE, "next"),
     (r"429 .*(7d_oi\]|_EXHAUSTED)|... .* at capacity", "model",   MINUTE,      "wait"),
     (r"429",                                           "account", MINUTE,      "wait"),
-    (r"408|529",                                       "account", 30,          "again"),
-    (r"50[0234]",                                      "account", 5,           "again"),
+    (r"408|50[0234]|529",                              "account", 5,           "again"),
     (r"5",                                             "account", 5,           "next"),
     (r"",                                              "",        0,           "stop"))  # fmt: skip
 # * where the error names no time.  again: as often as request-retry says; wait: if that is short
@@ -842,31 +825,24 @@ def verdict(error: ProxyError) -> tuple[str, float, str]:
     return next(row[1:] for row in RESTS if re.match(row[0], said, re.I | re.S))
 
 
-@dataclass
-class Rest:  # why an account, or one model of it, is left alone; the times are monotonic
-    error: ProxyError
-    began: float
-    wakes: float
-
-
 class Account:
     def __init__(self, path: Path, token: Json) -> None:
         self.path, self.token, self.type = path, token, str(token["type"])
         self.email = str(token.get("email") or path.stem)
         self.name = f"{self.type} {mask(self.email)}"
         self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
-        self.rests = dict[str, Rest]()  # by model, "" for all of them
+        self.rests = dict[str, Any]()  # by model, "" for all: error; began, wakes (monotonic)
         self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
         self.replaced = "-"  # the access token in the file that the present one came for
         self.in_flight, self.turn, self.quota = 0, 0, list[Json]()
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.refreshing: asyncio.Task[None] | None = None
 
-    def resting(self, model: str) -> list[Rest]:
+    def resting(self, model: str) -> list[Any]:
         return [self.rests[key] for key in {"", model} if key in self.rests]
 
     def wait(self, model: str, now: float) -> float:
-        return max(0.0, *(rest.wakes - now for rest in self.resting(model)), 0.0)
+        return max(0.0, *(float(rest.wakes) - now for rest in self.resting(model)), 0.0)
 
     def state(self, now: float) -> str:
         wait = self.wait("", now)
@@ -893,11 +869,10 @@ class Pool:
 
     def scan(self) -> list[Account]:
         stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        keys = {row["id"]: row["token"] for row in self.live.rows if "token" in row}
+        rows = [row for row in self.live.rows if "token" in row]
+        keys = {row["id"]: Account(row["id"], row["token"]) for row in rows}
         known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
-        self.accounts = {path: a for path, a in self.accounts.items() if path in known}
-        for path, token in keys.items():
-            self.accounts.setdefault(path, Account(path, token))
+        self.accounts = keys | {path: a for path, a in self.accounts.items() if path in known}
         seen, self.stamps = self.stamps, stamps
         for path in [path for path, now in stamps.items() if now != seen.get(path)]:
             self.read(path)
@@ -979,7 +954,7 @@ class Pool:
             if length != NEVER or not account.path.suffix:  # a key may be good again
                 length = max(1, min(error.retry_after or length, self.live.config["max-cooldown"]))
             wakes = max(now + length, kept[key].wakes if key in kept else 0)
-            account.rests = kept | {key: Rest(error, now, wakes)}
+            account.rests = kept | {key: SimpleNamespace(error=error, began=now, wakes=wakes)}
             then = f"rests for {length:.0f} s" if length < NEVER else account.hint
             log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
 
@@ -1064,18 +1039,17 @@ class Pool:
 TAIL, MAGIC = 4096, (b"", b"\x1f", b"\x1f\x8b")  # how gzip begins
 ENDING = re.compile(rb'"message_stop"|\nevent: error|\ndata: ?(\[DONE\]|\{"error": ?[{"])|'
                     rb'"finish_?[rR]eason": ?"|"blockReason"')  # fmt: skip
-HOP_HEADERS = {  # RFC 9110, 7.6.1, and what the HTTP library writes itself
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection",
-    "te", "trailer", "transfer-encoding", "upgrade", "host", "expect", "sec-websocket-key",
-    "sec-websocket-version", "sec-websocket-extensions", "sec-websocket-protocol"}  # fmt: skip
+HOP_HEADERS = re.compile(  # RFC 9110, 7.6.1, CORS, and what the HTTP library writes itself
+    r"(access-control|sec-websocket)-.*|proxy-(authenticate|authorization|connection)|connection|"
+    r"keep-alive|te|trailer|transfer-encoding|upgrade|host|expect", re.I)  # fmt: skip
 
 
 def passing(headers: Any, *without: str) -> Headers:
     """Headers that travel on: not the hop's own, what Connection names, CORS, nor `without`."""
     named = {n.strip().lower() for v in headers.getall("Connection", ()) for n in v.split(",")}
-    gone = HOP_HEADERS | named | set(without)
+    gone = named | set(without)
     pairs = ((name, value) for name, value in headers.items() if name.lower() not in gone)
-    return CIMultiDict(pair for pair in pairs if not pair[0].lower().startswith("access-control-"))
+    return CIMultiDict(pair for pair in pairs if not HOP_HEADERS.fullmatch(pair[0]))
 
 
 class Relay:  # one answer on its way; only a plain event stream of a `call` takes comments
@@ -1139,11 +1113,8 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
                 raise
         if not edit.told or (self.events and not edit.ended):
             raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
-        if self.events and edit.call.folds:  # a Gemini stream becomes a list
-            told = edit.whole or re.findall(rb"(?m)^data: ?(\{.*\})", held)
-            held = compact(told) if edit.whole else b"[%b]" % b",".join(told)
-        if not self.dialect:
-            self.response.content_length = len(held)
+        if self.events and edit.call.folds:
+            held = compact(edit.whole)
         await self.write(held)
         return self.response
 
@@ -1275,7 +1246,7 @@ class Forwarder(Ampcode):
         """By the first way that works, else from ampcode.com, else a ProxyError."""
         await call.read()
         config, ways = self.live.config, self.ways(call)
-        call.silence = config["streaming"]["keepalive-seconds"]
+        call.silence = config["streaming"]["keepalive-seconds"]  # until a comment goes out
         until = self.clock.monotonic() + config["max-retry-interval"]
         error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
         for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
@@ -1327,8 +1298,7 @@ class Forwarder(Ampcode):
                     raise
                 if then != "wait" or self.clock.monotonic() >= until:
                     spent.add(account)
-        alone = error and len(self.pool.of(rows)) <= 1
-        raise error if error and alone else self.pool.nobody(rows, call.wanted)
+        raise (len(self.pool.of(rows)) <= 1 and error) or self.pool.nobody(rows, call.wanted)
 
     async def attempt(self, call: Call, account: Account) -> Answer:
         tried, refused, call.account = 0, "", account.email
@@ -1378,7 +1348,7 @@ class Forwarder(Ampcode):
 
 def word(call: Call, row: Json) -> None:
     if call.worded:  # the body has been changed for another row
-        call.parse()
+        call.body = read_object(call.raw)
     call.row, call.provider = row, row["name"]
     call.served_model = row["models"].get(call.wanted, call.wanted)
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
@@ -1388,9 +1358,7 @@ def word(call: Call, row: Json) -> None:
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
     streams = call.body.get("stream") or call.verb == "streamGenerateContent"
     only = row["kind"] == "codex" and call.verb == "responses"  # which its backend only streams
-    if call.dialect == "gemini":  # without alt=sse a client waits for a list
-        call.folds = streams and call.request.query.get("alt") != "sse"
-    else:
+    if call.dialect != "gemini":
         call.folds, call.body["model"] = only and not streams, call.served_model
     if call.dialect == "chat" and call.effort not in ("", "auto"):
         call.body["reasoning_effort"] = call.effort
@@ -1548,10 +1516,7 @@ class Server(Forwarder):
             said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **ends}
             error.body = b""
         body = error.body or compact(said)
-        response = web.Response(status=error.status, body=body, headers=error.headers)
-        if not request.content.is_eof():
-            response.force_close()
-        return response
+        return web.Response(status=error.status, body=body, headers=error.headers)
 
     def note(self, call: Call, status: int, took: float) -> None:
         self.routes[call.route] += 1
@@ -1574,8 +1539,6 @@ class Server(Forwarder):
         if request.is_browsing:
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = request.key(config["api-keys"])
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         upgrade = request.is_upgrade
         if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
@@ -1619,13 +1582,11 @@ class Server(Forwarder):
         quota = [{"window": w["window"], "used_percent": w["used_percent"],
                   "resets_in_seconds": max(0, round(w["resets_at"] - time))}
                  for w in account.quota]  # fmt: skip
-        return {
-            "provider": account.type, "account": account.email, "state": state,
-            "reason": "; ".join(reasons), "quota": quota, "plan": account.plan,
-            "wakes_in_seconds": round(wait) if state == "resting" else None,
-            "expires_in_seconds": round(ends - time) if ends < 1e12 else None,
-            "in_flight": account.in_flight, "threads": self.pool.threads()[account],
-            **account.counts}  # fmt: skip
+        return {"provider": account.type, "account": account.email, "state": state,
+                "reason": "; ".join(reasons), "quota": quota, "plan": account.plan,
+                "in_flight": account.in_flight, "threads": self.pool.threads()[account],
+                "wakes_in_seconds": round(wait) if state == "resting" else None, **account.counts,
+                "expires_in_seconds": round(ends - time) if ends < 1e12 else None}  # fmt: skip
 
     def tick(self) -> None:
         try:
@@ -1706,8 +1667,7 @@ async def logout(live: Live, args: Json) -> None:
 
 
 async def ask_proxy(live: Live) -> Json:
-    host, keys = live.config["host"], [*live.config["api-keys"], ""]
-    host = str({"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host))
+    host, keys = live.config["host"] or "localhost", [*live.config["api-keys"], ""]
     url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
     more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
     try:
@@ -1785,9 +1745,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         live = Live(find_config(args.get("config")), **given)
         set_up_log(live)
-        work = COMMANDS[args.get("command") or "serve"](live, args)
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-        importlib.import_module(loop).run(work)
+        importlib.import_module(loop).run(COMMANDS[args.get("command") or "serve"](live, args))
     except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
         problem = why(error) if isinstance(error, Exception) else "stopped"
         print(f"ampproxy: {problem}", file=sys.stderr)

@@ -1351,8 +1351,8 @@ ROWS = {
     "429 until": (limit(**{"Retry-After": "90"}), 1, "account", 90, "next"),
     "a spent window": (SPENT, 1, "account", 900, "next"),
     "429 for days": (limit(**{"Retry-After": "400000"}), 1, "account", 1800, "next"),
-    "408": (said(408), 3, "account", 30, "next"),
-    "529": (said(529, "busy", "overloaded_error"), 3, "account", 30, "next"),
+    "408": (said(408), 3, "account", 5, "next"),
+    "529": (said(529, "busy", "overloaded_error"), 3, "account", 5, "next"),
     "529 until": (said(529, **{"Retry-After": "40"}), 1, "account", 40, "next"),
     "500": (said(500), 3, "account", 5, "next"),
     "502": (said(502), 3, "account", 5, "next"),
@@ -1360,7 +1360,7 @@ ROWS = {
     "504": (said(504), 3, "account", 5, "next"),
     "a dead connection": ((200, {}, ["cut"]), 3, "account", 5, "next"),
     "an empty stream": ((200, SSE, []), 3, "account", 5, "next"),
-    "an error first": ((200, SSE, [event("error", error={"type": "overloaded_error"})]), 3, "account", 30, "next"),
+    "an error first": ((200, SSE, [event("error", error={"type": "overloaded_error"})]), 3, "account", 5, "next"),
     "520": (said(520), 1, "account", 5, "next"),
     "400": (said(400), 1, "", 0, "nobody"),
     "413": (said(413), 1, "", 0, "nobody"),
@@ -1809,7 +1809,7 @@ async def test_a_window_that_is_full_is_no_reason_for_a_long_rest_after_a_529(tm
     async with world(tmp_path) as w:
         w.claude.usual = said(529, **window("7d_oi", "rejected", 400_000))
         assert (await w.ask("/v1/messages", ASK)).status == 529
-        assert (len(w.claude.requests), resting(w)) == (3, {"": 30})
+        assert (len(w.claude.requests), resting(w)) == (3, {"": 5})
 
 
 @in_loop
@@ -2092,14 +2092,13 @@ async def test_count_tokens(tmp_path):
 
 
 @in_loop
-async def test_gzipped_request_bodies_are_read(tmp_path):
+async def test_a_model_call_whose_body_is_packed_is_a_400(tmp_path):
     async with world(tmp_path) as w:
         packed = gzip.compress(json.dumps(ASK).encode())
         assert (
             await w.ask("/v1/messages", packed, headers={"Content-Encoding": "gzip"})
-        ).status == 200
-        assert w.claude.body()["messages"] == ASK["messages"]
-        assert "Content-Encoding" not in w.claude.last.headers
+        ).status == 400
+        assert not w.claude.requests
 
 
 @in_loop
@@ -3026,13 +3025,11 @@ async def test_65_mib(tmp_path, chunked):
 
 
 @in_loop
-async def test_expect_100_continue(tmp_path):
+async def test_a_body_that_would_wait_for_100_continue_may_come_at_once(tmp_path):
     async with world(tmp_path) as w:
         reader, writer = await asyncio.open_connection("127.0.0.1", w.port)
         body = json.dumps(ASK).encode()
-        writer.write(post("/v1/messages", len(body), b"", "Expect: 100-continue\r\n"))
-        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        writer.write(body)
+        writer.write(post("/v1/messages", len(body), b"", "Expect: 100-continue\r\n") + body)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.close()
 
@@ -3159,15 +3156,6 @@ async def test_a_reload_with_a_home_that_is_none_changes_nothing(tmp_path, caplo
 
 
 @in_loop
-async def test_padded_gzip_is_gzip(tmp_path):
-    async with world(tmp_path) as w:
-        packed = gzip.compress(json.dumps(ASK).encode()) + bytes(8)
-        assert (
-            await w.ask("/v1/messages", packed, headers={"Content-Encoding": "gzip"})
-        ).status == 200
-
-
-@in_loop
 async def test_status(tmp_path):
     async with world(tmp_path) as w:
         w.claude.usual = (200, SSE, events())
@@ -3190,12 +3178,11 @@ async def test_status(tmp_path):
         assert "sk-ant" not in json.dumps(status)
 
 
-@pytest.mark.parametrize("scheme", ["", "http://"])
 @in_loop
-async def test_the_environments_proxy_is_used_but_for_no_proxy(tmp_path, monkeypatch, scheme):
+async def test_the_environments_proxy_is_used_but_for_no_proxy(tmp_path, monkeypatch):
     outbound = FakeUpstream(answer_json(message()))
     async with outbound.open():
-        monkeypatch.setenv("http_proxy", scheme + outbound.url.removeprefix("http://"))
+        monkeypatch.setenv("http_proxy", outbound.url)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         async with world(tmp_path, claude={"base-url": "http://claude.invalid"}) as w:
             assert (await w.ask("/v1/messages", ASK)).status == 200
@@ -3546,7 +3533,7 @@ CODEX_ROWS = {  # what ChatGPT says: which rests, for how long, requests made
     "a dead connection": ((200, {}, ["cut"]), "", 5, 4),
     "failed before a word": ((200, SSE, [codex_events()[0], event("response.failed", response=reply(
         status="failed", error={"code": "rate_limit_exceeded", "message": "wait"}))]), "", 60, 2),
-    "an error before a word": ((200, SSE, [event("error", code="server_is_overloaded", message="x")]), "", 30, 4),
+    "an error before a word": ((200, SSE, [event("error", code="server_is_overloaded", message="x")]), "", 5, 4),
     "cut before a word": ((200, SSE, codex_events()[:2]), "", 5, 4),
     "garbage": ((200, SSE, [b"data: {x}\n\n"]), "", 5, 4),
 }  # fmt: skip
@@ -4322,14 +4309,12 @@ async def test_a_key_that_goes_while_it_is_asked_leaves_the_providers_words(tmp_
 
 
 @in_loop
-async def test_a_gemini_stream_without_sse_is_a_list(tmp_path):
+async def test_a_gemini_stream_is_of_events_whether_asked_for_or_not(tmp_path):
     async with key_world(tmp_path, "gemini-api-key") as w:
         w.keyed.usual = (200, SSE, content_chunks())
-        _, got, headers = await w.ask_json(
-            models_path("gemini-2.5-pro", "streamGenerateContent"), CONTENTS
-        )
-        assert got == [content(text="h", end=None), content(text="é")]
-        assert headers["Content-Type"] == "application/json"
+        response = await w.ask(models_path("gemini-2.5-pro", "streamGenerateContent"), CONTENTS)
+        assert response.bytes == b"".join(content_chunks())
+        assert response.headers["Content-Type"].startswith("text/event-stream")
         assert w.keyed.last.query_string == "alt=sse"
 
 
