@@ -64,6 +64,8 @@ Headers = CIMultiDict[str]
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY, BODY_LIMIT, PACKED = 60, 3600, 86400, 64 << 20, "Content-Encoding"
+FINITE: Json = {"parse_float": lambda n: float(n) if abs(float(n)) < 1e308 else int(n)}
+ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 log = logging.getLogger("ampproxy")
 
@@ -82,16 +84,18 @@ class ProxyError(Exception):  # `said`, `body` and `headers` are the provider's,
 
 
 def compact(value: Any) -> bytes:
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return text.encode(errors="backslashreplace")
+    return ENCODER.encode(value).encode(errors="backslashreplace")
 
 
 def read_object(raw: bytes) -> Json:
     try:
-        value: Json = json.loads(raw.decode(), parse_constant=int)  # which refuses NaN, Infinity
-        return value | {}
+        return {**json.loads(raw.decode(), parse_constant=int, **FINITE)}  # int refuses NaN, 1e999
     except (TypeError, RecursionError) as error:  # of the line above, and of deep nesting
         raise ValueError("no JSON object, or nested too deeply") from error
+
+
+def table(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
 
 
 def number(value: Any) -> float:
@@ -136,19 +140,23 @@ def redact(record: logging.LogRecord) -> bool:
     return True
 
 
-KINDS = {  # what SDKs look for, by status: Anthropic's type, OpenAI's type, Google's status
-    400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
+KINDS = {  # what SDKs look for: Anthropic's type, OpenAI's, Google's status; and other words for it
+    400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT", "invalid_prompt",
+          "context_length_exceeded", "invalid_encrypted_content"),
     401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
     403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
     404: ("not_found_error", "not_found_error", "NOT_FOUND"),
     413: ("request_too_large", "invalid_request_error", "INVALID_ARGUMENT"),
-    429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED", "rate_limit_exceeded",
+          "usage_limit_reached", "insufficient_quota"),
     500: ("api_error", "server_error", "INTERNAL"),
-    529: ("overloaded_error", "server_error", "UNAVAILABLE")}  # fmt: skip
+    529: ("overloaded_error", "server_error", "UNAVAILABLE", "server_is_overloaded")}  # fmt: skip
+STATUSES = {str(code): code for code in range(400, 600)}
+STATUSES |= {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
 
 
 def error_body(dialect: str, status: int, message: str) -> Json:
-    anthropic, openai, google = KINDS.get(status, KINDS[400 if status < 500 else 500])
+    anthropic, openai, google, *_ = KINDS.get(status, KINDS[400 if status < 500 else 500])
     if dialect == "anthropic":
         return {"type": "error", "error": {"type": anthropic, "message": message}}
     if dialect == "gemini":
@@ -180,6 +188,11 @@ DEFAULTS: Json = yaml.safe_load(r"""
    models: [&model {name!: '', alias: ''}, claude-*], excluded-models: [''], max-tokens: 32000,
    passes: [anthropic-version, anthropic-beta, anthropic-dangerous-*, openai-beta, user-agent,
             x-goog-api-client, x-app, x-stainless-*, x-claude-code-*],  # of a client's headers
+   thinking: {claude-*: 1024-59904, 'claude-opus-4-[012]*': 1024-27904, claude-fable-*: &five low
+     medium high xhigh max, 'claude-opus-4-[78]*': *five, claude-opus-4-6*: low medium high max,
+     claude-sonnet-4-6*: &three low medium high, gemini-3.1-pro*: *three, gemini-3-pro*: low high,
+     gemini-*: minimal low medium high, gemini-2*: 0-24576, gemini-2.5-pro*: 128-32768,
+     '*': none minimal low medium high xhigh},  # levels, or the least and the largest budget
    key-header: Authorization, key-host: ''}, headers: &version {anthropic-version: '2023-06-01'},
   key-header: x-api-key, key-host: api.anthropic.com,  # to other hosts it is a bearer token
   paths: &messages {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}}],
@@ -213,7 +226,7 @@ DEFAULTS: Json = yaml.safe_load(r"""
    callback-port: 1455, callback-path: /auth/callback, scope: openid email profile offline_access},
   gemini: &later {enabled: true, paths: {}}, antigravity: *later}}
 """)
-TEXT_TABLES = {"headers", "paths", "authorize-query"}
+any_of = functools.cache(lambda them: re.compile("|".join(map(fnmatch.translate, them)) or "(?!)"))
 KEY_LISTS = ("claude-api-key", "codex-api-key", "gemini-api-key", "openai-compatibility")
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
@@ -288,7 +301,7 @@ class ConfigFile:
         self.loader.flatten_mapping(node)
         names = {name.rstrip("!"): inner for name, inner in example.items()}
         given = {str(name.value): value for name, value in node.value}
-        if key.rpartition(".")[2] in TEXT_TABLES:
+        if key.rpartition(".")[2] in ("headers", "paths", "authorize-query", "thinking"):
             names |= dict.fromkeys(given, "")
         table = {name: self.read(given.get(name), names[name], f"{key}.{name}") for name in names}
         for name, inner in example.get("ampcode", {}).items():  # CLIProxyAPI's older names
@@ -348,7 +361,6 @@ class Live:
         seen, self.seen = self.seen, (self.path and stamp(self.path)) or self.seen
         if self.seen != seen:
             self.load(running=True)
-            log.info("%s is taken up", self.path)
         return self.seen != seen
 
 
@@ -365,7 +377,7 @@ def as_row(kind: str, entry: Json) -> Json:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
+    return bool(any_of(tuple(pattern.lower() for pattern in patterns)).match(name.lower()))
 
 
 # == Provider rules ================================================================================
@@ -381,16 +393,15 @@ def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
     asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ()), own]
     betas = dict.fromkeys(re.findall(r"[^\s,]+", ",".join(map(str, asked))))
     headers["anthropic-beta"] = ",".join(b for b in betas if not b.startswith("context-1m"))
-    thinking = body.get("thinking")
-    if isinstance(thinking, dict) and thinking.get("type") == "auto":  # a word of Amp's only
-        thinking["type"] = "adaptive"
+    if table(body.get("thinking")).get("type") == "auto":  # a word of Amp's only
+        body["thinking"]["type"] = "adaptive"
     if isinstance(body.get("messages"), list):
         body["messages"] = [message for message in body["messages"] if is_clean(message)]
     if row["identity"]:
         body["system"] = with_identity(body.get("system"))
 
 
-def is_clean(block: Any) -> bool:
+def is_clean(block: Any, depth: int = 9) -> bool:
     """Whether a block, or a message, may be sent on; what it holds is cleaned in place."""
     match block:
         case {"type": "text", "text": ""}:
@@ -403,8 +414,8 @@ def is_clean(block: Any) -> bool:
                 del block[key]
         case {"type": "tool_result", "tool_use_id": str(name)}:
             block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-    if isinstance(block, dict) and isinstance(content := block.get("content"), list) and content:
-        block["content"] = [inner for inner in content if is_clean(inner)]
+    if depth and isinstance(content := table(block).get("content"), list) and content:
+        block["content"] = [inner for inner in content if is_clean(inner, depth - 1)]
         return bool(block["content"]) or "role" not in block
     return True
 
@@ -555,7 +566,7 @@ class Net:
 
 
 def error_text(answer: Json, *keys: str) -> str:
-    parts = answer["error"] if isinstance(answer.get("error"), dict) else answer
+    parts = table(answer.get("error")) or answer
     keys = keys or ("type", "code", "status", "error", "message", "error_description", "detail")
     said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
     return ": ".join(dict.fromkeys(said))[:300]
@@ -696,7 +707,8 @@ SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.
 DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
 USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
                    rb'completion_tokens|candidatesTokenCount)"\s*:\s*(\d{1,12})')  # fmt: skip
-LEVELS = {0: "none", 512: "minimal", 1024: "low", 8192: "medium", 24576: "high", 1e9: "xhigh"}
+BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24576, "xhigh": 32768,
+           "max": 128000}  # fmt: skip
 SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
                    "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
 
@@ -706,21 +718,15 @@ def bare(value: str) -> str:
 
 
 def without_suffix(model: str) -> tuple[str, str]:
-    """A model's name, and its thinking suffix as a level; "" for none, or for unknown words."""
+    """A model's name, and its thinking suffix: a level, a budget, or "" for unknown words."""
     found = SUFFIX.fullmatch(model)
-    parts = [part for part in found.groups() if part is not None] if found else [model, ""]
-    level = parts[1].lower()
-    if re.fullmatch("[0-9]{1,9}", level):
-        level = next(LEVELS[most] for most in LEVELS if int(level) <= most)
-    return parts[0], level if level in (*LEVELS.values(), "auto", "max") else ""
+    name, word = (found[1] or found[3], found[2] or found[4] or "") if found else (model, "")
+    known = word.lower() in (*BUDGETS, "auto") or re.fullmatch("[0-9]{1,9}", word)
+    return name, word.lower() if known else ""
 
 
 class Request(web.BaseRequest):
     begun: Any = None  # the Relay whose first bytes have gone out
-
-    @property
-    def is_upgrade(self) -> bool:
-        return self.headers.get("Upgrade", "").lower() == "websocket"
 
     @property
     def is_browsing(self) -> bool:
@@ -765,8 +771,7 @@ class Call:
 
     @property
     def thread(self) -> str:
-        headers, metadata = self.request.headers, self.body.get("metadata")
-        user = metadata.get("user_id") if isinstance(metadata, dict) else None
+        headers, user = self.request.headers, table(self.body.get("metadata")).get("user_id")
         shown = [*map(headers.get, SESSION_HEADERS), user, self.body.get("prompt_cache_key")]
         return next((text[:1000] for text in shown if text and isinstance(text, str)), "")
 
@@ -868,9 +873,9 @@ class Pool:
         self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
 
     def scan(self) -> list[Account]:
-        stamps = {path: stamp(path) for path in sorted(self.live.auth_dir.glob("[!.]*.json"))}
-        rows = [row for row in self.live.rows if "token" in row]
-        keys = {row["id"]: Account(row["id"], row["token"]) for row in rows}
+        files = self.live.auth_dir.iterdir() if self.live.auth_dir.is_dir() else ()
+        stamps = {path: stamp(path) for path in sorted(files) if path.match("[!.]*.json")}
+        keys = {r["id"]: Account(r["id"], r["token"]) for r in self.live.rows if "token" in r}
         known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
         self.accounts = keys | {path: a for path, a in self.accounts.items() if path in known}
         seen, self.stamps = self.stamps, stamps
@@ -900,10 +905,16 @@ class Pool:
             account.row = row
         return [account for _, account in mine if account.token.get("disabled") is not True]
 
+    def lacks(self, row: Json, model: str, verb: str) -> str:
+        """Why a row does not serve a model; "" if it does."""
+        if not matches(model, row["models"]) or matches(model, row["excluded-models"]):
+            return "does not have"
+        if verb not in ("", *row["paths"]):
+            return "in another dialect serves"
+        return "" if self.of([row]) else f"after `ampproxy.py login {row['name']}` would serve"
+
     def rows_for(self, model: str, verb: str) -> list[Json]:
-        rows = [row for row in self.live.rows if matches(model, row["models"])]
-        rows = [row for row in rows if not matches(model, row["excluded-models"])]
-        return [row for row in rows if verb in ("", *row["paths"]) and self.of([row])]
+        return [row for row in self.live.rows if not self.lacks(row, model, verb)]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
@@ -1060,7 +1071,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         self.events = upstream.content_type == "text/event-stream"
         plain = call and self.events and PACKED not in headers and not call.folds
         self.dialect = call.dialect if plain else ""
-        self.silence = (call.silence or None) if self.dialect else None
+        self.silence, self.comments = (call and call.silence) or MINUTE, call and call.silence
         self.first, self.tail = b"", b"\n\n"
 
     async def read(self) -> bytes:
@@ -1069,17 +1080,17 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             try:
                 async with asyncio.timeout(self.silence) as silence:
                     return await self.content.readany()
-            except NET_ERRORS as error:
+            except (RuntimeError, *NET_ERRORS) as error:  # the first: it had closed without a word
                 if not silence.expired():
                     if self.dialect and ENDING.search(self.tail):
                         break  # it was whole
                     raise ProxyError(502, f"the upstream broke off: {why(error)}") from error
-                if self.tail.endswith((b"\n\n", b"\r\n\r\n")):
+                if self.dialect and self.comments and self.tail.endswith((b"\n\n", b"\r\n\r\n")):
                     await self.write(b": keep-alive\n\n")
         return b""
 
     async def write(self, data: bytes) -> None:
-        self.tail = (self.tail + data[-TAIL:])[-TAIL:]
+        self.tail = data[-TAIL:] if len(data) >= TAIL else (self.tail + data)[-TAIL:]
         if not self.response.prepared:
             self.first, self.request.begun = data[:TAIL], self
             await self.response.prepare(self.request)
@@ -1097,7 +1108,7 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
         """What `edit` makes of each event, or of the whole; nothing goes out before it has told."""
         rest, held = bytearray(), b""
         try:
-            while data := await self.read():
+            while (data := await self.read()) and len(rest) + len(held) < BODY_LIMIT:
                 rest += data
                 if self.events and b"\n" in data:
                     whole, end, rest = rest.rpartition(b"\n\n" if b"\n\n" in rest else b"\r\n\r\n")
@@ -1138,7 +1149,6 @@ FLAG = re.compile(rb'(?:,|(\[))\s*\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*
 class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
-        self.sockets: set[web.WebSocketResponse] = set()
         self.secrets, self.secrets_until = Json(), 0.0  # what the secrets file said, until then
 
     def base(self) -> str:
@@ -1180,23 +1190,20 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> Answer:
         asked = re.findall(r"[^\s,]+", request.headers.get("Sec-WebSocket-Protocol", ""))
-        url, proxy = URL(self.address(request), encoded=True), self.net.proxy(self.base())
+        url = URL(self.address(request), encoded=True)
+        own: Any = {"headers": self.outgoing(request, key), "proxy": self.net.proxy(self.base())}
+        both: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
         try:
-            upstream = await self.net.session.ws_connect(
-                url, headers=self.outgoing(request, key), proxy=proxy, autoclose=False,
-                protocols=asked, max_msg_size=BODY_LIMIT)  # fmt: skip
+            upstream = await self.net.session.ws_connect(url, protocols=asked, **own, **both)
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
-        own = [upstream.protocol or ""]
-        client = web.WebSocketResponse(protocols=own, max_msg_size=BODY_LIMIT, autoclose=False)
-        self.sockets.add(client)
+        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **both)
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
         finally:
-            self.sockets.discard(client)
             await upstream.close(code=aiohttp.WSCloseCode.GOING_AWAY)
         return client
 
@@ -1234,21 +1241,17 @@ UNASKED = {"count_tokens": ("max_tokens", "stream"), "compact": ("stream",)}  # 
 MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
 DELAY = re.compile(r'"(?:resets_in_seconds|retryDelay|quotaResetDelay)":"?([\d.hms]+)')
 QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
-STREAM_ERRORS = {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
-STREAM_ERRORS |= {str(code): code for code in range(400, 600)}
-STREAM_ERRORS |= {"rate_limit_exceeded": 429, "usage_limit_reached": 429, "invalid_prompt": 400,
-                  "context_length_exceeded": 400, "invalid_encrypted_content": 400,
-                  "insufficient_quota": 429, "server_is_overloaded": 529}  # fmt: skip
 
 
 class Forwarder(Ampcode):
     async def answer(self, call: Call, key: str) -> Answer:
         """By the first way that works, else from ampcode.com, else a ProxyError."""
         await call.read()
-        config, ways = self.live.config, self.ways(call)
+        config, (ways, told) = self.live.config, self.ways(call.wanted, call.effort, call.verb)
         call.silence = config["streaming"]["keepalive-seconds"]  # until a comment goes out
         until = self.clock.monotonic() + config["max-retry-interval"]
-        error = ProxyError(404, f"no account here serves the model {call.model[:100]!r}")
+        near = "; ".join(line for line in told if "does not have" not in line)
+        error = ProxyError(404, f"no account here serves {call.model[:100]!r}; {near}".rstrip("; "))
         for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
             try:
                 return await self.from_accounts(call, rows, until if number == len(ways) else 0)
@@ -1271,18 +1274,21 @@ class Forwarder(Ampcode):
         served = [(name, self.pool.rows_for(model, verb)) for name, model in pairs]
         return {name: rows[0]["name"] for name, rows in served if rows}
 
-    def ways(self, call: Call) -> list[tuple[str, str, str, list[Json]]]:
-        """Route, model, effort and rows, in the order to try: its own name, or what it maps to."""
-        config, name = self.live.config["ampcode"], call.wanted.lower()
+    def ways(self, model: str, effort: str, verb: str) -> tuple[list[Any], list[str]]:
+        """Route, model, effort and rows, in the order to try; and what was found on the way."""
+        config, ways, told = self.live.config["ampcode"], list[Any](), list[str]()
         rules = sorted(config["model-mappings"], key=lambda rule: rule["regex"])  # the exact first
-        fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == name
-                or (rule["regex"] and re.search(rule["from"], name, re.I))]  # fmt: skip
+        fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == model.lower()
+                or (rule["regex"] and re.search(rule["from"], model, re.I))]  # fmt: skip
         targets = [without_suffix(target) for rule in fits for target in rule["to"]]
-        mapped = [("mapped", model, effort or call.effort) for model, effort in targets]
-        own, forced = [("local", call.wanted, call.effort)], config["force-model-mappings"]
-        order = mapped + own if forced else own + mapped
-        ways = [(*way, rows) for way in order if (rows := self.pool.rows_for(way[1], call.verb))]
-        return [way for way in ways if forced or way[0] == ways[0][0]]
+        mapped = [("mapped", target, own or effort) for target, own in targets]
+        own, forced = [("local", model, effort)], config["force-model-mappings"]
+        for route, name, level in mapped + own if forced else own + mapped:
+            lacks = [(row, self.pool.lacks(row, name, verb)) for row in self.live.rows]
+            told += [f"{row['name']} {lack or 'serves'} {name[:100]}" for row, lack in lacks]
+            if rows := [row for row, lack in lacks if not lack]:
+                ways.append((route, name, level, rows))
+        return [way for way in ways if forced or way[0] == ways[0][0]], told
 
     async def from_accounts(self, call: Call, rows: list[Json], until: float) -> Answer:
         error, spent = None, set[Account]()
@@ -1352,27 +1358,51 @@ def word(call: Call, row: Json) -> None:
     call.row, call.provider = row, row["name"]
     call.served_model = row["models"].get(call.wanted, call.wanted)
     call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
-    names = {name.lower() for name in given}
-    for name in {name for pattern in row["passes"] for name in fnmatch.filter(names, pattern)}:
-        call.headers[name] = ",".join(given.getall(name))
+    call.headers.update({n: ",".join(given.getall(n)) for n in given if matches(n, row["passes"])})
     call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
     streams = call.body.get("stream") or call.verb == "streamGenerateContent"
     only = row["kind"] == "codex" and call.verb == "responses"  # which its backend only streams
     if call.dialect != "gemini":
         call.folds, call.body["model"] = only and not streams, call.served_model
-    if call.dialect == "chat" and call.effort not in ("", "auto"):
-        call.body["reasoning_effort"] = call.effort
-    if call.dialect == "responses" and call.effort not in ("", "auto"):
-        asked = call.body.get("reasoning")
-        call.body["reasoning"] = dict(asked if isinstance(asked, dict) else {}, effort=call.effort)
     if call.verb == "messages" and not call.body.get("max_tokens"):
         call.body["max_tokens"] = row["max-tokens"]
+    if call.effort not in ("", "auto") and call.verb not in ("count_tokens", "countTokens"):
+        set_effort(call.body, call)
     if row["kind"] in RULES:
         RULES[row["kind"]](call.body, call.headers, row)
     for name in UNASKED.get(call.verb, ()):
         call.body.pop(name, None)
     call.headers["Accept"] = "text/event-stream" if streams or only else "application/json"
     call.worded = compact(call.body)
+
+
+def set_effort(body: Json, call: Call) -> None:
+    """The suffix's level or budget, as near to it as the model goes, beats the body's own."""
+    takes, wanted = call.row["thinking"], BUDGETS.get(call.effort)
+    fits = takes[max((p for p in takes if matches(call.served_model, [p])), key=len)].split()
+    least, _, most = fits[0].partition("-")
+    tokens = asked = int(call.effort) if wanted is None else wanted
+    if most:
+        tokens, fits = max(int(least), min(asked, int(most))), takes["*"].split()
+    level = next((word for word in fits if BUDGETS[word] >= asked), fits[-1])
+    if call.dialect == "chat":
+        body["reasoning_effort"] = level
+    elif call.dialect == "responses":
+        body["reasoning"] = {**table(body.get("reasoning")), "effort": level}
+    elif call.dialect == "gemini":
+        how = {"thinkingBudget": tokens} if most else {"thinkingLevel": level}
+        how = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
+        body["generationConfig"] = table(body.get("generationConfig")) | how
+    else:
+        on = asked > 0 and table(body.get("tool_choice")).get("type") not in ("any", "tool")
+        for name in ("thinking", *(("temperature", "top_p", "top_k") if on else ())):
+            body.pop(name, None)
+        if on and most:
+            body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
+            body["max_tokens"] = max(number(body["max_tokens"]), tokens + 4096)
+        elif on:
+            body["thinking"] = {"type": "adaptive"}
+            body["output_config"] = {**table(body.get("output_config")), "effort": level}
 
 
 def addressed(call: Call, account: Account, token: str) -> str:
@@ -1382,12 +1412,11 @@ def addressed(call: Call, account: Account, token: str) -> str:
     call.headers.popall("Chatgpt-Account-Id", None)
     if number := account.token.get("account_id") or claims(account.token).get("account_id"):
         call.headers["Chatgpt-Account-Id"] = str(number)
-    path = row["paths"][call.verb].replace("{model}", quote(call.served_model, safe=""))
+    path = row["paths"][call.verb].replace("{model}", quote(call.served_model, "", None, "replace"))
     if re.search(r"/(v\d\w*(/openai)?|backend-api/codex)$", base):
         path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
-    pairs = [(k, v) for k, v in call.request.query.items() if k not in (*KEY_PARAMETERS, "alt")]
-    pairs += [("alt", "sse")] if call.verb == "streamGenerateContent" else []
-    return f"{base}{path}".replace("{verb}", call.verb) + (f"?{urlencode(pairs)}" if pairs else "")
+    query = "?alt=sse" if call.verb == "streamGenerateContent" else ""
+    return f"{base}{path}{query}".replace("{verb}", call.verb)
 
 
 def quota_of(headers: Any) -> list[Json]:
@@ -1412,7 +1441,8 @@ class Reading:
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
         raw, answer, headers = b"", Json(), upstream.headers
         with suppress(*NET_ERRORS):
-            raw = await upstream.read()
+            while len(raw) < 1 << 20 and (data := await upstream.content.readany()):
+                raw += data
             raw = (inflate(raw) or raw).strip().removeprefix(b"[").removesuffix(b"]")
             answer = read_object(raw)
         error = self.failure(answer, upstream.status)
@@ -1426,11 +1456,11 @@ class Reading:
         return error
 
     def failure(self, answer: Json, status: int = 0) -> ProxyError:
-        told = answer["error"] if isinstance(answer.get("error"), dict) else answer
+        told = table(answer.get("error")) or answer
         words = (str(told.get(name)) for name in ("code", "type", "status"))
         how = f"answered {status}" if status else "answered with an error:"
         message = f"{self.call.provider} {how} {error_text(answer, 'type', 'status')}"
-        known = (STREAM_ERRORS[word] for word in words if word in STREAM_ERRORS and not status)
+        known = (STATUSES[word] for word in words if word in STATUSES and not status)
         status, said = status if status >= 400 else next(known, 502), error_text(answer)
         body = compact(error_body(self.call.dialect, status, said)) if answer else b""
         delay = DELAY.search(compact(told).decode())
@@ -1441,8 +1471,8 @@ class Reading:
         if self.done or at < 0 or (self.told and not MATTERS.search(data)):
             return data
         event = read_object(data[at:])
-        inner = (event[k] for k in ("message", "response") if isinstance(event.get(k), dict))
-        kind, holder, change = str(event.get("type")), next(inner, event), False
+        holder = table(event.get("message")) or table(event.get("response")) or event
+        kind, change = str(event.get("type")), False
         late = self.told and kind == "response.failed" and not self.call.folds
         if kind == "error" or (isinstance(holder.get("error"), dict) and not late):
             raise self.failure(holder)
@@ -1477,7 +1507,7 @@ class Server(Forwarder):
     def __init__(self, live: Live, net: Net, clock: Any) -> None:
         super().__init__(Pool(live, net, clock))
         self.began, self.server_side, self.requests = clock.monotonic(), 0, deque[Json](maxlen=100)
-        self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
+        self.routes, self.paid = Counter(dict.fromkeys(ROUTE_WORDS, 0)), Counter[str]()
 
     async def handle(self, request: Any) -> Answer:
         found, began = MODEL_PATH.fullmatch(request.rel_url.raw_path), self.clock.monotonic()
@@ -1496,6 +1526,7 @@ class Server(Forwarder):
             begun = request.begun
             response = await begun.end(error) if begun else self.refuse(request, call, error)
         finally:
+            request.begun = None  # else both wait for the garbage collector, with the body
             if call and call.raw:
                 status = response.status if response is not None else 499  # the client left
                 self.note(call, status, self.clock.monotonic() - began)
@@ -1520,6 +1551,7 @@ class Server(Forwarder):
 
     def note(self, call: Call, status: int, took: float) -> None:
         self.routes[call.route] += 1
+        self.paid.update([call.model[:200]] if call.route == "amp" else [])
         names = ("dialect", "model", "route", "provider", "account", "served_model")
         row = {name: getattr(call, name)[:200] for name in names} | call.tokens
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
@@ -1531,15 +1563,16 @@ class Server(Forwarder):
 
     async def dispatch(self, request: Request, call: Call | None) -> Answer:
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
-        if not request.raw_path.startswith("/"):
-            raise ProxyError(400, "only targets that begin with / are served")
+        if not request.raw_path.startswith("/") or method == "CONNECT":
+            raise ProxyError(400, "only targets that begin with / are served, and no tunnels")
         request.refuse_strangers(config)
         if found := PROBES.get(f"{method} {path}"):
             return web.json_response({"status": "ok"}, status=found)
         if request.is_browsing:
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = request.key(config["api-keys"])
-        upgrade = request.is_upgrade
+        asked, mark = (request.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
+        upgrade = asked.lower() == "websocket" and bool(mark)
         if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
@@ -1568,11 +1601,10 @@ class Server(Forwarder):
         return {"object": "list", "data": rows, "has_more": False, **ends}
 
     def report(self) -> Json:
-        return {
-            "version": __version__, "uptime_seconds": round(self.clock.monotonic() - self.began),
-            "routes": dict(self.routes), "server_side_threads": self.server_side,
-            "accounts": [self.report_account(account) for account in self.pool.accounts.values()],
-            "requests": list(self.requests)}  # fmt: skip
+        return {"version": __version__, "routes": dict(self.routes), "requests": [*self.requests],
+                "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
+                "paid": dict(self.paid.most_common(100)), "server_side_threads": self.server_side,
+                "uptime_seconds": round(self.clock.monotonic() - self.began)}  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
         now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
@@ -1609,7 +1641,6 @@ class Server(Forwarder):
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
-                await asyncio.gather(*(s.close(code=1001) for s in self.sockets))  # going away
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
@@ -1629,6 +1660,8 @@ def set_up_log(live: Live) -> None:
 
 # == Command line ==================================================================================
 # One coroutine a command, its help the docstring.  Failure is what main says in one sentence.
+VERBS = {"anthropic": "messages", "chat": "completions", "responses": "responses",
+         "gemini": "generateContent"}  # fmt: skip
 NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
 
 
@@ -1666,17 +1699,6 @@ async def logout(live: Live, args: Json) -> None:
     say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
 
 
-async def ask_proxy(live: Live) -> Json:
-    host, keys = live.config["host"] or "localhost", [*live.config["api-keys"], ""]
-    url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
-    more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
-    try:
-        async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
-            return read_object(await answer.read())
-    except NET_ERRORS as error:
-        raise Failure(f"no proxy to ask at {url} ({why(error)}): start it, see --config") from error
-
-
 async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
     line = "{:<20}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
@@ -1691,7 +1713,25 @@ async def accounts(live: Live, args: Json) -> None:
 
 async def status(live: Live, args: Json) -> None:
     """Ask the running proxy how it stands, as JSON."""
-    say(json.dumps(await ask_proxy(live), indent=2, ensure_ascii=False))
+    host, keys = live.config["host"] or "localhost", [*live.config["api-keys"], ""]
+    url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
+    more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
+    try:
+        async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
+            told = read_object(await answer.read())
+    except NET_ERRORS as error:
+        raise Failure(f"no proxy to ask at {url} ({why(error)}): start it, see --config") from error
+    say(json.dumps(told, indent=2, ensure_ascii=False))
+
+
+async def route(live: Live, args: Json) -> None:
+    """Say who would serve a model, and why; nothing is sent."""
+    chooser, verb = Forwarder(Pool(live)), VERBS.get(args["dialect"], "")
+    chooser.pool.scan()
+    ways, told = chooser.ways(*without_suffix(args["model"]), verb)
+    paid = "nobody" if live.config["ampcode"]["fallback"] == "never" else "ampcode.com, paid"
+    chosen = [f"{way}: {rows[0]['name']} as {name} {level}" for way, name, level, rows in ways]
+    say("\n".join([*told, f"So {', then '.join(chosen) or paid}"]))
 
 
 async def check(live: Live, args: Json) -> None:
@@ -1710,7 +1750,7 @@ def masked(value: Any, key: str = "") -> Any:
     return mask(text) if secret and text else text
 
 
-COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, check)}
+COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, route, check)}
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
     "serve": {"--host": {"metavar": "H", "help": "listen on this address"},
@@ -1719,6 +1759,7 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
     "login": {"provider": {"nargs": "?", "choices": NAMES, "default": None},
               "--no-browser": {"action": "store_true", "help": "print the address only"}},
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
     "status": {"--json": {"action": "store_true"}}}  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2",
-#                 "google-genai>=3"]
+#                 "google-genai>=3", "hypothesis>=6"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
 
@@ -19,6 +19,7 @@ import base64
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,13 +27,15 @@ import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -40,6 +43,9 @@ import aiohttp
 import pytest
 import yaml
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -384,7 +390,11 @@ def test_scripts_run_by_themselves(path):
 
 def leaves(table, prefix=""):
     for key, value in table.items():
-        if isinstance(value, dict) and value and key not in ampproxy.TEXT_TABLES:
+        if (
+            isinstance(value, dict)
+            and value
+            and key not in {"headers", "paths", "authorize-query", "thinking"}
+        ):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key
@@ -2043,7 +2053,7 @@ async def test_what_reaches_claude(tmp_path, path):
         assert headers["x-ampproxy-provider"] == "claude"
         assert headers["x-ampproxy-model"] == "claude-opus-4-6"
         sent = w.claude.last
-        assert (sent.method, sent.raw_path) == ("POST", "/v1/messages?beta=true")
+        assert (sent.method, sent.raw_path) == ("POST", "/v1/messages")
         assert w.claude.body() == {**ASK, "system": [BLOCK]}
         assert "sgamp_" not in str(sent.headers)
         assert sent.headers["Authorization"] == "Bearer sk-ant-oat-fred@example.com"
@@ -2685,8 +2695,6 @@ async def test_a_close_without_a_code_travels_too(tmp_path, side):
                 await ws._writer.send_frame(b"", aiohttp.WSMsgType.CLOSE)
             assert (await ws.receive()).type == aiohttp.WSMsgType.CLOSE
         await closed.wait()
-        while w.server.sockets:
-            await asyncio.sleep(0)
         assert codes == [1000]
 
 
@@ -3089,6 +3097,936 @@ async def test_upstreams_that_answer_nonsense(tmp_path, answer, path):
                 body["error"] == "amp_upstream_proxy_error" or body["error"]["type"] == "api_error"
             )
         assert (await w.ask("/healthz", method="GET")).status == 200
+
+
+# == Faults ========================================================================================
+
+
+class RawUpstream:
+    """A server below HTTP: for each request it plays a list of parts, the last list for ever.
+
+    A part is bytes, an Event to wait for, "close" or "reset"; without these the connection stays.
+    """
+
+    def __init__(self, *plays):
+        self.plays, self.requests, self.broken = list(plays), [], asyncio.Event()
+
+    async def serve(self, reader, writer):
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            while not writer.is_closing():
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+                body = await reader.readexactly(int(length[1]) if length else 0)
+                self.requests.append((head, body))
+                for part in self.plays.pop(0) if len(self.plays) > 1 else self.plays[0]:
+                    await self.play(writer, part)
+        self.broken.set()
+        writer.close()
+
+    async def play(self, writer, part):
+        if isinstance(part, asyncio.Event):
+            await part.wait()
+        elif part in ("close", "reset"):
+            linger = struct.pack("ii", part == "reset", 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.close()
+        else:
+            writer.write(part)
+            await writer.drain()
+
+    @asynccontextmanager
+    async def open(self):
+        server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield self
+        finally:
+            server.close()
+
+
+@asynccontextmanager
+async def raw_world(folder, *plays, **config):
+    """A world whose Claude and ampcode.com are one RawUpstream."""
+    raw = RawUpstream(*plays)
+    async with raw.open():
+        given = {"claude": {"base-url": raw.url}, "ampcode": {"upstream-url": raw.url}}
+        async with world(folder, **given, **config) as w:
+            w.raw = raw
+            yield w
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def plain(body, extra=b""):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b"
+    return head % (extra, len(body), body)
+
+
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+WHOLE = b"".join(events()).replace(rb"\u00e9", "é".encode())
+FIRST = events()[0]
+INSIDE = WHOLE.index("é".encode()) + 1 - len(FIRST)  # the middle of a character, behind FIRST
+GOOD = [CHUNKED + chunk(WHOLE) + b"0\r\n\r\n"]
+UNSEEN = {  # what an upstream does before it has said anything
+    "reset": ["reset"],
+    "closed": ["close"],
+    "reset in the headers": [CHUNKED[:40], "reset"],
+    "closed in the headers": [CHUNKED[:40], "close"],
+    "reset after the headers": [CHUNKED, "reset"],
+    "reset in a chunk": [CHUNKED + b"ff\r\n" + FIRST[:20], "reset"],
+    "reset in an event": [CHUNKED + chunk(FIRST[:20]), "reset"],
+    "closed in an event": [CHUNKED + chunk(FIRST[:20]), "close"],
+    "chunks without a length": [CHUNKED + b"zz\r\n\r\n"],
+    "garbage": [b"\x00\xff\x80 garbage\r\n\r\n"],
+    "garbage for an event": [CHUNKED + chunk(b"data: {{{\n\n") + b"0\r\n\r\n"],
+    "two lengths": [plain(b"{}", b"Content-Length: 5\r\n"), "close"],
+    "a negative length": [b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n{}", "close"],
+    "a length that is too long": [plain(b"{}").replace(b": 2", b": 90"), "close"],
+    "a length that is too short": [plain(b'{"id"') + b': "msg_1"}', "close"],
+    "a header of 1 MB": [plain(b"{}", b"X-A: " + b"a" * (1 << 20) + b"\r\n")],
+    "a thousand headers": [plain(b"{}", b"".join(b"X-%d: a\r\n" % n for n in range(1000)))],
+    "another protocol": [b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@in_loop
+async def test_what_breaks_unseen_costs_no_call(tmp_path, name):
+    """Lost: nothing, when the next try is good; else one call, with a sentence."""
+    async with raw_world(tmp_path, UNSEEN[name], GOOD) as w:
+        response = await w.ask("/v1/messages", STREAM)
+        assert (response.status, response.bytes) == (200, WHOLE)
+        assert len(w.raw.requests) == 2
+        assert resting(w) == {}
+        w.raw.plays = [UNSEEN[name]]
+        status, body, _ = await w.ask_json("/v1/messages", STREAM)
+        assert (status, body["error"]["type"]) == (502, "api_error")
+        assert len(w.raw.requests) == 5
+        assert resting(w) == {"": 5}
+        w.clock.now += 5
+        w.raw.plays = [GOOD]
+        assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+
+
+@pytest.mark.parametrize("parts", [
+    [chunk(b"x")[:-3], "reset"], [b"ff\r\n" + WHOLE[len(FIRST) :][:70], "reset"], ["reset"], ["close"], [chunk(b"")[:1], "close"],
+    [chunk(WHOLE[len(FIRST) :][:70]), "reset"], [chunk(WHOLE[len(FIRST) :][:INSIDE]), "reset"],
+    [b"ff\r\n" + WHOLE[len(FIRST) :][:INSIDE], "close"], [chunk(WHOLE[len(FIRST) :][:70]) + b"0\r\n\r\n"],
+])  # fmt: skip
+@in_loop
+async def test_what_breaks_in_sight_loses_nothing_that_came(tmp_path, parts):
+    seen = asyncio.Event()
+    async with raw_world(tmp_path, [CHUNKED + chunk(FIRST), seen, *parts]) as w:
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            assert await response.content.readuntil(b"\n\n") == FIRST
+            seen.set()
+            rest = await response.content.read()
+        came = re.sub(rb"^[0-9a-f]+\r\n|\r\n(0\r\n\r\n)?$", b"", parts[0]) if parts[1:] else b""
+        whole = came[: came.rfind(b"\n\n") + 2] if b"\n\n" in came else b""
+        assert rest.startswith(whole)
+        assert error_in(rest)["type"] == "api_error"
+        assert len(w.raw.requests) == 1
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/json"])
+@in_loop
+async def test_a_chunk_that_is_none_is_an_end(tmp_path, kind):
+    """The HTTP library closes such a connection, and tells nobody who waits for the next bytes."""
+    quota = b"\r\nanthropic-ratelimit-unified-5h-utilization: 0.1\r\nT"
+    seen, head = asyncio.Event(), CHUNKED.replace(b"text/event-stream", kind)
+    async with raw_world(tmp_path, [head.replace(b"\r\nT", quota) + chunk(FIRST), seen, b"zz\r\n\r\n"],
+                         streaming={"keepalive-seconds": 0.1}) as w:  # fmt: skip
+        ask = asyncio.create_task(w.ask("/v1/messages", STREAM))
+        while not w.server.pool.accounts[w.tokens[0]].quota:  # the head has come
+            await asyncio.sleep(0)
+        seen.set()
+        response = await ask
+        if kind == b"text/event-stream":
+            assert error_in(response.bytes)["type"] == "api_error"
+        else:
+            assert response.status == 502
+
+
+@in_loop
+async def test_each_byte_passes_when_it_comes(tmp_path):
+    """However slowly: no byte waits for the next one."""
+    rest = WHOLE[len(FIRST) :]
+    gates = [asyncio.Event() for _ in rest]
+    parts = [part for n, gate in enumerate(gates) for part in (gate, chunk(rest[n : n + 1]))]
+    async with (
+        raw_world(tmp_path, [CHUNKED + chunk(FIRST), *parts, b"0\r\n\r\n"]) as w,
+        w.http.post(w.url + PATH, json=STREAM) as response,
+    ):
+        assert await response.content.readexactly(len(FIRST)) == FIRST
+        for n, gate in enumerate(gates):
+            gate.set()
+            assert await response.content.readexactly(1) == rest[n : n + 1]
+        assert await response.content.read() == b""
+
+
+@pytest.mark.parametrize("parts", [[], [CHUNKED[:40]], [CHUNKED], [CHUNKED + b"9"]])
+@in_loop
+async def test_silence_before_the_first_byte_is_given_up(tmp_path, parts):
+    silent = asyncio.Event()
+    async with raw_world(tmp_path, [*parts, silent], streaming={"idle-timeout-seconds": 0.1}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", STREAM)
+        assert (status, body["error"]["type"]) == (502, "api_error")
+        assert len(w.raw.requests) == 3
+        silent.set()
+
+
+@pytest.mark.parametrize("line", [b"X-A: " + b"a" * 65000, b"a" * 65000, b"X-A: a\r\n" * 8000])
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@in_loop
+async def test_headers_without_an_end_are_cut(tmp_path, line, path):
+    async with raw_world(tmp_path, [b"HTTP/1.1 200 OK\r\n", *[line] * 1000]) as w:
+        status, *_ = await w.ask_json(path, STREAM)
+        assert status == 502
+        await w.raw.broken.wait()
+        assert len(w.raw.requests) == (3 if path == "/v1/messages" else 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@in_loop
+async def test_an_answer_without_an_end_is_cut(tmp_path, packed):
+    """Memory stays bounded; 2 GB would come."""
+    head = CHUNKED.replace(b"text/event-stream", b"application/json")
+    if packed:
+        head = head[:-2] + b"Content-Encoding: gzip\r\n\r\n" + chunk(GZIP)
+    piece, begun = (bomb(), 16) if packed else (b" " * (1 << 20), 2000)
+    async with raw_world(tmp_path, [head, *[chunk(piece)] * begun], **{"request-retry": 1}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, "no whole answer" in body["error"]["message"]) == (502, True)
+        await w.raw.broken.wait()
+
+
+@in_loop
+async def test_connections_that_close_after_each_answer_cost_nothing(tmp_path):
+    """100 calls on connections that are closed just when they could be used again."""
+    async with raw_world(tmp_path, [plain(json.dumps(message()).encode()), "close"]) as w:
+        for path in ("/v1/messages", "/api/threads"):
+            answers = [(await w.ask(path, ASK)).status for _ in range(50)]
+            assert answers == [200] * 50
+        assert len(w.raw.requests) == 100, "none was sent twice"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+@in_loop
+async def test_what_may_have_been_done_is_not_done_again(tmp_path, method, end):
+    """A connection that is in use again dies with the request: only a GET has no more to lose."""
+    good, body = [plain(b'{"n": 1}')], None if method == "GET" else b"x" * 1000
+    async with raw_world(tmp_path, good, [end], good) as w:
+        assert (await w.ask("/api/threads", body, method=method)).status == 200
+        status, *_ = await w.ask_json("/api/threads", body, method=method)
+        assert (status, len(w.raw.requests)) == ((200, 3) if method == "GET" else (502, 2))
+        assert {body for _, body in w.raw.requests} == {body or b""}, "no body is cut"
+
+
+class Leaving:
+    """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
+
+    def __init__(self, *said):
+        self.said, self.came, self.gone = said, asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request):
+        response = web.StreamResponse(headers=SSE)
+        try:
+            if self.said:
+                await response.prepare(request)
+                await response.write(b"".join(self.said))
+            self.came.set()
+            await asyncio.Event().wait()
+        finally:
+            self.gone.set()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@pytest.mark.parametrize("said", [(), (FIRST,), (FIRST[:9],)])
+@in_loop
+async def test_a_client_that_leaves_frees_the_upstream(tmp_path, path, said):
+    async with world(tmp_path) as w:
+        w.claude.usual = w.amp.usual = upstream = Leaving(*said)
+        ask = asyncio.create_task(w.ask(path, STREAM))
+        await upstream.came.wait()
+        ask.cancel()
+        await upstream.gone.wait()
+        account = w.server.pool.accounts[w.tokens[0]]
+        while account.in_flight:
+            await asyncio.sleep(0)
+        assert (account.rests, account.counts["errors"]) == ({}, 0)
+        w.claude.usual = answer_json(message())
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@pytest.mark.parametrize("size", [0, 20, -20])
+@in_loop
+async def test_a_client_that_leaves_half_way_in_harms_nobody(tmp_path, path, size):
+    """In the head, behind it and in the body; what comes next on the same upstream is whole."""
+    body = json.dumps(STREAM).encode()
+    sent = post(path, len(body), body)
+    head = len(sent) - len(body)
+    async with world(tmp_path) as w:
+        for _ in range(20):
+            _, writer = await asyncio.open_connection("127.0.0.1", w.port)
+            writer.write(sent[: head if size == 0 else size])
+            await writer.drain()
+            writer.transport.abort()
+            assert (await w.ask(path, ASK)).status == 200
+        assert not w.claude.requests if path == "/api/threads" else not w.amp.requests
+        got = [json.loads(r.bytes) for r in w.claude.requests + w.amp.requests]
+        assert len(got) == 20
+        assert {len(b["messages"]) for b in got} == {1}
+
+
+@in_loop
+async def test_half_a_body_may_wait(tmp_path):
+    """50 clients stop in the middle: others are served meanwhile, and they are when they go on."""
+    body = json.dumps(ASK).encode()
+    async with world(tmp_path) as w:
+        slow = [await asyncio.open_connection("127.0.0.1", w.port) for _ in range(50)]
+        for _, writer in slow:
+            writer.write(post("/v1/messages", len(body), body[:20]))
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert len(w.claude.requests) == 1
+        for reader, writer in slow:
+            writer.write(body[20:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            writer.close()
+        assert len(w.claude.requests) == 51
+
+
+class Fountain:
+    """An answer without an end; `sent` tells how far it has come."""
+
+    sent = 0
+
+    async def __call__(self, request):
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        await response.write(FIRST)
+        while True:
+            self.sent += 1 << 16
+            await response.write(event("ping", fill="x" * (1 << 16)))
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@in_loop
+async def test_a_slow_reader_slows_its_upstream_and_nobody_else(tmp_path, path):
+    async with world(tmp_path) as w:
+        w.http._connector._limit = 0
+        w.claude.usual = w.amp.usual = fountain = Fountain()
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.port, limit=1)
+        body = json.dumps(STREAM).encode()
+        writer.write(post(path, len(body), body))
+        assert await reader.readexactly(1)
+        w.claude.usual, rounds, before = (200, SSE, [WHOLE]), 0, -1
+        while before != fountain.sent:
+            before, rounds = fountain.sent, rounds + 1
+            asks = [w.ask("/v1/messages", STREAM) for _ in range(200)]
+            assert {a.bytes for a in await asyncio.gather(*asks)} == {WHOLE}
+            assert await reader.readexactly(1), "a byte a round"
+            assert fountain.sent < 64 << 20, "it is what the sockets hold, no more"
+        writer.transport.abort()
+
+
+@pytest.fixture
+def many_files():
+    """Room for some thousand connections, if the machine allows them."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 6000:
+        pytest.skip("fewer than 6,000 files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 6000), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@in_loop
+async def test_two_thousand_idle_connections(tmp_path, many_files):
+    async with world(tmp_path) as w:
+        idle = []
+        for _ in range(20):
+            opened = [asyncio.open_connection("127.0.0.1", w.port) for _ in range(100)]
+            idle += await asyncio.gather(*opened)
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        for reader, writer in idle[::100]:
+            writer.write(HEALTH)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        for _, writer in idle:
+            writer.transport.abort()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@asynccontextmanager
+async def running(tmp_path, usual, **token):
+    """The program as a process of its own, ready, with one account; its Claude and its address."""
+    fake, port = FakeUpstream(usual), free_port()
+    async with fake.open():
+        times = {"expired": "2099-01-01T00:00:00Z", "last_refresh": "2026-01-01T00:00:00Z"}
+        fake.token = token_file(tmp_path / "auth", **{**times, **token})
+        urls = {"base-url": fake.url, "token-url": fake.url + "/token"}
+        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "providers": {"claude": urls},
+                  "ampcode": {"upstream-url": fake.url}, "request-retry": 1,
+                  "max-cooldown": 1, "max-retry-interval": 1}  # fmt: skip
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        with Cli(tmp_path) as cli:
+            await cli.until(f"http://127.0.0.1:{port}", "stderr")
+            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as cli.http:
+                cli.http.connector._limit, cli.port, cli.claude = 0, port, fake
+
+                async def ask():
+                    async with cli.http.post("/v1/messages", json=ASK) as answer:
+                        await answer.read()
+                        return answer.status, answer.headers["x-ampproxy-route"]
+
+                cli.ask = ask
+                yield cli
+
+
+@in_loop
+async def test_sigterm_lets_a_hundred_streams_end(tmp_path):
+    gate = asyncio.Event()
+    async with running(tmp_path, (200, SSE, [FIRST, gate, WHOLE[len(FIRST) :]])) as cli:
+        asks = [cli.http.post("/v1/messages", json=STREAM) for _ in range(100)]
+        streams = await asyncio.gather(*asks)
+        for stream in streams:
+            assert await stream.content.readuntil(b"\n\n") == FIRST
+        cli.process.send_signal(signal.SIGTERM)
+        await cli.until("stopping", "stderr")
+        gate.set()
+        rests = await asyncio.gather(*(stream.content.read() for stream in streams))
+        assert {FIRST + rest for rest in rests} == {WHOLE}, "none is lost"
+        status, *_ = await cli.end()
+        assert status == 0
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of another process: Linux only")
+
+
+@contextmanager
+def limited(cli, kind, most):
+    """Less of something for a process that runs."""
+    resource = pytest.importorskip("resource")
+    kind = getattr(resource, f"RLIMIT_{kind}")
+    before = resource.prlimit(cli.process.pid, kind)
+    resource.prlimit(cli.process.pid, kind, (most, before[1]))
+    yield
+    resource.prlimit(cli.process.pid, kind, before)
+
+
+@linux
+@in_loop
+async def test_a_full_disk_during_a_refresh_loses_no_token(tmp_path):
+    """No file may grow: the call is answered, the old file stays whole, the token follows later."""
+
+    async def serve(request):
+        token = request.path == "/token"
+        return web.json_response(NEW_TOKEN if token else message())
+
+    async with running(tmp_path, serve, expired="2020-01-01T00:00:00Z") as cli:
+        old = json.loads(cli.claude.token.read_text())
+        # the refresh ahead of time may come first: it fails in the same way
+        with limited(cli, "FSIZE", 10):
+            async with cli.http.post("/v1/messages", json=ASK) as answer:
+                assert answer.status == 200
+            await cli.until("cannot be saved", "stderr")
+            assert json.loads(cli.claude.token.read_text()) == old
+        while json.loads(cli.claude.token.read_text()) == old:
+            await asyncio.sleep(0.01)
+        new = json.loads(cli.claude.token.read_text())
+        assert (new["refresh_token"], new["note"]) == ("sk-ant-ort-new", "kept")
+        assert [r.path for r in cli.claude.requests].count("/token") == 1
+        assert [p.name for p in cli.claude.token.parent.iterdir()] == [cli.claude.token.name]
+
+
+@linux
+@in_loop
+async def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
+    """Standard error is a full disk, from the first line to the last."""
+    async with running(tmp_path, answer_json(message())) as cli, aiohttp.ClientSession() as http:
+        port = free_port()
+        command = [
+            "sh",
+            "-c",
+            'exec "$@" 2>/dev/full',
+            "sh",
+            *cli.process.args,
+            "--port",
+            str(port),
+        ]
+        silent = subprocess.Popen(command, env={**os.environ, "HOME": str(tmp_path)})
+        try:
+            while not await listens(port):
+                assert silent.poll() is None
+            for model in ("claude-opus-4-6", "unknown", "claude-opus-4-6"):
+                body = {**ASK, "model": model}
+                async with http.post(f"http://127.0.0.1:{port}/v1/messages", json=body) as answer:
+                    assert answer.status == (404 if model == "unknown" else 200)
+        finally:
+            silent.kill()
+            silent.wait()
+
+
+async def listens(port):
+    with suppress(OSError):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        return True
+    return await asyncio.sleep(0.01)
+
+
+@linux
+@in_loop
+async def test_no_file_left_is_an_error_with_words_and_passes(tmp_path):
+    """All descriptors are taken: what needs none goes on, the rest hears why, and it passes."""
+    async with running(tmp_path, answer_json(message())) as cli:
+        assert await cli.ask() == (200, "local")
+        used = len(list(Path(f"/proc/{cli.process.pid}/fd").iterdir()))
+        with limited(cli, "NOFILE", used + 20):
+            idle = [await asyncio.open_connection("127.0.0.1", cli.port) for _ in range(60)]
+            said = "".join([await cli.until("Too many open files", "stderr") for _ in range(2)])
+            assert len(said.splitlines()) < 10, "once a second is enough"
+            assert await cli.ask() == (200, "local"), "its connections are there"
+            for _, writer in idle:
+                writer.close()
+            while await status_of(cli.port, HEALTH) != 200:  # until it has seen that they left
+                await asyncio.sleep(0.01)
+
+
+@in_loop
+async def test_an_auth_directory_that_lost_its_write_bit_gets_it_back(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.auth.chmod(0o500)
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert json.loads(path.read_text())["refresh_token"] == "sk-ant-ort-new"
+        assert stat.S_IMODE(w.auth.stat().st_mode) == 0o700
+
+
+@contextmanager
+def as_nobody():
+    """The rights of a user to whom nothing belongs."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
+@in_loop
+async def test_a_directory_that_is_read_only_keeps_no_call_waiting(caplog):
+    with tempfile.TemporaryDirectory() as folder:
+        async with world(Path(folder), tokens=()) as w:
+            path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+            for place, mode in ((Path(folder), 0o755), (w.auth, 0o555), (path, 0o444)):
+                place.chmod(mode)
+            old = path.read_bytes()
+            w.server.tick()
+            with as_nobody():
+                for _ in range(3):
+                    assert (await w.ask("/v1/messages", ASK)).status == 200
+                    w.server.tick()
+            assert "cannot be saved" in caplog.text
+            assert path.read_bytes() == old
+            assert len(w.authority.requests) == 1, "the token is not asked for again"
+            w.server.tick()
+            assert json.loads(path.read_text())["refresh_token"] == "sk-ant-ort-new"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
+@in_loop
+async def test_a_directory_that_cannot_be_read_for_a_while_takes_no_account_along(caplog):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        async with world(Path(folder)) as w:
+            w.auth.chmod(0o700)
+            with as_nobody():
+                for _ in range(3):
+                    w.server.tick()
+                assert (await w.ask("/v1/messages", ASK)).status == 200
+            assert caplog.text.count("Permission denied") == 3
+
+
+@in_loop
+async def test_a_clock_that_steps_back_an_hour(tmp_path):
+    """Rests, threads and tokens go on as they were; a refresh is neither stormed nor put off."""
+    times = {"expired": "2027-01-15T09:00:00Z", "last_refresh": "2027-01-15T08:00:00Z"}
+    async with world(tmp_path, tokens=()) as w:
+        paths = [token_file(w.auth, name, **times) for name in FRIENDS[:2]]
+        w.server.tick()
+        headers = {"X-Amp-Thread-Id": "T-1"}
+        w.claude.script = [limit(**{"Retry-After": "90"})]
+        stayed = await answered_by(w, headers)
+        w.clock.time = lambda: 1_800_000_000 - 3600 + w.clock.now
+        assert await answered_by(w, headers) == stayed
+        w.clock.now += 89
+        assert {await answered_by(w) for _ in range(3)} == {stayed}, "one account still rests"
+        w.clock.now += 2
+        threads = [{"X-Amp-Thread-Id": f"T-{n}"} for n in range(2, 6)]
+        assert {await answered_by(w, thread) for thread in threads} == {*FRIENDS[:2]}
+        assert not w.authority.requests
+        w.claude.script = [said(401)]  # by the authority's clock the token has ended
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert len(w.authority.requests) == 1
+        w.clock.now += 2 * 3600  # the hour that was lost, and the token's own
+        w.authority.usual = answer_json({**NEW_TOKEN, "access_token": "later"})
+        w.server.tick()
+        while any(a.refreshing for a in w.server.pool.accounts.values()):
+            await asyncio.sleep(0)
+        later = [json.loads(path.read_text())["access_token"] for path in paths]
+        assert sorted(later) == ["later", "sk-ant-oat-new"]
+
+
+# == Hostile input =================================================================================
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def status_of(port, sent, half_close=False):
+    """The status of the first answer; 0 when the connection ends without one."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(sent)
+    if half_close:
+        writer.write_eof()
+    line = b""
+    with suppress(ConnectionError):
+        line = await reader.readline()
+    writer.transport.abort()
+    return int(line[9:12] or 0)
+
+
+SMUGGLED = b"GET /api/smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+TWICE = b"POST /api/x HTTP/1.1\r\nHost: localhost\r\n%b\r\n\r\n%b"
+FORMS = {  # a request that two servers could read differently: head, body
+    "both lengths": (b"Content-Length: 4\r\nTransfer-Encoding: chunked", b"0\r\n\r\n" + SMUGGLED),
+    "chunked behind a length": (b"Transfer-Encoding: chunked\r\nContent-Length: 4", b"0\r\n\r\n" + SMUGGLED),
+    "two lengths": (b"Content-Length: 0\r\nContent-Length: 49", SMUGGLED),
+    "a list of lengths": (b"Content-Length: 0, 49", SMUGGLED),
+    "a signed length": (b"Content-Length: +49", SMUGGLED),
+    "a negative length": (b"Content-Length: -1", SMUGGLED),
+    "a length in hexadecimal": (b"Content-Length: 0x31", SMUGGLED),
+    "a length with an underscore": (b"Content-Length: 4_9", SMUGGLED),
+    "a length in other digits": ("Content-Length: \uff14\uff19".encode(), SMUGGLED),
+    "a space before the colon": (b"Content-Length : 49", SMUGGLED),
+    "a folded header": (b"X-A: b\r\n Content-Length: 49", SMUGGLED),
+    "an unknown coding": (b"Transfer-Encoding: xchunked", b"0\r\n\r\n" + SMUGGLED),
+    "chunked twice": (b"Transfer-Encoding: chunked, chunked", b"0\r\n\r\n" + SMUGGLED),
+    "chunked first": (b"Transfer-Encoding: chunked, identity", b"0\r\n\r\n" + SMUGGLED),
+    "chunked after a tab": (b"Transfer-Encoding:\x0bchunked", b"0\r\n\r\n" + SMUGGLED),
+    "a signed chunk": (b"Transfer-Encoding: chunked", b"+0\r\n\r\n" + SMUGGLED),
+    "a chunk in 0x": (b"Transfer-Encoding: chunked", b"0x0\r\n\r\n" + SMUGGLED),
+    "a huge chunk": (b"Transfer-Encoding: chunked", b"1" + b"0" * 16 + b"\r\n" + SMUGGLED),
+    "an extension with a line end": (b"Transfer-Encoding: chunked", b"0;a\nb\r\n\r\n" + SMUGGLED),
+    "a bare line end": (b"X-A: b\nContent-Length: 49", SMUGGLED),
+    "a bare return": (b"X-A: b\rContent-Length: 49", SMUGGLED),
+    "a zero byte": (b"X-A: b\0c", SMUGGLED),
+    "a name with a space": (b"X A: b", SMUGGLED),
+    "an empty name": (b": b", SMUGGLED),
+    "two hosts": (b"Host: evil.example", SMUGGLED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+@in_loop
+async def test_no_request_is_smuggled(tmp_path, name):
+    """What is not refused reaches ampcode.com as this proxy read it: one request, with its body."""
+    async with world(tmp_path) as w:
+        got = await raw_exchange(w.port, TWICE % FORMS[name])
+        assert re.match(rb"HTTP/1\.[01] 400 ", got)
+        assert not [r.raw_path for r in w.amp.requests if r.raw_path != "/api/x"]
+        assert not [r.bytes for r in w.amp.requests if b"smuggled" in r.bytes]
+        assert (await w.ask("/api/y", b"body")).status == 200
+        assert (w.amp.last.raw_path, w.amp.last.bytes) == ("/api/y", b"body")
+
+
+@pytest.mark.parametrize("extra", [
+    b"Connection: Content-Length", b"Connection: Transfer-Encoding", b"Connection: close, Host", b"Connection: Upgrade\r\nUpgrade: h2c",
+    b"Connection: Upgrade\r\nUpgrade: websocket", b"Trailer: Content-Length", b"Expect: nothing", b"TE: trailers, chunked",
+])  # fmt: skip
+@in_loop
+async def test_hop_headers_move_no_boundary(tmp_path, extra):
+    async with world(tmp_path) as w:
+        for _ in range(2):
+            sent = TWICE % (b"Content-Length: 4\r\n" + extra, b"body")
+            assert await status_of(w.port, sent) == 200
+        assert {(r.raw_path, r.bytes) for r in w.amp.requests} <= {("/api/x", b"body")}
+        assert (await w.ask("/api/y", b"more")).status == 200
+        assert w.amp.last.bytes == b"more"
+
+
+@pytest.mark.parametrize(("target", "status"), [
+    (b"http://127.0.0.1/status", 400), (b"HTTP://localhost/v1/messages", 400), (b"https://ampcode.com/api/x", 400),
+    (b"127.0.0.1:80", 400), (b"*", 400), (b"evil.example/x", 400), (b"?a", 400), (b"#", 400), (b"\\", 400), (b"@evil.example/", 400),
+    (b"/healthz", 200), (b"/healthz?x", 200), (b"/api/internal?getUserInfo", 200),
+])  # fmt: skip
+@pytest.mark.parametrize("method", [b"GET", b"POST", b"CONNECT"])
+@in_loop
+async def test_targets_of_other_forms(tmp_path, target, status, method):
+    async with world(tmp_path) as w:
+        head = b"%b %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (method, target)
+        got = await raw_exchange(w.port, head)
+        expected = 400 if method == b"CONNECT" else status
+        assert re.match(rb"HTTP/1\.[01] %d " % expected, got)
+        assert not w.claude.requests
+        assert expected == 200 or not w.amp.requests
+
+
+ESCAPES = ["/healthz/../status", "/auth/../status", "/auth/%2e%2e/status", "/auth/..%2fstatus", "/threads/..;/status", "//status",
+           "/./status", "/%73tatus", "/status/", "/status%00", "/STATUS", "/status%3f", "/auth/../api/internal", "/healthz/"]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ESCAPES)
+@in_loop
+async def test_no_spelling_escapes_a_check(tmp_path, target):
+    """A path is one thing only, as it is spelt: it needs a key, or is a redirect without one."""
+    async with world(tmp_path, **{"api-keys": ["k"]}) as w:
+        head = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        got = await raw_exchange(w.port, f"{head}\r\n".encode())
+        assert re.match(rb"HTTP/1\.[01] (302|40[01]) ", got)
+        assert f"Location: {w.amp.url}{target}".encode() in got or b" 302 " not in got
+        assert not w.amp.requests
+        got = await raw_exchange(w.port, f"{head}X-Api-Key: k\r\n\r\n".encode())
+        assert b'"accounts"' not in got
+        assert {r.raw_path for r in w.amp.requests} <= {target}
+
+
+@pytest.mark.parametrize("model", [
+    "gemini-..%2f..%2fx", "gemini-%2e%2e%2fx", "gemini-%00", "gemini-x%3Fa=b", "gemini-%23", "gemini-%0d%0aX-Evil%3A%201",
+    "gemini-%25%32%66", "gemini-%ff", "gemini-%ed%a0%80", "gemini-" + "x" * 7000,
+])  # fmt: skip
+@in_loop
+async def test_a_model_in_a_path_stays_one_segment(tmp_path, model):
+    async with world(tmp_path, tokens=()) as w:
+        w.reload(**{"gemini-api-key": [{"api-key": "k", "base-url": w.claude.url}]})
+        w.server.tick()
+        target = f"/v1beta/models/{model}:generateContent"
+        body = b'{"contents": []}'
+        got = await raw_exchange(w.port, post(target, len(body), body, "Connection: close\r\n"))
+        assert re.match(rb"HTTP/1\.[01] 200 ", got)
+        assert len(w.claude.requests) == 1
+        assert b"\r\nX-Evil" not in got
+        for request in w.claude.requests:
+            assert re.fullmatch(r"/v1beta/models/[^/?#\r\n]+:generateContent", request.raw_path)
+            assert "X-Evil" not in request.headers
+
+
+@pytest.mark.parametrize("name", ["claude-\r\nX-Evil: 1", "claude-\n", "claude-\x00", "claude-é\u2028", "claude-" + "x" * (1 << 20),
+                                  "claude-" + "(" * (1 << 20), "claude-" + "(a" * (1 << 19), "gpt-" + "-low" * (1 << 18),
+                                  "claude-\ud800", "claude-" + "9" * 10_000, "claude-(" + "9" * 10_000 + ")"],
+                         ids=range(11))  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/messages", PATH])
+@in_loop
+async def test_odd_names_of_models(tmp_path, name, path, caplog):
+    """Served or refused at once; no header, no line of the log and no other call notices."""
+    async with world(tmp_path) as w:
+        w.claude.script = [said(404)]
+        for _ in range(2):
+            status, body, headers = await w.ask_json(path, {**ASK, "model": name})
+            assert status in (200, 400, 404), body
+            assert "X-Evil" not in headers
+            assert max(map(len, headers.values())) <= 200
+        assert max(len(record.getMessage()) for record in caplog.records) < 2000
+        assert len(json.dumps((await w.ask_json("/status", method="GET"))[1])) < 10_000
+        w.claude.script = []
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+NUMBERS = [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-1e999", b"9" * 10_000, b"0." + b"9" * 10_000, b"1e-999", b"-0", b"1E400", b"01", b"0x1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=range(len(NUMBERS)))
+@in_loop
+async def test_a_number_is_sent_on_as_json_or_not_at_all(tmp_path, number):
+    async with world(tmp_path) as w:
+        body = b'{"model": "claude-opus-4-6", "messages": [], "temperature": %b}' % number
+        status, *_ = await w.ask_json("/v1/messages", body)
+        assert status in (200, 400)
+        assert len(w.claude.requests) == (status == 200)
+        for request in w.claude.requests:
+            json.loads(request.bytes, parse_constant=pytest.fail)
+
+
+@in_loop
+async def test_of_two_equal_keys_one_is_read_and_sent(tmp_path):
+    """No check sees another value than the provider does."""
+    async with world(tmp_path) as w:
+        body = b'{"model": "gpt-5", "model": "claude-opus-4-6", "messages": [], "messages": [{}]}'
+        assert (await w.ask("/v1/messages", body)).status == 200
+        assert (
+            w.claude.last.bytes.count(b'"model"') == w.claude.last.bytes.count(b'"messages"') == 1
+        )
+        assert (w.claude.body()["model"], w.claude.body()["messages"]) == ("claude-opus-4-6", [{}])
+
+
+@pytest.mark.parametrize("depth", [*range(470, 500, 2), *range(960, 1000, 2), 5000])
+@pytest.mark.parametrize("shape", [("[", "]"), ('{"content": [', "]}"), ('{"a": ', "}")], ids="lcd")
+@in_loop
+async def test_nesting_at_the_brink(tmp_path, depth, shape):
+    """Whatever depth the interpreter bears: it is served, or the client's fault."""
+    start, end = shape
+    nested = f'{{"model": "claude-opus-4-6", "messages": [{start * depth}1{end * depth}]}}'
+    async with world(tmp_path) as w:
+        status, *_ = await w.ask_json("/v1/messages", nested.encode())
+        assert status in (200, 400)
+        assert len(w.claude.requests) == (status == 200)
+
+
+@functools.cache
+def bomb():
+    """64 MiB that are 64 KB: the middle of a gzip stream, which may be repeated."""
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(bytes(64 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
+GZIP = bytes.fromhex("1f8b08000000000000ff")
+
+
+def peak(process):
+    """The most memory that a process has had, in MiB."""
+    return (
+        int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) >> 10
+    )
+
+
+@linux
+@in_loop
+async def test_bombs_stay_small(tmp_path):
+    """1 GiB in 1 MB: as a request, as an answer that hides it or says it, from either side."""
+    packed = GZIP + bomb() * 16
+
+    async def serve(request):
+        kind = {"Content-Type": "application/json"}
+        hidden = {} if request.path.startswith("/api") else {"Content-Encoding": "gzip"}
+        status = 429 if "claude-haiku-4-5-20251001" in request.bytes.decode() else 200
+        return web.Response(status=status, body=packed, headers={**kind, **hidden})
+
+    async with running(tmp_path, serve) as cli:
+        said = {"Content-Encoding": "gzip"}
+        async with cli.http.post("/v1/messages", data=packed, headers=said) as answer:
+            assert answer.status == 400
+        async with cli.http.get("/api/threads") as answer:
+            assert await answer.read() == packed, "what cannot be unpacked passes as it came"
+        for model in ("claude-opus-4-6", "claude-haiku-4-5-20251001"):
+            async with cli.http.post("/v1/messages", json={**ASK, "model": model}) as answer:
+                assert answer.status in (429, 502)
+        cli.claude.usual = answer_json(message())
+        async with cli.http.get("/healthz") as answer:
+            assert answer.status == 200
+        assert peak(cli.process) < 600
+
+
+@pytest.mark.parametrize("side", ["client", "upstream"])
+@in_loop
+async def test_a_frame_of_100_mb_ends_its_tunnel(tmp_path, side):
+    """At its head, before its bytes are waited for; both sides hear it."""
+    codes, head = asyncio.Queue(), b"\x7f" + (100 << 20).to_bytes(8, "big")
+
+    async def actor(request):
+        socket = web.WebSocketResponse(max_msg_size=0)
+        await socket.prepare(request)
+        if side == "upstream":
+            request.transport.write(b"\x82" + head)
+        await socket.receive()
+        codes.put_nowait(socket.close_code)
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        async with w.http.ws_connect(w.url + "/actors/x", max_msg_size=0) as ws:
+            if side == "client":
+                ws._writer.transport.write(b"\x82\xff" + head[1:] + bytes(4))
+            assert (await ws.receive()).type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+            assert ws.close_code == 1009
+        assert await codes.get() in (1009, 1001)
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+# A fuzzer: odd requests made of the words that the proxy knows.
+PIECES = ["/", "v1", "v1beta", "api", "provider", "anthropic", "messages", "chat/completions", "responses", "models", "claude-opus-4-6",
+          ":generateContent", ":", "..", "%2f", "%2e", "%00", "%ff", "%", "\\", "é", "?", "key=k", "&", "#", "status", "auth", "threads",
+          "healthz", "actors", "internal", "getUserInfo", "//", "(high)", "count_tokens", "compact", "\x7f", ";", "=", "+", "alt=sse"]  # fmt: skip
+NAMES = ["Host", "Origin", "Content-Type", "Content-Encoding", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Expect",
+         "Authorization", "X-Api-Key", "X-Amp-Thread-Id", "anthropic-beta", "anthropic-version", "Sec-Fetch-Site", "Sec-WebSocket-Key",
+         "Sec-WebSocket-Protocol", "Sec-WebSocket-Version", "Accept", "User-Agent", "x-stainless-a", "session_id", "Trailer", "TE"]  # fmt: skip
+VALUES = ["localhost", "127.0.0.1", "null", "http://evil.example", "gzip", "identity", "chunked", "0", "5", "websocket", "Upgrade", "close",
+          "100-continue", "Bearer k", "cross-site", "application/json", "x", "dGhlIHNhbXBsZSBub25jZQ==", "13", "", "é", "\udcff", ",", " "]  # fmt: skip
+KEYS = ["model", "messages", "stream", "system", "input", "contents", "role", "content", "type", "text", "thinking", "tools", "metadata",
+        "user_id", "prompt_cache_key", "max_tokens", "betas", "id", "tool_use_id", "reasoning", "instructions", "call_id", "parts"]  # fmt: skip
+WORDS = ["claude-opus-4-6", "gpt-5.2(high)", "gemini-x", "user", "system", "text", "tool_use", "tool_result", "thinking", "auto", "reasoning",
+         "item_reference", "", "\x00", "é", "\ud800", "enabled"]  # fmt: skip
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUE = st.recursive(
+    SCALARS | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
+    max_leaves=15)  # fmt: skip
+CALLED = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=5)
+BODY = (
+    st.builds(lambda table, model: {**table, "model": model}, CALLED, st.sampled_from(WORDS))
+    | VALUE
+)
+BODY = BODY.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50)
+KNOWN = [PATH, "/v1/messages", "/v1/responses", "/v1/chat/completions", "/v1/messages/count_tokens", "/v1/models", "/status",
+         "/v1beta/models/gemini-x:generateContent", "/v1beta/models/gemini-x:streamGenerateContent", "/api/internal?getUserInfo"]  # fmt: skip
+TARGET = st.lists(st.sampled_from(PIECES), max_size=8).map(lambda parts: "/" + "".join(parts))
+HEADER = st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES) | st.text(max_size=8))
+METHODS = ["POST", "POST", "GET", "HEAD", "PUT", "OPTIONS", "DELETE", "CONNECT", "odd"]
+
+
+@st.composite
+def requests(draw):
+    """The bytes of a request, and whether they are whole: then there must be an answer."""
+    target = draw(st.sampled_from(KNOWN) | TARGET)
+    body, headers = draw(BODY | BODY.map(gzip.compress)), draw(st.lists(HEADER, max_size=4))
+    whole = draw(st.sampled_from([True, True, True, False]))
+    own = [("Host", "localhost"), ("Content-Length", len(body))] if whole else []
+    lines = [f"{name}: {value}" for name, value in headers + own]
+    head = "\r\n".join([f"{draw(st.sampled_from(METHODS))} {target} HTTP/1.1", *lines, "", ""])
+    return head.encode(errors="surrogateescape") + body, whole
+
+
+def is_fault(record):
+    """A traceback or an error of the program's own; aiohttp says in its way that a request is bad."""
+    bad = record.exc_info and issubclass(record.exc_info[0], HttpProcessingError)
+    return "internal error" in record.getMessage() or (record.exc_info and not bad)
+
+
+def test_fuzz(tmp_path, caplog):
+    """No 500, no traceback, no hang: for 3 seconds, or with AMPPROXY_FUZZ=1 for 60."""
+    until, faults = time.monotonic() + (60 if os.environ.get("AMPPROXY_FUZZ") else 3), []
+
+    async def one(w, sent, whole):
+        caplog.clear()
+        w.clock.now += 10_000
+        async with asyncio.timeout(10):
+            status = await status_of(w.port, sent, half_close=not whole)
+            assert await status_of(w.port, HEALTH) == 200
+        assert status != 500
+        assert status or not whole
+        assert not [*faults, *filter(is_fault, caplog.records)]
+
+    with asyncio.Runner() as runner:
+        here = world(tmp_path, **{"request-retry": 1})
+        w = runner.run(here.__aenter__())
+        key = {"api-key": "k", "base-url": w.claude.url}
+        w.reload(**{f"{kind}-api-key": [key] for kind in ("claude", "codex", "gemini")})
+        w.server.tick()
+        runner.get_loop().set_exception_handler(lambda _, context: faults.append(context))
+        quick = settings(max_examples=50, deadline=None, database=None, suppress_health_check=[*HealthCheck])  # fmt: skip
+        case = quick(given(requests())(lambda sent: runner.run(one(w, *sent))))
+        for start in itertools.takewhile(lambda _: time.monotonic() < until, itertools.count()):
+            seed(start)(case)()
+        runner.run(here.__aexit__(None, None, None))
 
 
 # == Status and models =============================================================================
@@ -4489,7 +5427,7 @@ SUFFIXES = [  # rules, the name asked for -> served, effort
     ([{"from": "quick", "to": ["nobody-has-it", "gpt-5.4", "gpt-5.5"]}], "quick", "gpt-5.4", None),
     ([{"from": "quick", "to": "quick"}], "quick", None, None), ([{"from": "zed(high)", "to": "gpt-5.4"}], "zed(high)", "gpt-5.4", "high"),
     ([EXACT], "quick(²)", "gpt-5.4", None), ([EXACT], "quick(-1)", "gpt-5.4", None), ([EXACT], "quick(foo)", "gpt-5.4", None),
-    ([EXACT], "quick(" + "9" * 5000 + ")", "gpt-5.4", None), ([EXACT], "quick(max)", "gpt-5.4", "max"),
+    ([EXACT], "quick(" + "9" * 5000 + ")", "gpt-5.4", None), ([EXACT], "quick(max)", "gpt-5.4", "xhigh"),
     ([{"from": "quick", "to": "slow"}, {"from": "slow", "to": "quick"}], "quick", None, None),
     ([{"from": "gpt-5.4", "to": "gpt-5.5"}], "gpt-5.4", "gpt-5.4", None),
     ([{"from": "gpt-5.9-mini", "to": "nobody-has-it"}], "gpt-5.9-mini-high", "gpt-5.9-mini", "high"),
@@ -4667,6 +5605,131 @@ async def test_a_paid_call_says_which_mapping_would_have_helped(tmp_path, caplog
             "/api/provider/anthropic/v1/messages", {**ASK, "model": "claude-9"}
         )
         assert (status, "claude-9" in body["error"]["message"]) == (404, True)
+
+
+BUDGET = {"type": "enabled", "budget_tokens": 2000}
+EFFORTS = [  # list of keys, the name asked for, fields of the body -> fields that reach the provider
+    ("claude-api-key", "claude-opus-4-7(max)", {}, {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}),
+    ("claude-api-key", "claude-opus-4-7(xhigh)", {}, {"output_config": {"effort": "xhigh"}}),
+    ("claude-api-key", "claude-opus-4-6(xhigh)", {}, {"output_config": {"effort": "max"}}),
+    ("claude-api-key", "claude-sonnet-4-6(max)", {}, {"output_config": {"effort": "high"}}),
+    ("claude-api-key", "claude-sonnet-4-6(minimal)", {}, {"output_config": {"effort": "low"}}),
+    ("claude-api-key", "claude-opus-4-6(8192)", {"output_config": {"format": {}}}, {"output_config": {"format": {}, "effort": "medium"}}),
+    ("claude-api-key", "claude-haiku-4-5(8192)", {}, {"thinking": {"type": "enabled", "budget_tokens": 8192}, "max_tokens": 12288}),
+    ("claude-api-key", "claude-haiku-4-5(high)", {"max_tokens": 64000}, {"thinking": {"type": "enabled", "budget_tokens": 24576}, "max_tokens": 64000}),
+    ("claude-api-key", "claude-haiku-4-5(9)", {}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ("claude-api-key", "claude-haiku-4-5(999999999)", {}, {"thinking": {"type": "enabled", "budget_tokens": 59904}, "max_tokens": 64000}),
+    ("claude-api-key", "claude-opus-4-1-20250805(max)", {}, {"max_tokens": 32000}),
+    ("claude-api-key", "claude-haiku-4-5(none)", {"thinking": BUDGET, "top_k": 3}, {"thinking": None, "top_k": 3}),
+    ("claude-api-key", "claude-haiku-4-5(high)", {"thinking": BUDGET, "temperature": 0.7, "top_k": 3}, {"temperature": None, "top_k": None}),
+    ("claude-api-key", "claude-haiku-4-5(high)", {"thinking": BUDGET, "tool_choice": {"type": "any"}, "temperature": 0.7}, {"thinking": None, "temperature": 0.7}),
+    ("claude-api-key", "claude-haiku-4-5(auto)", {"thinking": BUDGET}, {"thinking": BUDGET}),
+    ("claude-api-key", "claude-haiku-4-5(foo)", {"thinking": BUDGET}, {"thinking": BUDGET}),
+    ("gemini-api-key", "gemini-2.5-pro(none)", {}, {"includeThoughts": False, "thinkingBudget": 128}),
+    ("gemini-api-key", "gemini-2.5-flash(none)", {}, {"includeThoughts": False, "thinkingBudget": 0}),
+    ("gemini-api-key", "gemini-2.5-flash(max)", {}, {"includeThoughts": True, "thinkingBudget": 24576}),
+    ("gemini-api-key", "gemini-3-pro-preview(medium)", {}, {"includeThoughts": True, "thinkingLevel": "high"}),
+    ("gemini-api-key", "gemini-3-flash-preview(512)", {}, {"includeThoughts": True, "thinkingLevel": "minimal"}),
+    ("gemini-api-key", "gemini-3.1-pro-preview(medium)", {}, {"includeThoughts": True, "thinkingLevel": "medium"}),
+    ("codex-api-key", "gpt-5.4(max)", {}, {"reasoning": {"effort": "xhigh"}}),
+    ("openai-compatibility", "gpt-5.4(99999)", {}, {"reasoning_effort": "xhigh"}),
+    ("openai-compatibility", "claude-haiku-4-5(8192)", {}, {"reasoning_effort": "medium"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "asked", "given", "wanted"), EFFORTS)
+@in_loop
+async def test_a_suffix_is_said_as_the_model_takes_it(tmp_path, kind, asked, given, wanted):
+    models = {"models": ["*"]} if kind == "openai-compatibility" else {}
+    async with key_world(tmp_path, kind, **models) as w:
+        path, body = asked_as(kind, asked.replace("(", "%28").replace(")", "%29"))
+        if kind != "gemini-api-key":
+            body |= {"model": asked, **given}
+        response = await w.ask(path, body)
+        assert (response.status, response.headers["x-ampproxy-model"]) == (
+            200,
+            asked.partition("(")[0],
+        )
+        got = w.keyed.body()
+        if kind == "gemini-api-key":
+            got, wanted = got["generationConfig"], {"thinkingConfig": wanted}
+        assert {name: got.get(name) for name in wanted} == wanted
+
+
+@in_loop
+async def test_what_a_model_takes_can_be_overridden(tmp_path):
+    more = {"thinking": {"gemini-3-pro-new": "low medium"}}
+    async with key_world(tmp_path, "gemini-api-key", **more) as w:
+        for model, level in (("gemini-3-pro-new", "medium"), ("gemini-3-pro", "high")):
+            await w.ask(models_path(f"{model}%28high%29"), CONTENTS)
+            assert w.keyed.body()["generationConfig"]["thinkingConfig"]["thinkingLevel"] == level
+
+
+@in_loop
+async def test_tool_names_and_thinking_come_back_as_they_were(tmp_path):
+    """No tool is renamed, so no casing can be lost: neither asked for, nor answered."""
+    tools = [
+        {"name": name, "input_schema": {"type": "object"}} for name in ("Bash", "glob", "mcp__X__y")
+    ]
+    block = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {}}
+    thought = {"type": "thinking", "thinking": "", "signature": ""}
+    stream = [events("claude-haiku-4-5-20251001")[0], event("content_block_start", index=0, content_block=thought),
+              event("content_block_stop", index=0), event("content_block_start", index=1, content_block=block),
+              *events()[3:]]  # fmt: skip
+    rules = {"model-mappings": [{"from": "claude-9", "to": "claude-haiku-4-5-20251001"}]}
+    async with world(tmp_path, ampcode=rules) as w:
+        w.claude.usual = (200, SSE, stream)
+        response = await w.ask(PATH, {**STREAM, "model": "claude-9", "tools": tools})
+        assert w.claude.body()["tools"] == tools
+        assert response.bytes == b"".join(stream).replace(b"claude-haiku-4-5-20251001", b"claude-9")
+
+
+@in_loop
+async def test_paid_calls_are_counted_by_model(tmp_path):
+    async with codex_world(tmp_path) as w:
+        for model in ("o9", "o9", "o8", "gpt-5.4"):
+            await w.ask("/api/provider/openai" + CODEX, {**QUESTION, "model": model})
+        assert (await w.ask_json("/status", method="GET"))[1]["paid"] == {"o9": 2, "o8": 1}
+
+
+@in_loop
+async def test_never_says_who_could_have_served(tmp_path):
+    async with codex_world(tmp_path, ampcode={"fallback": "never"}) as w:
+        status, body, _ = await w.ask_json(PATH, ASK)
+        assert status == 404
+        assert (
+            "'claude-opus-4-6'; claude after `ampproxy.py login claude` would"
+            in body["error"]["message"]
+        )
+        status, body, _ = await w.ask_json(PATH, {**ASK, "model": "gpt-5.4"})
+        assert "'gpt-5.4'; codex in another dialect serves gpt-5.4" in body["error"]["message"]
+        assert not w.amp.requests
+
+
+def test_route_says_who_would_serve_and_why(tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    rules = [{"from": "quick", "to": ["nobody-has-it", "gpt-5.5(high)"]}]
+    file.write_text(
+        yaml.safe_dump({"auth-dir": str(tmp_path), "ampcode": {"model-mappings": rules}})
+    )
+    codex_file(tmp_path)
+
+    def lines(*args):
+        assert ampproxy.main(["route", *args, "--config", str(file)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert lines("quick(low)") == [
+        "claude does not have quick", "codex does not have quick",
+        "claude does not have nobody-has-it", "codex does not have nobody-has-it",
+        "claude does not have gpt-5.5", "codex serves gpt-5.5",
+        "So mapped: codex as gpt-5.5 high"]  # fmt: skip
+    assert lines("gpt-5.4-low")[-1] == "So local: codex as gpt-5.4 low"
+    assert "codex in another dialect serves gpt-5.4" in lines("gpt-5.4", "--dialect", "anthropic")
+    *_, first, _, decision = lines("claude-opus-4-7")
+    assert first == "claude after `ampproxy.py login claude` would serve claude-opus-4-7"
+    assert decision == "So ampcode.com, paid"
+    file.write_text(file.read_text().replace("ampcode:", "ampcode:\n  fallback: never"))
+    assert lines("claude-opus-4-7")[-1] == "So nobody"
 
 
 # == The official SDK ==============================================================================
