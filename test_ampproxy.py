@@ -8,25 +8,34 @@
 
 Real sockets on 127.0.0.1, real files, a clock that the test moves.  Fakes stand for the outside world
 only: FakeUpstream for a provider, a login authority or ampcode.com, each answering from a script.
-Any argument goes to pytest: `python test_ampproxy.py -k stream`.
+Any argument goes to pytest: `python test_ampproxy.py -k stream`; but `bench` measures (the last section).
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import functools
 import gzip
 import hashlib
+import importlib
+import importlib.util
+import inspect
 import itertools
 import json
 import logging
+import math
 import os
+import random
 import re
+import secrets
 import signal
 import socket
 import stat
+import statistics
 import struct
 import subprocess
 import symtable
@@ -36,6 +45,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -5869,5 +5879,862 @@ async def test_serve_and_stop(tmp_path):
     assert status == 0
 
 
+# == Benchmark =====================================================================================
+# `python test_ampproxy.py bench [--quick] [--json] [--soak SECONDS]`: every figure is measured in
+# turn, in interleaved rounds, straight at a fake provider, through a plain pass-through (the
+# yardstick) and through ampproxy; the same bytes are asked for each time, and every byte that comes
+# back is compared.  Times of a shared machine move: quote the ratios.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the fake is to answer; all of the answer's bytes follow from it, but for the times."""
+
+    seed: int = 0
+    events: int = 1
+    size: int = 40  # of the padding in each event
+    rate: int = 0  # events a second; 0 is as fast as they are taken
+    kind: str = "sse"  # or json, or 429: that once for this seed, then sse
+
+    @classmethod
+    def read(cls, text):
+        seed, events, size, rate, kind = text.split(",")
+        return cls(int(seed), int(events), int(size), int(rate), kind)
+
+    def __str__(self):
+        return f"{self.seed},{self.events},{self.size},{self.rate},{self.kind}"
+
+    def frame(self):
+        """The stream's beginning, and its end."""
+        start = {**message(usage={"input_tokens": 11, "output_tokens": 1}), "content": []}
+        block = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        ends = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7})
+        stop = event("content_block_stop", index=0) + ends + event("message_stop")
+        return event("message_start", message=start) + block, stop
+
+    def delta(self, index, at=0):
+        """An event of a length that depends on the size alone; `at`: when it was sent, in ns."""
+        text = f"{self.seed:08d} {index:08d} {at:020d} {'x' * self.size}"
+        said = f'"index":0,"delta":{{"type":"text_delta","text":"{text}"}}'
+        return f'event: content_block_delta\ndata: {{"type":"content_block_delta",{said}}}\n\n'.encode()
+
+    def json(self):
+        text = f"{self.seed:08d} {'x' * self.size}"
+        return json.dumps(message(content=[{"type": "text", "text": text}])).encode()
+
+    def times(self, body):
+        """When each event was sent, as the answer tells."""
+        each, first = len(self.delta(0)), len(self.frame()[0])
+        found = self.delta(0).index(f"{0:020d}".encode())
+        at = range(first + found, first + found + each * self.events, each)
+        with suppress(ValueError):
+            return [int(body[i : i + 20]) for i in at]
+        return []
+
+    def body(self, times):
+        if self.kind == "json":
+            return self.json()
+        first, last = self.frame()
+        return first + b"".join(self.delta(i, at) for i, at in enumerate(times)) + last
+
+
+def http_chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class FakeProvider(asyncio.Protocol):
+    """The provider: answers what the header asks for, each event a chunk and, if paced, a write."""
+
+    connections, refused = set(), set()  # of all of them: who is there, whose 429 is out
+
+    def connection_made(self, transport):
+        self.transport, self.head, self.left, self.asked = transport, b"", 0, None
+        self.pieces, self.timer, self.full = None, None, False
+        self.connections.add(self)
+
+    def connection_lost(self, error):
+        self.connections.discard(self)
+        self.pieces = self.timer = self.timer and self.timer.cancel()
+
+    def data_received(self, data):
+        if self.asked is None:
+            self.head, mark, body = (self.head + data).partition(b"\r\n\r\n")
+            if not mark:
+                return
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.head)
+            self.left = int(length[1]) if length else 0
+            self.asked, self.head, data = self.head, b"", body
+        self.left -= len(data)
+        if self.left <= 0:
+            asked, self.asked = self.asked, None
+            self.answer(asked)
+
+    def answer(self, asked):
+        found = re.search(rb"(?i)\r\nx-stainless-bench: *(\S+)", asked)
+        plan = Plan.read(found[1].decode()) if found else None
+        if plan and plan.kind == "429" and plan.seed not in self.refused:
+            self.refused.add(plan.seed)
+            error = {"type": "rate_limit_error", "message": "slow down"}
+            body = json.dumps({"type": "error", "error": error}).encode()
+            return self.send(body, "429 Too Many Requests\r\nRetry-After: 1")
+        if plan is None or plan.kind == "json":
+            return self.send(plan.json() if plan else json.dumps(self.state()).encode())
+        self.pieces = (self.paced if plan.rate else self.batches)(plan)
+        return self.pump()
+
+    def state(self):
+        streams = sum(c.pieces is not None for c in self.connections)
+        return {"connections": len(self.connections) - 1, "streams": streams}
+
+    def send(self, body, status="200 OK"):
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.transport.write(head.encode() + body)
+
+    HEAD = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+
+    def batches(self, plan):
+        first, last = plan.frame()
+        piece = [self.HEAD, http_chunk(first)]
+        step = max(1, 65536 // len(plan.delta(0)))
+        for i in range(plan.events):
+            piece.append(http_chunk(plan.delta(i)))
+            if len(piece) >= step:
+                yield b"".join(piece)
+                piece = []
+        yield b"".join([*piece, http_chunk(last), b"0\r\n\r\n"])
+
+    def paced(self, plan):
+        first, last = plan.frame()
+        loop = asyncio.get_running_loop()
+        began, head = loop.time(), self.HEAD + http_chunk(first)
+        for i in range(plan.events):
+            yield head + http_chunk(plan.delta(i, time.monotonic_ns()))
+            head = b""
+            self.timer = loop.call_at(began + (i + 1) / plan.rate, self.pump)
+            yield b""
+        yield http_chunk(last) + b"0\r\n\r\n"
+
+    def pump(self):
+        """Write until a pause: b"" is a wait for the timer."""
+        while self.pieces and not self.full:
+            if (piece := next(self.pieces, None)) is None:
+                self.pieces = None
+            elif piece:
+                self.transport.write(piece)
+            else:
+                return
+
+    def pause_writing(self):
+        self.full = True
+
+    def resume_writing(self):
+        self.full = False
+        self.pump()
+
+
+async def bench_fake(port):
+    server = await asyncio.get_running_loop().create_server(FakeProvider, "127.0.0.1", int(port))
+    await server.serve_forever()
+
+
+PLAIN_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
+
+
+class PlainProxy:
+    """The yardstick: aiohttp's server and client, bytes as they come, the hop's headers left out."""
+
+    def __init__(self, upstream):
+        self.upstream = upstream
+
+    @staticmethod
+    def passing(headers):
+        return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in PLAIN_HOP)
+
+    async def handle(self, request):
+        async with self.http.request(
+            request.method, self.upstream + request.path_qs, headers=self.passing(request.headers),
+            data=request.content if request.body_exists else None, allow_redirects=False,
+        ) as answer:  # fmt: skip
+            response = web.StreamResponse(
+                status=answer.status, headers=self.passing(answer.headers)
+            )
+            await response.prepare(request)
+            async for data in answer.content.iter_any():
+                await response.write(data)
+            await response.write_eof()
+            return response
+
+    async def serve(self, port):
+        limits = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout()}
+        async with aiohttp.ClientSession(auto_decompress=False, **limits) as self.http:
+            app = web.Application(client_max_size=1 << 30)
+            app.router.add_route("*", "/{path:.*}", self.handle)
+            runner = web.AppRunner(app)
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", port).start()
+            await asyncio.Event().wait()
+
+
+async def watched_serve(live, args):
+    """ampproxy's `serve`, which says on SIGUSR1 how many tasks there are (for the soak)."""
+
+    def tell():
+        Path(os.environ["BENCH_TASKS"]).write_text(str(len(asyncio.all_tasks())))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    await ampproxy.serve(live, args)
+
+
+def loop_runner():
+    """uvloop's `run` where it is importable, else asyncio's: for the load, too."""
+    return importlib.import_module(
+        "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+    ).run
+
+
+def plain_source(upstream, port):
+    """A program of the yardstick alone: what else this file imports must not weigh it down."""
+    imports = "import asyncio, importlib, importlib.util, aiohttp\nfrom aiohttp import web\n"
+    imports += f"from multidict import CIMultiDict\nPLAIN_HOP = {PLAIN_HOP}\n"
+    source = inspect.getsource(PlainProxy) + inspect.getsource(loop_runner)
+    return f"{imports}{source}loop_runner()(PlainProxy({upstream!r}).serve({port}))"
+
+
+def soak_source():
+    imports = "import asyncio, os, signal, sys\nfrom pathlib import Path\nimport ampproxy\n"
+    last = "ampproxy.COMMANDS['serve'] = watched_serve\nsys.exit(ampproxy.main(sys.argv[1:]))"
+    return imports + inspect.getsource(watched_serve) + last
+
+
+class Running:
+    """A process of the benchmark on a port of its own; `took`: seconds to its first 200."""
+
+    def __init__(self, folder, command, **env):
+        self.port, self.errors = free_port(), folder / f"{secrets.token_hex(4)}.log"
+        env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(HERE), **env}
+        words = [sys.executable, *command(self.port)]
+        began = time.monotonic()
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(words, env=env, cwd=folder,
+                                            stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)  # fmt: skip
+        try:
+            while not self.answers():
+                if self.process.poll() is not None or time.monotonic() > began + 20:
+                    raise RuntimeError(f"it did not start: {self.errors.read_text()[-500:]}")
+                time.sleep(0.002)
+        except BaseException:
+            self.end()
+            raise
+        self.took = time.monotonic() - began
+
+    def answers(self):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return client.recv(12).endswith(b" 200")
+        return False
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+    def status(self, name):
+        """A figure of /proc/PID/status in bytes; NaN where there is none."""
+        with suppress(OSError, TypeError):
+            text = Path(f"/proc/{self.process.pid}/status").read_text()
+            return int(re.search(rf"{name}:\s*(\d+) kB", text)[1]) * 1024
+        return math.nan
+
+    @property
+    def rss(self):
+        return self.status("VmRSS")
+
+    @property
+    def cpu(self):
+        """Seconds of CPU so far, in steps of 10 ms."""
+        with suppress(OSError):
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return math.nan
+
+    @property
+    def files(self):
+        with suppress(OSError):
+            return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return 0
+
+
+class Wire(asyncio.Protocol):
+    """One connection of the load.  It only keeps what arrives, and when; that is looked at later."""
+
+    @classmethod
+    async def open(cls, port):
+        return (await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port))[1]
+
+    def connection_made(self, transport):
+        self.transport, self.done = transport, None
+
+    def connection_lost(self, error):
+        if self.done and not self.done.done():
+            self.done.set_result(None)
+
+    def data_received(self, data):
+        self.arrivals.append((time.monotonic_ns(), data))
+        self.have, self.tail = self.have + len(data), (self.tail + data[-7:])[-7:]
+        if self.need is None:
+            head, mark, _ = b"".join(part for _, part in self.arrivals).partition(b"\r\n\r\n")
+            if not mark:
+                return
+            length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+            self.need = len(head) + 4 + int(length[1]) if length else 0
+        whole = self.have >= self.need if self.need else self.tail == b"\r\n0\r\n\r\n"
+        if whole and not self.done.done():
+            self.done.set_result(None)
+
+    def ask(self, plan, body):
+        """An answer to wait for; a connection that ends early ends it, too."""
+        self.arrivals, self.need, self.have, self.tail = [], None, 0, b""
+        self.done = asyncio.get_running_loop().create_future()
+        answer = Answer(plan, time.monotonic_ns(), self.arrivals, self.done)
+        self.transport.write(REQUEST % (str(plan).encode(), len(body)))
+        self.transport.write(body)
+        return answer
+
+
+REQUEST = b"\r\n".join([
+    b"POST /v1/messages HTTP/1.1", b"Host: 127.0.0.1", b"Connection: keep-alive", b"Accept: application/json",
+    b"Content-Type: application/json", b"User-Agent: bench/1 (external, cli)", b"x-api-key: anything",
+    b"anthropic-version: 2023-06-01", b"anthropic-beta: fine-grained-tool-streaming-2025-05-14",
+    b"x-stainless-lang: js", b"x-stainless-runtime: node", b"x-stainless-retry-count: 0", b"x-app: cli",
+    b"Accept-Encoding: identity", b"x-stainless-bench: %b", b"Content-Length: %d", b"", b"",
+])  # fmt: skip
+
+
+@dataclass
+class Answer:
+    plan: Plan
+    sent: int  # in ns, as all times of arrivals
+    arrivals: list
+    done: object
+
+    @property
+    def took(self):
+        return (self.arrivals[-1][0] - self.sent) / 1e6
+
+    def unpack(self):
+        """Status and body, and of each chunk where it ends in the body and when that was here."""
+        raw, ends, at, marks = b"".join(data for _, data in self.arrivals), [], 0, []
+        for _, data in self.arrivals:
+            ends.append(at := at + len(data))
+        head, _, rest = raw.partition(b"\r\n\r\n")
+        if b"chunked" not in head.lower():
+            return head[9:12], rest, [(len(rest), self.arrivals[-1][0])]
+        at, body, have = len(head) + 4, [], 0
+        while size := int(raw[at : (start := raw.index(b"\r\n", at) + 2) - 2], 16):
+            body.append(raw[start : start + size])
+            at, have = start + size + 2, have + size
+            marks.append((have, self.arrivals[bisect.bisect_left(ends, start + size)][0]))
+        return head[9:12], b"".join(body), marks
+
+    def check(self):
+        """What is wrong with it, "" for nothing; `lags` of its events in ms are kept."""
+        try:
+            status, body, marks = self.unpack()
+        except (ValueError, IndexError) as error:
+            return f"{self.plan}: cut short ({error})"
+        if status != b"200":
+            return f"{self.plan}: {status.decode()} {body[:200]!r}"
+        times = [0] * self.plan.events if not self.plan.rate else self.plan.times(body)
+        if body != self.plan.body(times) or times != sorted(times):
+            return f"{self.plan}: {len(body)} bytes are not the right ones"
+        each, first = len(self.plan.delta(0)), len(self.plan.frame()[0])
+        ends = [end for end, _ in marks]
+        self.lags = [(marks[bisect.bisect_left(ends, first + each * (i + 1))][1] - at) / 1e6
+                     for i, at in enumerate(times) if at]  # fmt: skip
+        return ""
+
+
+@functools.cache
+def prompt(size, stream=True):
+    """A request body of about that many bytes: a conversation with tools, quotes, lines, accents."""
+    code = 'def f(x):\n    return {"é": x, "tab": "\\t"}  # so it goes, line after line\n'
+    text = (code * (max(40, min(size, 16000) - 400) // len(code) + 1))[
+        : max(40, min(size, 16000) - 400)
+    ]
+    turns = []
+    for i in range(max(1, size // 16000)):
+        result = {"type": "tool_result", "tool_use_id": f"toolu_{i:08d}", "content": text}
+        use = {
+            "type": "tool_use",
+            "id": f"toolu_{i:08d}",
+            "name": "Read",
+            "input": {"path": f"/src/{i}.py"},
+        }
+        turns += [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    turns = turns if size > 2000 else []
+    body = {**ASK, "messages": [*ASK["messages"], *turns], "stream": stream}
+    return json.dumps(body, ensure_ascii=False).encode()
+
+
+def quantile(values, part):
+    values = sorted(values)
+    return values[min(len(values) - 1, int(len(values) * part))] if values else math.nan
+
+
+@dataclass
+class Figure:
+    """A row of the table; `ratio` is the median of the rounds' own ratios, or what the unit says."""
+
+    name: str
+    unit: str
+    columns: dict
+    ratio: float
+    target: float
+    at_least: bool = False
+
+    @property
+    def ok(self):
+        if math.isnan(self.ratio):
+            return "-"
+        return (
+            "ok"
+            if (self.ratio >= self.target) == self.at_least or self.ratio == self.target
+            else "MISS"
+        )
+
+    def line(self):
+        shown = [
+            ("-" if math.isnan(v) else f"{v:,.2f}" if v < 100 else f"{v:,.0f}")
+            for v in self.columns.values()
+        ]
+        sign, mark = (
+            (">=" if self.at_least else "<="),
+            " x" if "over idle MB" not in self.unit else " MB",
+        )
+        ratio = "-" if math.isnan(self.ratio) else f"{self.ratio:.2f}{mark}"
+        cells = (
+            f"{self.name} [{self.unit}]",
+            *shown,
+            ratio,
+            f"{sign} {self.target:g}{mark}",
+            self.ok,
+        )
+        return "{:<62} {:>9} {:>9} {:>9} {:>9}  {:<9} {}".format(*cells)
+
+
+COLUMNS = ("direct", "plain", "ampproxy")
+OPEN_FILES = 256  # what a process of the benchmark may have; `bench` raises it
+
+
+class Bench:
+    def __init__(self, folder, quick):
+        self.folder, self.quick, self.figures, self.wrong = folder, quick, [], []
+        self.processes, self.seed, self.prompts = {}, 0, 32 if quick else 200
+        most = (OPEN_FILES - 100) // 2  # two of a proxy's files are one stream
+        self.many, self.lively = min(1000, most), min(500, most)
+
+    # -- The processes --
+
+    def launch(self, name):
+        """A fresh process in place of the old one."""
+        self.stop(name)
+        made = {"direct": lambda port: [__file__, "bench-fake", str(port)],
+                "plain": lambda port: ["-c", plain_source(self.fake, port)],
+                "ampproxy": lambda port: [str(SCRIPT), "--config", str(self.config), "--port", str(port)]}  # fmt: skip
+        self.processes[name] = Running(self.folder, made[name])
+        if name == "direct":
+            self.fake = f"http://127.0.0.1:{self.processes[name].port}"
+            self.write_config()
+        return self.processes[name]
+
+    def stop(self, name):
+        if process := self.processes.pop(name, None):
+            process.end()
+
+    def write_config(self, **more):
+        self.config = self.folder / "config.yaml"
+        ends = {"expired": "2099-01-01T00:00:00Z", "last_refresh": "2099-01-01T00:00:00Z"}
+        self.tokens = [
+            token_file(self.folder / "auth", f"{n}@example.com", **ends) for n in ("a", "b", "c")
+        ]
+        row = {"base-url": self.fake, "token-url": self.fake, "profile-url": self.fake}
+        config = {"auth-dir": str(self.folder / "auth"), "providers": {"claude": row},
+                  "ampcode": {"upstream-url": self.fake, "fallback": "never"}, **more}  # fmt: skip
+        self.config.write_text(yaml.safe_dump(config))
+
+    # -- Asking and checking --
+
+    def plan(self, **fields):
+        self.seed += 1
+        return Plan(self.seed, **fields)
+
+    async def wires(self, name, count):
+        port = self.processes[name].port
+        return [await Wire.open(port) for _ in range(count)]
+
+    def check(self, answers):
+        found = [wrong for answer in answers if (wrong := answer.check())]
+        self.wrong += found
+        return [answer for answer in answers if answer.arrivals]
+
+    async def ask(self, wire, plan, body):
+        answer = wire.ask(plan, body)
+        async with asyncio.timeout(60):
+            await answer.done
+        return answer
+
+    async def rounds(self, count, measure, names=COLUMNS):
+        """`measure` of each in turn, in another order each round: the figures by name."""
+        got = {name: [] for name in COLUMNS}
+        for turn in range(count):
+            for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+                wires = []
+                try:
+                    got[name].append(await measure(name, wires))
+                finally:
+                    for wire in wires:
+                        wire.transport.abort()
+                await asyncio.sleep(0.1)
+        return got
+
+    def add(self, name, unit, got, target, at_least=False, added=False, middle=statistics.median):
+        """A row.  `added`: what the proxies take on top of the fake itself."""
+        if added:
+            got = {n: [v - d for v, d in zip(got[n], got["direct"], strict=True)] if n != "direct" else got[n]
+                   for n in got}  # fmt: skip
+        columns = {n: middle(values) if values else math.nan for n, values in got.items()}
+        ratios = [
+            a / p if p > 0 else math.nan for a, p in zip(got["ampproxy"], got["plain"], strict=True)
+        ]
+        ratio = middle(ratios) if ratios and not any(map(math.isnan, ratios)) else math.nan
+        self.figures.append(Figure(name, unit, columns, ratio, target, at_least))
+
+    # -- The figures --
+
+    async def small(self, name, wires):
+        wires += await self.wires(name, 1)
+        body, plan = prompt(200), self.plan(events=3)
+        answers = [await self.ask(wires[0], plan, body) for _ in range(120 if self.quick else 400)]
+        return quantile([answer.took for answer in self.check(answers)][20:], 0.5)
+
+    async def busy(self, name, wires):
+        """Requests a second of 64 clients."""
+        wires += await self.wires(name, 64)
+        body, plan, answers = prompt(20_000), self.plan(events=3), []
+        began = time.monotonic()
+        ends = began + (0.8 if self.quick else 4)
+
+        async def client(wire):
+            while time.monotonic() < ends:
+                answers.append(await self.ask(wire, plan, body))
+
+        await asyncio.gather(*map(client, wires))
+        took = time.monotonic() - began
+        return len(self.check(answers)) / took
+
+    async def streams(self, name, wires, count, ramp=0.0, **fields):
+        """Answers of so many streams, begun evenly over the ramp, and how long they all took."""
+        wires += await self.wires(name, count)
+
+        async def one(index, wire):
+            await asyncio.sleep(index * ramp / count)
+            return await self.ask(wire, self.plan(**fields), prompt(200))
+
+        began = time.monotonic()
+        answers = await asyncio.gather(*(one(i, wire) for i, wire in enumerate(wires)))
+        took = time.monotonic() - began
+        return self.check(answers), took
+
+    async def cost(self, name, wires):
+        """CPU seconds of the process for a million events that come one by one."""
+        seconds, before = 2 if self.quick else 4, self.processes[name].cpu
+        await self.streams(name, wires, 32, rate=100, events=100 * seconds)
+        return (self.processes[name].cpu - before) * 1e6 / (32 * 100 * seconds)
+
+    async def bulk(self, name, wires):
+        size, events = 4096, 500 if self.quick else 2000
+        _, took = await self.streams(name, wires, 32, size=size, events=events)
+        return 32 * events * len(Plan(size=size).delta(0)) / took / 1e6
+
+    async def crowd(self, name, wires):
+        """Event lag p99 and first byte p99 of many streams."""
+        got, _ = await self.streams(
+            name, wires, self.lively, ramp=1, rate=50, events=75 if self.quick else 300
+        )
+        firsts = [(answer.arrivals[0][0] - answer.sent) / 1e6 for answer in got]
+        return quantile([lag for a in got for lag in getattr(a, "lags", [])], 0.99), quantile(
+            firsts, 0.99
+        )
+
+    async def large(self, name, wires):
+        wires += await self.wires(name, 1)
+        answers = [await self.ask(wires[0], self.plan(), prompt(10_000_000)) for _ in range(6)]
+        return quantile([answer.took for answer in self.check(answers)][1:], 0.5)
+
+    async def mixed(self, name, wires):
+        """p99 of small requests, one after another on two connections, beside four large ones."""
+        wires += await self.wires(name, 6)
+        answers, ends = ([], []), time.monotonic() + (1.5 if self.quick else 6)
+
+        async def client(wire, body, kept):
+            while time.monotonic() < ends:
+                kept.append(await self.ask(wire, self.plan(), body))
+                await asyncio.sleep(0.002)
+
+        big = [client(wire, prompt(10_000_000), answers[1]) for wire in wires[2:]]
+        await asyncio.gather(*big, *(client(wire, prompt(200), answers[0]) for wire in wires[:2]))
+        self.check(answers[1])
+        return quantile([answer.took for answer in self.check(answers[0])], 0.99)
+
+    async def fresh(self, name, wires, count):
+        """A process of its own with so many connections, and its RSS when it has answered once."""
+        process = self.launch(name)
+        wires += await self.wires(name, count)
+        self.check([await self.ask(wires[0], self.plan(), prompt(200))])
+        return process, process.rss
+
+    async def held(self, name, wires):
+        """MB of RSS: idle, and the most over that with many slow streams, all there for a while."""
+        process, idle = await self.fresh(name, wires, 1)
+        work, seen = self.streams(name, wires, self.many, ramp=1.5, rate=1, events=5), [idle]
+        task = asyncio.create_task(work)
+        while not task.done():
+            seen.append(process.rss)
+            await asyncio.sleep(0.2)
+        await task
+        return idle / 1e6, (max(seen) - idle) / 1e6
+
+    async def prompted(self, name, wires):
+        """MB of RSS over idle a second after many large prompts from four clients."""
+        process, idle = await self.fresh(name, wires, 4)
+        for _ in range(self.prompts // 4):
+            asked = [self.ask(wire, self.plan(), prompt(10_000_000)) for wire in wires]
+            self.check(await asyncio.gather(*asked))
+        await asyncio.sleep(1)
+        return (process.rss - idle) / 1e6
+
+    async def start(self, name, wires):
+        return self.launch(name).took * 1000
+
+    # -- All of it --
+
+    async def measure(self):
+        self.launch("direct")
+        few, proxies = (3, 5)[not self.quick], COLUMNS[1:]
+
+        started = await self.rounds(few + 1, self.start, proxies)
+        self.add("start to the first 200", "ms", started, 1.3)
+        got = await self.rounds(2 * few, self.small)
+        self.add("added latency p50 of a small request", "ms", got, 0.9, added=True)
+        self.add(
+            "requests at 64 at once, 20 KB request",
+            "1/s",
+            await self.rounds(few, self.busy),
+            1.2,
+            True,
+        )
+        await self.measure_streams(few, proxies)
+        await self.measure_memory(few, proxies)
+
+    async def measure_streams(self, few, proxies):
+        got = await self.rounds(few - 1, self.cost, proxies)
+        self.add("CPU for a million events, one by one, 32 streams", "s", got, 1)
+        self.add("32 streams at full speed", "MB/s", await self.rounds(few, self.bulk), 1, True)
+        got = await self.rounds(few - 1, self.crowd)
+        for i, (name, target) in enumerate((("event lag", 0.7), ("first byte", 0.5))):
+            one = {n: [pair[i] for pair in pairs] for n, pairs in got.items()}
+            self.add(f"{self.lively} streams at 50 events/s: {name} p99", "ms", one, target)
+
+    async def measure_memory(self, few, proxies):
+        self.add("prompt of 10 MB p50", "ms", await self.rounds(few, self.large), 0.6)
+        got = await self.rounds(few - 1, self.mixed)
+        self.add("small requests beside four clients with 10 MB p99", "ms", got, 1.5)
+        got = await self.rounds(1 if self.quick else 3, self.held, proxies)
+        idle, held = ({n: [row[i] for row in rows] for n, rows in got.items()} for i in range(2))
+        self.add("RSS idle", "MB", idle, 1.2)
+        self.add(f"RSS over idle with {self.many:,} streams", "MB", held, 1)
+        got = await self.rounds(1, self.prompted, proxies)
+        columns = {n: v[0] if v else math.nan for n, v in got.items()}
+        name = f"RSS after {self.prompts} prompts of 10 MB"
+        self.figures.append(Figure(name, "over idle MB", columns, columns["ampproxy"], 15))
+
+
+class Soak(Bench):
+    """Mixed traffic with leavers, 429s, reloads; what is left over when it ends is said in `wrong`."""
+
+    def launch_watched(self):
+        self.told = self.folder / "tasks"
+        args = ["-c", soak_source(), "--config", str(self.config)]
+        self.processes["ampproxy"] = Running(
+            self.folder, lambda port: [*args, "--port", str(port)], BENCH_TASKS=str(self.told)
+        )
+        return self.processes["ampproxy"]
+
+    async def left(self):
+        """What the process holds: files but for idle upstream connections, tasks, streams, requests."""
+        process = self.processes["ampproxy"]
+        self.told.unlink(missing_ok=True)
+        os.kill(process.process.pid, signal.SIGUSR1)
+        while not (self.told.exists() and (tasks := self.told.read_text())):
+            await asyncio.sleep(0.01)
+        async with aiohttp.ClientSession() as http:
+            async with http.get(self.fake) as answer:
+                fake = await answer.json()
+            async with http.get(f"http://127.0.0.1:{process.port}/status") as answer:
+                accounts = (await answer.json())["accounts"]
+        files = process.files - fake["connections"]
+        running = sum(account["in_flight"] for account in accounts)
+        kept = sorted(path.name for path in (self.folder / "auth").iterdir())
+        return {
+            "files": files,
+            "tasks": int(tasks),
+            "streams": fake["streams"],
+            "in flight": running,
+            "kept": kept,
+        }
+
+    async def visitor(self, seed, ends):
+        """A client that asks for this and that, and leaves in the middle of one answer in ten."""
+        dice = random.Random(seed)
+        wire = await Wire.open(self.processes["ampproxy"].port)
+        kinds = {"sse": 60, "slow": 10, "json": 10, "large": 8, "leave": 10, "429": 2}
+        while time.monotonic() < ends:
+            kind = dice.choices([*kinds], [*kinds.values()])[0]
+            plan = {"sse": {"events": dice.randint(1, 200)}, "slow": {"events": 20, "rate": 50},
+                    "leave": {"events": 500, "rate": 50}, "large": {"events": 20, "size": 4000}}.get(kind, {"kind": kind})  # fmt: skip
+            answer = wire.ask(self.plan(**plan), prompt(200_000 if kind == "large" else 200))
+            if kind == "leave":
+                await asyncio.sleep(dice.random() / 2)
+            else:
+                async with asyncio.timeout(60):
+                    await answer.done
+                self.check([answer])
+                self.asked += 1
+            if kind == "leave" or dice.random() < 0.1:
+                wire.transport.abort()
+                wire = await Wire.open(self.processes["ampproxy"].port)
+            await asyncio.sleep(dice.random() * 0.1)
+        wire.transport.abort()
+
+    async def reloads(self, ends):
+        for turn in itertools.count():
+            if (left := ends - time.monotonic()) <= 0:
+                return
+            await asyncio.sleep(min(3, left))
+            self.write_config(**{"request-retry": 3 + turn % 2})
+
+    async def watch(self, seconds):
+        """RSS growth in MB after the first minute, or two thirds if the soak is short."""
+        process, seen = self.processes["ampproxy"], []
+        for _ in range(int(seconds)):
+            await asyncio.sleep(1)
+            seen.append(process.rss / 1e6)
+        first = int(min(60, seconds * 2 / 3))
+        return statistics.median(seen[-5:]) - statistics.median(seen[first - 5 : first])
+
+    async def run(self, seconds):
+        self.launch("direct")
+        self.launch_watched()
+        self.asked = 0
+        await self.visitor(-1, time.monotonic() + 1)
+        before, ends = await self.left(), time.monotonic() + seconds
+        async with asyncio.TaskGroup() as group:
+            growth = group.create_task(self.watch(seconds))
+            group.create_task(self.reloads(ends))
+            for seed in range(16):
+                group.create_task(self.visitor(seed, ends))
+        for _ in range(50):
+            if (after := await self.left()) == before:
+                break
+            await asyncio.sleep(0.2)
+        else:
+            self.wrong.append(f"left over after the soak: {after}, before: {before}")
+        self.growth = growth.result()
+        columns = {"direct": math.nan, "plain": math.nan, "ampproxy": self.growth}
+        name = f"soak of {seconds:.0f} s, {self.asked:,} answers: RSS growth"
+        self.figures.append(Figure(name, "over idle MB", columns, self.growth, 2))
+
+
+def raise_open_files():
+    """As many files as the system allows, for this process and those that it starts."""
+    with suppress(ImportError, ValueError, OSError):
+        resource = importlib.import_module("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        return max(soft, most)
+    return 256
+
+
+def bench_report(benches, args, took):
+    figures = [figure for bench in benches for figure in bench.figures]
+    wrong = [line for bench in benches for line in bench.wrong]
+    loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+    about = f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, aiohttp {aiohttp.__version__}, {loop}"
+    if args.json:
+        rows = [{**vars(figure), "ok": figure.ok} for figure in figures]
+        rows = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+            for row in rows
+        ]
+        say = {"about": about, "seconds": round(took), "figures": rows, "wrong": wrong}
+        print(json.dumps(say, indent=1).replace("NaN", "null"))
+        return
+    print("{:<62} {:>9} {:>9} {:>9} {:>9}  {:<9}".format("figure", *COLUMNS, "ratio", "target"))
+    for figure in figures:
+        print(figure.line())
+    print(f"\n{about}; {took:.0f} s. Absolute figures of a shared machine move: quote the ratios (ampproxy\n"
+          "against the plain pass-through, the median of the rounds' own). Every answer's bytes were compared:",
+          f"{len(wrong)} wrong or failed.")  # fmt: skip
+    for line in wrong[:10]:
+        print(f"WRONG {line}")
+
+
+def bench(argv):
+    """Exit status 0 whatever the figures are, 1 when an answer was wrong or something was left."""
+    global OPEN_FILES  # noqa: PLW0603
+    parser = argparse.ArgumentParser("test_ampproxy.py bench")
+    parser.add_argument("--quick", action="store_true", help="under two minutes")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="0 for none")
+    args, began = parser.parse_args(argv), time.monotonic()
+    OPEN_FILES = raise_open_files()
+    seconds = args.soak if args.soak is not None else 9 if args.quick else 90
+    with tempfile.TemporaryDirectory() as folder:
+        benches = [Bench(Path(folder), args.quick), Soak(Path(folder), args.quick)]
+        for one, work in zip(
+            benches, (Bench.measure, functools.partial(Soak.run, seconds=seconds)), strict=True
+        ):
+            try:
+                if one is benches[0] or seconds:
+                    loop_runner()(work(one))
+            finally:
+                for name in [*one.processes]:
+                    one.stop(name)
+    bench_report(benches, args, time.monotonic() - began)
+    return 1 if any(one.wrong for one in benches) else 0
+
+
+@pytest.mark.skipif(
+    os.environ.get("AMPPROXY_SOAK") != "1", reason="90 seconds: AMPPROXY_SOAK=1 runs it"
+)
+def test_soak(tmp_path):
+    soak = Soak(tmp_path, True)
+    try:
+        loop_runner()(soak.run(90))
+    finally:
+        for name in [*soak.processes]:
+            soak.stop(name)
+    assert not soak.wrong
+    assert soak.growth < 2
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    if sys.argv[1:2] == ["bench-fake"]:
+        loop_runner()(bench_fake(sys.argv[2]))
+    sys.exit(
+        bench(sys.argv[2:])
+        if sys.argv[1:2] == ["bench"]
+        else pytest.main([__file__, *sys.argv[1:]])
+    )
