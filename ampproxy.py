@@ -39,7 +39,6 @@ import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ Headers = CIMultiDict[str]
 Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY, BODY_LIMIT, PACKED = 60, 3600, 86400, 64 << 20, "Content-Encoding"
-FINITE: Json = {"parse_float": lambda n: float(n) if abs(float(n)) < 1e308 else int(n)}
+FINITE: Json = {"parse_float": lambda n: float(n) if abs(float(n)) < float("inf") else int(n)}
 ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 log = logging.getLogger("ampproxy")
@@ -73,14 +72,12 @@ log = logging.getLogger("ampproxy")
 class Failure(Exception): ...
 
 
-@dataclass(eq=False)
 class ProxyError(Exception):  # `said`, `body` and `headers` are the provider's, if any
-    status: int
-    message: str
-    retry_after: float = 0
-    said: str = ""
-    body: bytes = b""
-    headers: Headers = field(default_factory=CIMultiDict)
+    def __init__(
+        self, status: int, message: str, retry_after: float = 0, said: str = "", body: bytes = b""
+    ) -> None:
+        self.status, self.message, self.retry_after = status, message, retry_after
+        self.said, self.body, self.headers = said, body, Headers()
 
 
 def compact(value: Any) -> bytes:
@@ -191,8 +188,8 @@ DEFAULTS: Json = yaml.safe_load(r"""
    thinking: {claude-*: 1024-59904, 'claude-opus-4-[012]*': 1024-27904, claude-fable-*: &five low
      medium high xhigh max, 'claude-opus-4-[78]*': *five, claude-opus-4-6*: low medium high max,
      claude-sonnet-4-6*: &three low medium high, gemini-3.1-pro*: *three, gemini-3-pro*: low high,
-     gemini-*: minimal low medium high, gemini-2*: 0-24576, gemini-2.5-pro*: 128-32768,
-     '*': none minimal low medium high xhigh},  # levels, or the least and the largest budget
+     gemini-*: minimal low medium high, gemini-2*: 0-24576, gemini-2.5-pro*: 128-32768, gemma-*: '',
+     claude-3-5-*: '', '*': none minimal low medium high xhigh},  # levels, or a range of budgets
    key-header: Authorization, key-host: ''}, headers: &version {anthropic-version: '2023-06-01'},
   key-header: x-api-key, key-host: api.anthropic.com,  # to other hosts it is a bearer token
   paths: &messages {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}}],
@@ -331,9 +328,9 @@ def is_loopback(host: str) -> bool:
     return bool(re.fullmatch(r"(::ffff:)?127(\.\d+){3}|::1|localhost", host.lower()))
 
 
-def stamp(path: Path) -> int | None:
+def stamp(path: Path) -> tuple[int, ...] | None:
     with suppress(OSError):
-        return path.stat().st_mtime_ns
+        return (found := path.stat()).st_mtime_ns, found.st_size, found.st_ino
     return None
 
 
@@ -537,9 +534,9 @@ class Net:
             max_line_size=65536, max_field_size=65536)  # fmt: skip
 
     def proxy(self, url: str) -> str | None:
-        given = self.proxies.get(url.partition(":")[0])
+        given = re.sub("^(?=[^/]+/?$)", "http://", self.proxies.get(url.partition(":")[0], ""))
         around = given and urllib.request.proxy_bypass(URL(url).host or "")
-        return self.live.config["proxy-url"] or (None if around else given)
+        return self.live.config["proxy-url"] or (None if around else given or None)
 
     @asynccontextmanager
     async def ask(self, method: str, url: str, **more: Any) -> AsyncIterator[Upstream]:
@@ -728,11 +725,7 @@ def without_suffix(model: str) -> tuple[str, str]:
 class Request(web.BaseRequest):
     begun: Any = None  # the Relay whose first bytes have gone out
 
-    @property
-    def is_browsing(self) -> bool:
-        return self.method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(self.rel_url.raw_path))
-
-    def refuse_strangers(self, config: Json) -> None:
+    def refuse_strangers(self, config: Json, browses: bool) -> None:
         host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
         name = re.sub(r":\d+$", "", host).strip("[]")
         if not (config["api-keys"] or is_loopback(name) or name == config["host"].lower()):
@@ -740,7 +733,7 @@ class Request(web.BaseRequest):
         foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
         site = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
         foreign = foreign or (site and not origin.startswith("vscode-webview://"))
-        if foreign and not (self.is_browsing and self.headers.get("Sec-Fetch-Mode") == "navigate"):
+        if foreign and not (browses and self.headers.get("Sec-Fetch-Mode") == "navigate"):
             raise ProxyError(403, "requests on behalf of another web site are refused")
 
     def key(self, keys: list[str]) -> str:
@@ -910,11 +903,8 @@ class Pool:
         if not matches(model, row["models"]) or matches(model, row["excluded-models"]):
             return "does not have"
         if verb not in ("", *row["paths"]):
-            return "in another dialect serves"
+            return "in another dialect could serve"
         return "" if self.of([row]) else f"after `ampproxy.py login {row['name']}` would serve"
-
-    def rows_for(self, model: str, verb: str) -> list[Json]:
-        return [row for row in self.live.rows if not self.lacks(row, model, verb)]
 
     async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
         while True:
@@ -1123,9 +1113,11 @@ class Relay:  # one answer on its way; only a plain event stream of a `call` tak
             if isinstance(error, ProxyError) and not edit.ended:
                 raise
         if not edit.told or (self.events and not edit.ended):
-            raise ProxyError(502, f"{edit.call.provider} sent no whole answer")
+            status = 502 if len(rest) + len(held) < BODY_LIMIT else 413
+            raise ProxyError(status, f"{edit.call.provider} sent no whole answer")
         if self.events and edit.call.folds:
             held = compact(edit.whole)
+        self.response.content_length = None if self.dialect else len(held)
         await self.write(held)
         return self.response
 
@@ -1149,6 +1141,7 @@ FLAG = re.compile(rb'(?:,|(\[))\s*\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*
 class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
+        self.sockets = list[web.WebSocketResponse]()
         self.secrets, self.secrets_until = Json(), 0.0  # what the secrets file said, until then
 
     def base(self) -> str:
@@ -1200,6 +1193,7 @@ class Ampcode:
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
         client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **both)
+        self.sockets = [socket for socket in self.sockets if not socket.closed] + [client]
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
@@ -1251,7 +1245,7 @@ class Forwarder(Ampcode):
         call.silence = config["streaming"]["keepalive-seconds"]  # until a comment goes out
         until = self.clock.monotonic() + config["max-retry-interval"]
         near = "; ".join(line for line in told if "does not have" not in line)
-        error = ProxyError(404, f"no account here serves {call.model[:100]!r}; {near}".rstrip("; "))
+        error = ProxyError(404, f"no account here serves {call.model[:100]!r}: {near or 'map it'}")
         for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
             try:
                 return await self.from_accounts(call, rows, until if number == len(ways) else 0)
@@ -1271,15 +1265,15 @@ class Forwarder(Ampcode):
         pairs = [(n, n) for row in self.live.rows for n in row["models"] if not {*"*?["} & {*n}]
         rules = [r for r in self.live.config["ampcode"]["model-mappings"] if not r["regex"]]
         pairs += [(rule["from"], without_suffix(to)[0]) for rule in rules for to in rule["to"]]
-        served = [(name, self.pool.rows_for(model, verb)) for name, model in pairs]
-        return {name: rows[0]["name"] for name, rows in served if rows}
+        return {name: row["name"] for name, model in pairs for row in reversed(self.live.rows)
+                if not self.pool.lacks(row, model, verb)}  # fmt: skip
 
     def ways(self, model: str, effort: str, verb: str) -> tuple[list[Any], list[str]]:
         """Route, model, effort and rows, in the order to try; and what was found on the way."""
         config, ways, told = self.live.config["ampcode"], list[Any](), list[str]()
         rules = sorted(config["model-mappings"], key=lambda rule: rule["regex"])  # the exact first
         fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == model.lower()
-                or (rule["regex"] and re.search(rule["from"], model, re.I))]  # fmt: skip
+                or (rule["regex"] and re.search(rule["from"], model[:200], re.I))]  # fmt: skip
         targets = [without_suffix(target) for rule in fits for target in rule["to"]]
         mapped = [("mapped", target, own or effort) for target, own in targets]
         own, forced = [("local", model, effort)], config["force-model-mappings"]
@@ -1378,26 +1372,29 @@ def word(call: Call, row: Json) -> None:
 
 def set_effort(body: Json, call: Call) -> None:
     """The suffix's level or budget, as near to it as the model goes, beats the body's own."""
-    takes, wanted = call.row["thinking"], BUDGETS.get(call.effort)
-    fits = takes[max((p for p in takes if matches(call.served_model, [p])), key=len)].split()
-    least, _, most = fits[0].partition("-")
-    tokens = asked = int(call.effort) if wanted is None else wanted
-    if most:
-        tokens, fits = max(int(least), min(asked, int(most))), takes["*"].split()
-    level = next((word for word in fits if BUDGETS[word] >= asked), fits[-1])
+    takes, asked = call.row["thinking"], BUDGETS.get(call.effort, -1)
+    said = takes[max((p for p in takes if matches(call.served_model, [p])), key=len)]
+    levels, limits = [word for word in said.split() if word in BUDGETS], re.findall(r"\d+", said)
+    asked = int(call.effort) if asked < 0 else asked
+    if not levels and len(limits) != 2:
+        return  # it does not think
+    tokens = max(int(limits[0]), min(asked, int(limits[1]))) if limits else asked
+    levels = levels or takes["*"].split()
+    level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
     if call.dialect == "chat":
         body["reasoning_effort"] = level
     elif call.dialect == "responses":
         body["reasoning"] = {**table(body.get("reasoning")), "effort": level}
     elif call.dialect == "gemini":
-        how = {"thinkingBudget": tokens} if most else {"thinkingLevel": level}
+        how = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
         how = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
         body["generationConfig"] = table(body.get("generationConfig")) | how
     else:
         on = asked > 0 and table(body.get("tool_choice")).get("type") not in ("any", "tool")
         for name in ("thinking", *(("temperature", "top_p", "top_k") if on else ())):
             body.pop(name, None)
-        if on and most:
+        table(body.get("output_config")).pop("effort", None)
+        if on and limits:
             body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
             body["max_tokens"] = max(number(body["max_tokens"]), tokens + 4096)
         elif on:
@@ -1441,7 +1438,7 @@ class Reading:
     async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
         raw, answer, headers = b"", Json(), upstream.headers
         with suppress(*NET_ERRORS):
-            while len(raw) < 1 << 20 and (data := await upstream.content.readany()):
+            while len(raw) < BODY_LIMIT and (data := await upstream.content.readany()):
                 raw += data
             raw = (inflate(raw) or raw).strip().removeprefix(b"[").removesuffix(b"]")
             answer = read_object(raw)
@@ -1551,7 +1548,7 @@ class Server(Forwarder):
 
     def note(self, call: Call, status: int, took: float) -> None:
         self.routes[call.route] += 1
-        self.paid.update([call.model[:200]] if call.route == "amp" else [])
+        self.paid.update([call.model[:200]] if call.route == "amp" and status in (200, 499) else [])
         names = ("dialect", "model", "route", "provider", "account", "served_model")
         row = {name: getattr(call, name)[:200] for name in names} | call.tokens
         row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
@@ -1565,14 +1562,16 @@ class Server(Forwarder):
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
         if not request.raw_path.startswith("/") or method == "CONNECT":
             raise ProxyError(400, "only targets that begin with / are served, and no tunnels")
-        request.refuse_strangers(config)
+        browses = method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(path))
+        request.refuse_strangers(config, browses)
         if found := PROBES.get(f"{method} {path}"):
             return web.json_response({"status": "ok"}, status=found)
-        if request.is_browsing:
+        if browses:
             return web.Response(status=302, headers={"Location": self.address(request)})
         key = request.key(config["api-keys"])
-        asked, mark = (request.headers.get(name, "") for name in ("Upgrade", "Sec-WebSocket-Key"))
-        upgrade = asked.lower() == "websocket" and bool(mark)
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        upgrade = web.WebSocketResponse().can_prepare(request).ok
         if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
@@ -1641,6 +1640,7 @@ class Server(Forwarder):
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
+                await asyncio.gather(*(s.close(code=1001) for s in self.sockets))  # going away
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)
@@ -1729,9 +1729,9 @@ async def route(live: Live, args: Json) -> None:
     chooser, verb = Forwarder(Pool(live)), VERBS.get(args["dialect"], "")
     chooser.pool.scan()
     ways, told = chooser.ways(*without_suffix(args["model"]), verb)
-    paid = "nobody" if live.config["ampcode"]["fallback"] == "never" else "ampcode.com, paid"
+    rule = live.config["ampcode"]["fallback"]
     chosen = [f"{way}: {rows[0]['name']} as {name} {level}" for way, name, level, rows in ways]
-    say("\n".join([*told, f"So {', then '.join(chosen) or paid}"]))
+    say("\n".join([*told, f"So {', then '.join(chosen) or f'nobody here; fallback: {rule}'}"]))
 
 
 async def check(live: Live, args: Json) -> None:
