@@ -1275,7 +1275,7 @@ class Forwarder(Ampcode):
         fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == model.lower()
                 or (rule["regex"] and re.search(rule["from"], model[:200], re.I))]  # fmt: skip
         targets = [without_suffix(target) for rule in fits for target in rule["to"]]
-        mapped = [("mapped", target, own or effort) for target, own in targets]
+        mapped = [("mapped", target, level or effort) for target, level in targets]
         own, forced = [("local", model, effort)], config["force-model-mappings"]
         for route, name, level in mapped + own if forced else own + mapped:
             lacks = [(row, self.pool.lacks(row, name, verb)) for row in self.live.rows]
