@@ -697,7 +697,7 @@ BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
 MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
-                        r"(?P<end>messages(?:/count_tokens)?|chat/completions|responses(?:/compact)?"
+                        r"(?P<end>messages(/count_tokens)?|chat/completions|responses(/compact)?"
                         r"|models/(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
 LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
