@@ -37,7 +37,7 @@ import urllib.request
 import webbrowser
 import zlib
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -223,7 +223,7 @@ DEFAULTS: Json = yaml.safe_load(r"""
    callback-port: 1455, callback-path: /auth/callback, scope: openid email profile offline_access},
   gemini: &later {enabled: true, paths: {}}, antigravity: *later}}
 """)
-any_of = functools.cache(lambda them: re.compile("|".join(map(fnmatch.translate, them)) or "(?!)"))
+any_of = functools.cache(lambda globs: re.compile("(?i)" + "|".join(map(fnmatch.translate, globs))))
 KEY_LISTS = ("claude-api-key", "codex-api-key", "gemini-api-key", "openai-compatibility")
 RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
@@ -373,8 +373,8 @@ def as_row(kind: str, entry: Json) -> Json:
     return row
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return bool(any_of(tuple(pattern.lower() for pattern in patterns)).match(name.lower()))
+def matches(name: str, patterns: Collection[str]) -> bool:
+    return bool(patterns and any_of(tuple(patterns)).match(name))
 
 
 # == Provider rules ================================================================================
