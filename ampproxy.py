@@ -358,6 +358,7 @@ class Live:
         seen, self.seen = self.seen, (self.path and stamp(self.path)) or self.seen
         if self.seen != seen:
             self.load(running=True)
+            log.info("%s is taken up", self.path)
         return self.seen != seen
 
 
@@ -1610,9 +1611,8 @@ class Server(Forwarder):
         state, wait = account.state(now), account.wait("", now)
         rests = sorted(account.rests.items())
         reasons = (f"{m[:100]}: {rest.error.message}".removeprefix(": ") for m, rest in rests[:20])
-        quota = [{"window": w["window"], "used_percent": w["used_percent"],
-                  "resets_in_seconds": max(0, round(w["resets_at"] - time))}
-                 for w in account.quota]  # fmt: skip
+        quota = [{"window": w["window"], "used_percent": w["used_percent"], "resets_in_seconds":
+                  max(0, round(w["resets_at"] - time))} for w in account.quota]  # fmt: skip
         return {"provider": account.type, "account": account.email, "state": state,
                 "reason": "; ".join(reasons), "quota": quota, "plan": account.plan,
                 "in_flight": account.in_flight, "threads": self.pool.threads()[account],
