@@ -1601,10 +1601,10 @@ class Server(Forwarder):
         return {"object": "list", "data": rows, "has_more": False, **ends}
 
     def report(self) -> Json:
-        return {"version": __version__, "routes": dict(self.routes), "requests": [*self.requests],
+        return {"version": __version__, "uptime_seconds": int(self.clock.monotonic() - self.began),
+                "routes": dict(self.routes), "paid": dict(self.paid.most_common(100)),
                 "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
-                "paid": dict(self.paid.most_common(100)), "server_side_threads": self.server_side,
-                "uptime_seconds": round(self.clock.monotonic() - self.began)}  # fmt: skip
+                "server_side_threads": self.server_side, "requests": [*self.requests]}  # fmt: skip
 
     def report_account(self, account: Account) -> Json:
         now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
