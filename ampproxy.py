@@ -1142,7 +1142,7 @@ FLAG = re.compile(rb'(?:,|(\[))\s*\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*
 class Ampcode:
     def __init__(self, pool: Pool) -> None:
         self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
-        self.sockets = list[web.WebSocketResponse]()
+        self.sockets = dict[Any, web.WebSocketResponse]()  # by their other ends
         self.secrets, self.secrets_until = Json(), 0.0  # what the secrets file said, until then
 
     def base(self) -> str:
@@ -1194,7 +1194,7 @@ class Ampcode:
         except NET_ERRORS as error:
             raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
         client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **both)
-        self.sockets = [socket for socket in self.sockets if not socket.closed] + [client]
+        self.sockets = {u: c for u, c in self.sockets.items() if not u.closed} | {upstream: client}
         try:
             await client.prepare(request)
             await asyncio.gather(frames(client, upstream), frames(upstream, client))
@@ -1380,7 +1380,7 @@ def set_effort(body: Json, call: Call) -> None:
     if not levels and len(limits) != 2:
         return  # it does not think
     tokens = max(int(limits[0]), min(asked, int(limits[1]))) if limits else asked
-    levels = levels or takes["*"].split()
+    levels = levels or [word for word in takes["*"].split() if word in BUDGETS] or [*BUDGETS]
     level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
     if call.dialect == "chat":
         body["reasoning_effort"] = level
@@ -1640,7 +1640,7 @@ class Server(Forwarder):
         try:
             async with listen(server, config["host"], config["port"], hint) as bound:
                 yield bound
-                await asyncio.gather(*(s.close(code=1001) for s in self.sockets))  # going away
+                await asyncio.gather(*(s.close(code=1001) for s in self.sockets.values()))
         finally:
             if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
                 await asyncio.wait(running, timeout=REFRESH_WAIT)

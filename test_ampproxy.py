@@ -2727,6 +2727,27 @@ async def test_tunnels_are_told_of_the_stop(tmp_path):
 
 
 @in_loop
+async def test_tunnels_that_broke_off_are_forgotten(tmp_path):
+    gone = asyncio.Queue()
+
+    async def actor(request):
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        gone.put_nowait(socket)
+        return socket
+
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        for _ in range(5):
+            ws = await w.http.ws_connect(w.url + "/actors/x")
+            ws._response.connection.transport.abort()
+            await gone.get()
+        async with w.http.ws_connect(w.url + "/actors/x"):
+            assert len(w.server.sockets) <= 2
+
+
+@in_loop
 async def test_a_broken_frame_ends_the_tunnel(tmp_path, caplog):
     async def actor(request):
         socket = web.WebSocketResponse()
@@ -5740,10 +5761,13 @@ async def test_what_a_model_takes_can_be_overridden(tmp_path):
 @pytest.mark.parametrize("takes", ["", "foo", "1024-", "low high-er", "-"])
 @in_loop
 async def test_what_a_model_is_said_to_take_may_be_nonsense(tmp_path, takes):
-    more = {"thinking": {"gemini-3-pro-new": takes}}
-    async with key_world(tmp_path, "gemini-api-key", **more) as w:
-        response = await w.ask(models_path("gemini-3-pro-new%28high%29"), CONTENTS)
-        assert response.status == 200
+    for rest in ("low high", takes, "1024-2048"):
+        more = {"models": ["*"], "thinking": {"gemini-3-pro-new": takes, "*": rest}}
+        async with key_world(tmp_path, "gemini-api-key", **more) as w:
+            for model in ("gemini-3-pro-new", "gemini-2.5-pro", "other"):
+                response = await w.ask(models_path(f"{model}%28high%29"), CONTENTS)
+                assert response.status == 200
+            assert w.server.requests[-1]["status"] == 200
 
 
 @in_loop
