@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7"]
+# dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7"]
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 

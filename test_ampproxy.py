@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2",
+# dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2",
 #                 "google-genai>=3", "hypothesis>=6"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
