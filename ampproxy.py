@@ -300,22 +300,22 @@ class ConfigFile:
         given = {str(name.value): value for name, value in node.value}
         if key.rpartition(".")[2] in ("headers", "paths", "authorize-query", "thinking"):
             names |= dict.fromkeys(given, "")
-        table = {name: self.read(given.get(name), names[name], f"{key}.{name}") for name in names}
+        values = {name: self.read(given.get(name), names[name], f"{key}.{name}") for name in names}
         for name, inner in example.get("ampcode", {}).items():  # CLIProxyAPI's older names
             old = given.pop(f"amp-{name}", None)
-            if old and table["ampcode"][name] == default(inner):
-                table["ampcode"][name] = self.read(old, inner, f".amp-{name}")
+            if old and values["ampcode"][name] == default(inner):
+                values["ampcode"][name] = self.read(old, inner, f".amp-{name}")
         for node_name in (n for n, _ in node.value if n.value in given.keys() - names):
             near = difflib.get_close_matches(node_name.value, names, 1, 0)[0]
             told = f"unknown key {node_name.value!r}; the nearest is {near!r}"
             self.warnings.append(f"{self.path}:{node_name.start_mark.line + 1}: {told}")
-        if missing := [n[:-1] for n in example if n.endswith("!") and not table[n[:-1]]]:
+        if missing := [n[:-1] for n in example if n.endswith("!") and not values[n[:-1]]]:
             self.fail(node, key, f"needs {missing[0]!r}")
         try:
-            re.compile(table["from"] if table.get("regex") else "")
+            re.compile(values["from"] if values.get("regex") else "")
         except re.error as error:
             self.fail(given["from"], f"{key}.from", f"is no regular expression: {error}")
-        return table
+        return values
 
 
 def find_config(given: str | None) -> Path | None:
@@ -1572,7 +1572,7 @@ class Server(Forwarder):
         key = request.key(config["api-keys"])
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        upgrade = web.WebSocketResponse().can_prepare(request).ok
+        upgrade = "Upgrade" in request.headers and web.WebSocketResponse().can_prepare(request).ok
         if call and upgrade:
             raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":

@@ -279,12 +279,17 @@ async def world(folder, tokens=("fred@example.com",), **config):
                 yield w
 
 
-async def raw_exchange(port, data, half_close=False):
-    """Bytes to the proxy, and all that it says before it closes or falls silent for half a second."""
+async def connect_and_send(port, data, half_close=False):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
     if half_close:
         writer.write_eof()
+    return reader, writer
+
+
+async def raw_exchange(port, data, half_close=False):
+    """Bytes to the proxy, and all that it says before it closes or falls silent for half a second."""
+    reader, writer = await connect_and_send(port, data, half_close)
     got = b""
     with suppress(TimeoutError, ConnectionError):
         while chunk := await asyncio.wait_for(reader.read(65536), 5 if not got else 0.5):
@@ -3758,10 +3763,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 async def status_of(port, sent, half_close=False):
     """The status of the first answer; 0 when the connection ends without one."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(sent)
-    if half_close:
-        writer.write_eof()
+    reader, writer = await connect_and_send(port, sent, half_close)
     line = b""
     with suppress(ConnectionError):
         line = await reader.readline()
