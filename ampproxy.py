@@ -1,17 +1,47 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7"]
+# dependencies = [
+#     "aiohttp>=3.11.10,<4",
+#     "pyyaml>=6,<7",
+#     "msgspec>=0.19,<1",
+#     "uvloop>=0.21,<1; sys_platform != 'win32'",
+# ]
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
-provider   who answers model calls: claude, codex or who an API key is of; each is a row of a table
+client     an AI coding tool: the Amp CLI, Claude Code, Codex CLI, droid, an SDK
+provider   who answers model calls: claude, codex, or who an API key is of; a row of a table
 dialect    how bytes are worded: anthropic, chat, responses or gemini
 account    one signed-in subscription, kept as one token file, or one API key of the config
+thread     one conversation of a client; it stays with its account
 rest       the time during which an account is left alone after an error
+way        a model name, its effort and the providers to ask for it; a mapping adds ways
 ampcode    ampcode.com: gets what is no model call, and the model calls that nobody here serves
 
-Start at Server.handle; model calls go on to Forwarder.answer, the rest to Ampcode.forward.
+The sections, each using only those above it:
+
+Common ground          errors, JSON, numbers and times, what may be shown to a person, the log
+Provider table         one row a provider: addresses, paths, models, login, headers
+Configuration          the keys of config.yaml, reading and checking it, taking up a change
+Token files            one JSON file a login: read, saved whole, merged with others' edits
+The network            one session to the outside, outbound proxies, listening
+Signing in             OAuth with PKCE, the callback or what is pasted, the token endpoint
+Accounts               who may answer next, what an error means for that, refreshing tokens
+Server-sent events     runs of whole events out of whatever pieces arrive
+Dialects               paths, errors, ends and token counts of the four ways to word things
+Provider rules         what a login's backend asks of a request
+Who asks, and what     may this request be served, and which model call is it
+Who answers            suffixes and efforts, mappings, the ways to try, lists of models
+Answers on their way   an answer as an iterator of the client's bytes; comments, silence, ends
+Forwarding             the story of one model call
+ampcode.com            everything else, as it came; the tunnel; paid calls
+Status                 what was served, and how the accounts stand
+The server             the one place that takes requests, and the one exit for errors
+Command line           one coroutine a command
+
+Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
+Left out on purpose: TLS, a database, imitation of the official clients.
 """
 
 from __future__ import annotations
@@ -19,10 +49,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import dataclasses
 import difflib
 import fnmatch
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -36,13 +68,22 @@ import time
 import urllib.request
 import webbrowser
 import zlib
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from collections import Counter, OrderedDict, deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+)
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode
 
 try:
@@ -54,72 +95,187 @@ try:
 except ImportError as error:
     sys.exit(f"ampproxy needs {error.name}: `uv run ampproxy.py`, or pip install aiohttp pyyaml")
 
+msgspec: Any = None  # the standard library does the same, more slowly
+with suppress(ImportError):
+    msgspec = importlib.import_module("msgspec")
+
 __version__ = "0.1.0"
 
 # == Common ground =================================================================================
-# A Failure is a sentence for the person at the terminal, a ProxyError one for the client.
+#
+# Errors, JSON, numbers and times, and what may be shown to a person.  Knows no provider.
+#
+# There are two errors.  A Failure is one sentence for the person at the terminal.  A ProxyError is
+# for a client and carries a Problem: what went wrong as plain data.  Only a Problem is ever kept;
+# an exception holds its traceback, and that the frames with the client's whole prompt in them.
+
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
-Answer = web.StreamResponse
 Upstream = aiohttp.ClientResponse
-MINUTE, HOUR, DAY, BODY_LIMIT, PACKED = 60, 3600, 86400, 64 << 20, "Content-Encoding"
-FINITE: Json = {"parse_float": lambda n: float(n) if abs(float(n)) < float("inf") else int(n)}
-ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+MINUTE, HOUR, DAY = 60, 3600, 86400
+NEVER = float("inf")
+BODY_LIMIT = 64 << 20  # bytes of a request, and of what is collected of an answer
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
+
 log = logging.getLogger("ampproxy")
 
 
-class Failure(Exception): ...
+class Failure(Exception):
+    """A sentence that tells the person at the terminal what to do."""
 
 
-class ProxyError(Exception):  # `said`, `body` and `headers` are the provider's, if any
-    def __init__(
-        self, status: int, message: str, retry_after: float = 0, said: str = "", body: bytes = b""
-    ) -> None:
-        self.status, self.message, self.retry_after = status, message, retry_after
-        self.said, self.body, self.headers = said, body, Headers()
+@dataclass
+class Problem:
+    """Why a call was not answered."""
+
+    status: int
+    message: str  # in our words; for the log and for a client
+    retry_after: float = 0  # seconds; 0 where nobody said
+    text: str = ""  # the provider's own words, with its codes in front
+    codes: frozenset[str] = frozenset()  # its codes alone, in lower case
+    windows: frozenset[str] = frozenset()  # quota windows that its headers call full
+    body: bytes = b""  # its error, worded in the client's dialect
+    headers: Headers = field(default_factory=Headers)  # of its answer, that a client may see
 
 
-def compact(value: Any) -> bytes:
-    return ENCODER.encode(value).encode(errors="backslashreplace")
+class ProxyError(Exception):
+    """A Problem on its way to whoever knows what to do about it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
 
 
-def read_object(raw: bytes) -> Json:
+def fault(status: int, message: str, retry_after: float = 0) -> ProxyError:
+    return ProxyError(Problem(status, message, retry_after))
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line, without the password of an outbound proxy."""
+    text = error.problem.message if isinstance(error, ProxyError) else str(error)
+    return re.sub(r"//[^/\s]+@", "//", text or type(error).__name__)
+
+
+# -- JSON: the one place that parses and writes it --
+
+
+def finite(digits: str) -> float:
+    number = float(digits)
+    if abs(number) == float("inf"):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
+
+
+def no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def parse_json(raw: bytes | bytearray) -> Any:
+    """ValueError for what is no JSON: also for NaN and 1e999, which no provider takes."""
+    if msgspec:
+        with suppress(ValueError, RecursionError):
+            return msgspec.json.decode(raw)
+    try:  # what msgspec refuses may be right all the same: half a surrogate pair, long numbers
+        return json.loads(raw.decode(), parse_constant=no_constant, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_object(raw: bytes | bytearray) -> Json:
+    value = parse_json(raw)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def write_json(value: Any) -> bytes:
+    """ValueError for what is nested too deeply."""
+    if msgspec:
+        with suppress(ValueError, RecursionError, TypeError):
+            return bytes(msgspec.json.encode(value))
     try:
-        return {**json.loads(raw.decode(), parse_constant=int, **FINITE)}  # int refuses NaN, 1e999
-    except (TypeError, RecursionError) as error:  # of the line above, and of deep nesting
-        raise ValueError("no JSON object, or nested too deeply") from error
+        text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return text.encode(errors="backslashreplace")  # half a surrogate pair stays an escape
 
 
-def table(value: Any) -> Json:
+def as_dict(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def as_dicts(value: Any) -> list[Json]:
+    """The tables in a list, without what else is in it."""
+    return [item for item in as_list(value) if isinstance(item, dict)]
+
+
+# -- Numbers and times --
+
+
 def number(value: Any) -> float:
-    with suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    return value if isinstance(value, (int, float)) and abs(value) < 1e11 else 0
+    """A number, or 0 for what is none or absurd."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return 0
+    if isinstance(value, (int, float)) and abs(value) < 1e11:
+        return value
+    return 0
 
 
-def seconds(text: str | int) -> float:
-    parts = re.findall(r"([\d.]*\d)(ms|[smh]?)", str(text))
-    return sum(number(n) * {"ms": 0.001, "m": MINUTE, "h": HOUR}.get(u, 1) for n, u in parts)
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smh]?)")
+UNITS = {"ms": 0.001, "s": 1, "m": MINUTE, "h": HOUR, "": 1}
 
 
-def inflate(raw: bytes) -> bytes | None:
-    with suppress(zlib.error):
-        unpacker = zlib.decompressobj(31)
+@functools.lru_cache(256)
+def duration(text: str) -> float:
+    """Seconds of 2h, 1h30m, 500ms, 3.5s or a bare number; 0 for what has none of these."""
+    parts = DURATION.findall(text[:64])
+    return sum(float(amount) * UNITS[unit] for amount, unit in parts)
+
+
+def rfc3339(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(value: Any) -> float:
+    """Seconds since 1970 of an RFC 3339 time; 0 for what is none."""
+    try:
+        return datetime.fromisoformat(value).astimezone(UTC).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def unpack_gzip(raw: bytes) -> bytes | None:
+    """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
+    unpacker = zlib.decompressobj(31)
+    try:
         plain = unpacker.decompress(raw, BODY_LIMIT + 1)
-        return plain if unpacker.eof and not unpacker.unused_data.strip(b"\0") else None
-    return None
+    except zlib.error:
+        return None
+    if not unpacker.eof or unpacker.unused_data.strip(b"\0"):
+        return None
+    return plain
 
 
-def why(error: BaseException) -> str:
-    text = error.message if isinstance(error, ProxyError) else str(error) or type(error).__name__
-    return re.sub(r"//[^/\s]+@", "//", text)  # a proxy's password
+# -- What may be shown to a person --
+
+SECRET = re.compile(
+    r"(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,64}@[\w.-]+)"
+    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}"
+    r"|(?<=Bearer )\S+"
+)
+HINTS = ("@", "sk-", "sgamp_", "ya29", "AIza", "eyJ", "rt_", "Bearer ")  # one is in every secret
 
 
-def same(one: str, other: str) -> bool:
+def equal(one: str, other: str) -> bool:
+    """In a time that does not tell how much of them is alike."""
     return secrets.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
 
 
@@ -127,340 +283,666 @@ def mask(secret: str) -> str:
     return f"{secret[:3]}..." if len(secret) > 6 else "..."
 
 
-SECRET = re.compile(r"(?P<kind>(claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,64}@[\w.-]+)"
-                    r"|(sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}|(?<=Bearer )\S+")  # fmt: skip
+def mask_match(found: re.Match[str]) -> str:
+    if found["mail"]:
+        return (found["kind"] or "") + mask(found["mail"])
+    return mask(found[0])
 
 
-def redact(record: logging.LogRecord) -> bool:
-    line = SECRET.sub(lambda m: (m["kind"] or "") + mask(m["mail"] or m[0]), record.getMessage())
-    record.msg, record.args = re.sub(r"[\x00-\x1f\x7f]", "?", line), None
-    return True
+def printable(text: str) -> str:
+    """Without what steers a terminal, or turns the direction of what is written."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-KINDS = {  # what SDKs look for: Anthropic's type, OpenAI's, Google's status; and other words for it
-    400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT", "invalid_prompt",
-          "context_length_exceeded", "invalid_encrypted_content"),
-    401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
-    403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
-    404: ("not_found_error", "not_found_error", "NOT_FOUND"),
-    413: ("request_too_large", "invalid_request_error", "INVALID_ARGUMENT"),
-    429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED", "rate_limit_exceeded",
-          "usage_limit_reached", "insufficient_quota"),
-    500: ("api_error", "server_error", "INTERNAL"),
-    529: ("overloaded_error", "server_error", "UNAVAILABLE", "server_is_overloaded")}  # fmt: skip
-STATUSES = {str(code): code for code in range(400, 600)}
-STATUSES |= {kind: code for code in reversed(KINDS) for kind in KINDS[code]}
+def redact(text: str) -> str:
+    """What may stand in the log: no secret, no whole e-mail address, nothing but one line."""
+    if any(hint in text for hint in HINTS):
+        text = SECRET.sub(mask_match, text)
+    return printable(text)
 
 
-def error_body(dialect: str, status: int, message: str) -> Json:
-    anthropic, openai, google, *_ = KINDS.get(status, KINDS[400 if status < 500 else 500])
-    if dialect == "anthropic":
-        return {"type": "error", "error": {"type": anthropic, "message": message}}
-    if dialect == "gemini":
-        return {"error": {"code": status, "message": message, "status": google}}
-    return {"error": {"message": message, "type": openai, "code": openai} if dialect else message}
+def say(text: str) -> None:
+    """Print lines for the person at the terminal."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
-def error_frame(dialect: str, status: int, message: str) -> bytes:
-    """The event that ends a broken stream; its first newline closes a line that was cut short."""
-    body, kind = error_body(dialect, status, message), {"anthropic": b"event: error\n"}
-    if dialect == "responses":  # Codex takes notice of no other (clients.md)
-        body = {"type": "response.failed", "response": {"status": "failed", **body, "output": []}}
-    return b"\n%bdata: %b\n\n" % (kind.get(dialect, b""), compact(body))
+class LogFormatter(logging.Formatter):
+    """One short line an entry.  The time is put into words once a second."""
+
+    second, clock = -1, ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if int(record.created) != self.second:
+            self.second = int(record.created)
+            self.clock = time.strftime("%X", time.localtime(self.second))
+        return f"{self.clock} {record.levelname:<7} {redact(record.getMessage())}"
 
 
-# == Configuration and provider table ==============================================================
-# One YAML file with CLIProxyAPI's names, read over these defaults, whose types are rules: a|b is
-# a choice, "!" what a table needs, a list with "" or a table in it shows a member and is empty.
-# `providers` is the provider table (providers.md).  To add one, add a row and a rule in RULES.
-DEFAULTS: Json = yaml.safe_load(r"""
-{host: 127.0.0.1, port: 8317, auth-dir: ~/.ampproxy, api-keys: [''], debug: false, proxy-url: '',
- logging-to-file: false, request-retry: 3, max-retry-interval: 30.0, max-cooldown: 1800.0,
- routing: {strategy: least-connections|round-robin|fill-first, session-affinity-ttl: 2h},
- ampcode: {upstream-url: https://ampcode.com, upstream-api-key: '', fallback: always|unserved|never,
-  upstream-api-keys: [{upstream-api-key!: '', api-keys!: ['']}], force-model-mappings: false,
-  model-mappings: [{from!: '', to!: [''], regex: false}], restrict-management-to-localhost: false,
-  client-inference: true}, streaming: {keepalive-seconds: 15.0, idle-timeout-seconds: 300.0},
- claude-api-key: [{api-key!: '', base-url: https://api.anthropic.com, <<: &key {headers: {},
-   models: [&model {name!: '', alias: ''}, claude-*], excluded-models: [''], max-tokens: 32000,
-   passes: [anthropic-version, anthropic-beta, anthropic-dangerous-*, openai-beta, user-agent,
-            x-goog-api-client, x-app, x-stainless-*, x-claude-code-*],  # of a client's headers
-   thinking: {claude-*: 1024-59904, 'claude-opus-4-[012]*': 1024-27904, claude-fable-*: &five low
-     medium high xhigh max, 'claude-opus-4-[78]*': *five, claude-opus-4-6*: low medium high max,
-     claude-sonnet-4-6*: &three low medium high, gemini-3.1-pro*: *three, gemini-3-pro*: low high,
-     gemini-*: minimal low medium high, gemini-2*: 0-24576, gemini-2.5-pro*: 128-32768, gemma-*: '',
-     claude-3-5-*: '', '*': none minimal low medium high xhigh},  # levels, or a range of budgets
-   key-header: Authorization, key-host: ''}, headers: &version {anthropic-version: '2023-06-01'},
-  key-header: x-api-key, key-host: api.anthropic.com,  # to other hosts it is a bearer token
-  paths: &messages {messages: /v1/messages, count_tokens: /v1/messages/count_tokens}}],
- codex-api-key: [{<<: *key, api-key!: '', base-url: https://api.openai.com,
-  models: [*model, gpt-*, chatgpt-*, codex-*, 'o[1-9]*'], paths: {responses: /v1/responses,
-   compact: /v1/responses/compact, completions: &chat /v1/chat/completions}}],
- gemini-api-key: [{<<: *key, api-key!: '', base-url: https://generativelanguage.googleapis.com,
-  models: [*model, gemini-*, gemma-*], key-header: x-goog-api-key, paths: {generateContent: &verb
-   '/v1beta/models/{model}:{verb}', streamGenerateContent: *verb, countTokens: *verb}}],
- openai-compatibility: [{<<: *key, name!: '', base-url!: '', models: [*model],
-  api-key-entries: [{api-key!: ''}], paths: {completions: *chat}}],
- providers: {claude: &claude {<<: *key, enabled: true, aliases: [anthropic], paths: *messages,
-   base-url: https://api.anthropic.com, headers: {<<: *version, anthropic-beta: oauth-2025-04-20},
-   models: [*model, claude-opus-4-8, claude-opus-4-7, claude-opus-4-6, claude-opus-4-5-20251101,
-            claude-sonnet-4-6, claude-sonnet-4-5-20250929, claude-haiku-4-5-20251001, claude-*],
-   authorize-url: https://claude.ai/oauth/authorize, authorize-query: {code: 'true'},
-   token-url: https://api.anthropic.com/v1/oauth/token, client-secret: '', callback-port: 54545,
-   profile-url: https://api.anthropic.com/api/oauth/profile, token-form: false, refresh-lead: 300,
-   client-id: 9d1c250a-e61b-44d9-88ed-5944d1962f5e, callback-path: /callback, identity: true,
-   scope: user:profile user:inference user:sessions:claude_code user:mcp_servers user:file_upload},
-  codex: {<<: *claude, aliases: [openai, chatgpt], base-url: https://chatgpt.com/backend-api/codex,
-   paths: {responses: /backend-api/codex/responses, compact: /backend-api/codex/responses/compact},
-   passes: [originator, user-agent, version, openai-beta, session-id, session_id, x-codex-*],
-   models: [*model, gpt-5.5, gpt-5.4, gpt-5.4-mini, gpt-5.3-codex-spark, gpt-*, codex-*],
-   headers: {originator: codex_cli_rs, User-Agent: codex_cli_rs/0.101.0}, token-form: true,
-   drops: [max_*, top_*, '*_penalty', 'prompt_cache_[ro]*', temperature, user, truncation, n, seed,
-           stop, context_*, metadata, safety_*, stream_o*, log*, '*_format', reasoning_e*],
-   authorize-url: https://auth.openai.com/oauth/authorize, profile-url: '',
-   authorize-query: {id_token_add_organizations: 'true', codex_cli_simplified_flow: 'true'},
-   token-url: https://auth.openai.com/oauth/token, client-id: app_EMoamEEZ73f0CkXaXp7hrann,
-   callback-port: 1455, callback-path: /auth/callback, scope: openid email profile offline_access},
-  gemini: &later {enabled: true, paths: {}}, antigravity: *later}}
-""")
-any_of = functools.cache(lambda globs: re.compile("(?i)" + "|".join(map(fnmatch.translate, globs))))
-KEY_LISTS = ("claude-api-key", "codex-api-key", "gemini-api-key", "openai-compatibility")
-RANGES = {"port": (0, 65535), "callback-port": (0, 65535), "request-retry": (1, 100)}
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list",
-         dict: "a table", str: "a text (in quotes, if it looks like something else)"}  # fmt: skip
+def set_up_log(debug: bool, lines: Iterable[str]) -> None:
+    """To standard error; and `lines`, which reading the configuration had to say."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' own logs stay silent
+    # Nobody reads these; the logging guide, "Optimization", names them as what may be turned off.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    for line in lines:
+        log.warning("%s", line)
 
 
-def default(example: Any) -> Any:
-    if isinstance(example, dict):
-        return {name.rstrip("!"): default(inner) for name, inner in example.items()}
-    if isinstance(example, list):
-        return [m for m in (example[1:] if isinstance(example[0], dict) else example) if m]
-    return example.split("|")[0] if isinstance(example, str) else example
+# == Provider table ================================================================================
+#
+# Who answers model calls: a row each, and nothing else about providers that could change overnight.
+# The facts are those of providers.md; what a row says can be overridden in config.yaml, under the
+# field's name with hyphens.
+#
+# To add a provider, add a row; if its backend asks for more than a row can say, add a function to
+# RULES (section "Provider rules").
+
+
+@dataclass(frozen=True, eq=False)
+class Provider:
+    """A row.  A pattern such as `claude-*` is any name that begins so, in any case of letters."""
+
+    name: str = ""  # in the log, the status and the header x-ampproxy-provider
+    enabled: bool = True
+
+    # -- What it answers, and where --
+    base_url: str = ""  # with or without the version part of the paths
+    paths: dict[str, str] = field(default_factory=dict)  # verb of a call -> path; none: no calls
+    models: tuple[
+        Any, ...
+    ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
+    excluded_models: tuple[str, ...] = ()
+    thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
+    max_tokens: int = 32000  # for an Anthropic client that says none
+
+    # -- What it is sent --
+    headers: dict[str, str] = field(default_factory=dict)
+    passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
+    drops: tuple[str, ...] = ()  # patterns of fields of a body that its backend refuses
+    identity: bool = False  # the first system block that a Claude login wants
+    key_header: str = "Authorization"  # where the token goes, as a bearer token...
+    key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
+
+    # -- How one signs in --
+    authorize_url: str = ""
+    authorize_query: dict[str, str] = field(default_factory=dict)
+    token_url: str = ""
+    token_form: bool = False  # the token endpoint takes a form; else JSON
+    client_id: str = ""
+    client_secret: str = ""
+    scope: str = ""
+    profile_url: str = ""  # asked for an e-mail address that the token's answer lacks
+    callback_port: int = 0
+    callback_path: str = "/callback"
+    refresh_lead: int = 300  # seconds before its expiry that a token is refreshed
+    also: tuple[str, ...] = ()  # other words for `login`
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """What clients may ask for -> what is asked for there."""
+        pairs = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in self.models]
+        return {pair["alias"] or pair["name"]: pair["name"] for pair in pairs}
+
+
+# What a suffix such as (high) may become: a model's levels, or its least and largest budget in
+# tokens.  Of several patterns that fit the longest counts; nothing: the model does not think.
+THINKING = {
+    "claude-*": "1024-59904",
+    "claude-opus-4-[012]*": "1024-27904",
+    "claude-opus-4-6*": "low medium high max",
+    "claude-opus-4-[78]*": "low medium high xhigh max",
+    "claude-fable-*": "low medium high xhigh max",
+    "claude-sonnet-4-6*": "low medium high",
+    "claude-3-5-*": "",
+    "gemini-*": "minimal low medium high",
+    "gemini-3-pro*": "low high",
+    "gemini-3.1-pro*": "low medium high",
+    "gemini-2*": "0-24576",
+    "gemini-2.5-pro*": "128-32768",
+    "gemma-*": "",
+    "*": "none minimal low medium high xhigh",
+}
+MESSAGES = {
+    "messages": "/v1/messages",
+    "count_tokens": "/v1/messages/count_tokens",
+}
+GEMINI_METHODS = {
+    "generateContent": "/v1beta/models/{model}:generateContent",
+    "streamGenerateContent": "/v1beta/models/{model}:streamGenerateContent",
+    "countTokens": "/v1beta/models/{model}:countTokens",
+}
+CHAT = {"completions": "/v1/chat/completions"}
+CLIENT_HEADERS = (  # of every SDK; a key's own service may want any of them
+    "anthropic-version",
+    "anthropic-beta",
+    "anthropic-dangerous-*",
+    "openai-beta",
+    "user-agent",
+    "x-goog-api-client",
+    "x-app",
+    "x-stainless-*",
+    "x-claude-code-*",
+)
+
+LOGINS = {
+    "claude": Provider(
+        name="claude",
+        also=("anthropic",),
+        base_url="https://api.anthropic.com",
+        paths=MESSAGES,
+        models=(
+            "claude-opus-4-8",
+            "claude-opus-4-7",
+            "claude-opus-4-6",
+            "claude-opus-4-5-20251101",
+            "claude-sonnet-4-6",
+            "claude-sonnet-4-5-20250929",
+            "claude-haiku-4-5-20251001",
+            "claude-*",
+        ),
+        thinking=THINKING,
+        headers={
+            "anthropic-version": "2023-06-01",
+            "anthropic-beta": "oauth-2025-04-20",  # without it a login's token is refused
+        },
+        passes=CLIENT_HEADERS,
+        identity=True,
+        authorize_url="https://claude.ai/oauth/authorize",
+        authorize_query={"code": "true"},
+        token_url="https://api.anthropic.com/v1/oauth/token",  # others: platform.claude.com
+        client_id="9d1c250a-e61b-44d9-88ed-5944d1962f5e",
+        scope=(
+            "user:profile user:inference user:sessions:claude_code user:mcp_servers"
+            " user:file_upload"
+        ),
+        profile_url="https://api.anthropic.com/api/oauth/profile",
+        callback_port=54545,
+    ),
+    "codex": Provider(
+        name="codex",
+        also=("openai", "chatgpt"),
+        base_url="https://chatgpt.com/backend-api/codex",
+        paths={
+            "responses": "/backend-api/codex/responses",
+            "compact": "/backend-api/codex/responses/compact",
+        },
+        models=("gpt-5.5", "gpt-5.4", "gpt-5.4-mini", "gpt-5.3-codex-spark", "gpt-*", "codex-*"),
+        thinking=THINKING,
+        headers={"originator": "codex_cli_rs", "User-Agent": "codex_cli_rs/0.101.0"},
+        passes=(
+            "originator",
+            "user-agent",
+            "version",
+            "openai-beta",
+            "session-id",
+            "session_id",
+            "x-codex-*",
+        ),
+        drops=(  # each of them is a 400 there (providers.md 2.3)
+            *("max_*", "top_*", "temperature", "*_penalty", "n", "seed", "stop", "log*"),
+            *("prompt_cache_[ro]*", "truncation", "context_*", "stream_o*", "user", "metadata"),
+            *("safety_*", "*_format", "reasoning_e*"),
+        ),
+        authorize_url="https://auth.openai.com/oauth/authorize",
+        authorize_query={
+            "id_token_add_organizations": "true",
+            "codex_cli_simplified_flow": "true",
+        },
+        token_url="https://auth.openai.com/oauth/token",
+        token_form=True,
+        client_id="app_EMoamEEZ73f0CkXaXp7hrann",
+        scope="openid email profile offline_access",
+        callback_port=1455,
+        callback_path="/auth/callback",
+    ),
+    "gemini": Provider(name="gemini"),  # served by nothing yet: no paths
+    "antigravity": Provider(name="antigravity"),
+}
+
+API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's row
+    "claude-api-key": Provider(
+        name="claude-api-key",
+        base_url="https://api.anthropic.com",
+        paths=MESSAGES,
+        models=("claude-*",),
+        thinking=THINKING,
+        headers={"anthropic-version": "2023-06-01"},
+        passes=CLIENT_HEADERS,
+        key_header="x-api-key",
+        key_host="api.anthropic.com",  # other hosts take a bearer token (providers.md 1.2)
+    ),
+    "codex-api-key": Provider(
+        name="codex-api-key",
+        base_url="https://api.openai.com",
+        paths={"responses": "/v1/responses", "compact": "/v1/responses/compact", **CHAT},
+        models=("gpt-*", "chatgpt-*", "codex-*", "o[1-9]*"),
+        thinking=THINKING,
+        passes=CLIENT_HEADERS,
+    ),
+    "gemini-api-key": Provider(
+        name="gemini-api-key",
+        base_url="https://generativelanguage.googleapis.com",
+        paths=GEMINI_METHODS,
+        models=("gemini-*", "gemma-*"),
+        thinking=THINKING,
+        passes=CLIENT_HEADERS,
+        key_header="x-goog-api-key",
+    ),
+    "openai-compatibility": Provider(paths=CHAT, thinking=THINKING, passes=CLIENT_HEADERS),
+}
+
+
+@functools.lru_cache(256)
+def any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("(?i)" + "|".join(map(fnmatch.translate, patterns)))
+
+
+@functools.lru_cache(4096)
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a short name fits one of the patterns, in any case of letters."""
+    return bool(patterns) and any_of(patterns).match(name) is not None
+
+
+# == Configuration =================================================================================
+#
+# config.yaml, with CLIProxyAPI's names, so that its users can bring their file.  The keys stand in
+# one table of rules; a rule says what a value may be and what it is when nobody names it.  A file
+# is read and checked whole, and only then takes effect.
+#
+# To add a key, add a line to KEYS and to config.yaml.
+
+
+@dataclass(frozen=True)
+class Value:
+    """A text, number or switch: `fits` decides, and `expected` says in an error what would."""
+
+    default: Any
+    expected: str
+    fits: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class ListOf:
+    member: Rule
+    lone: bool = False  # a member alone stands for a list of one
+    expected: str = "a list"
+
+
+@dataclass(frozen=True)
+class Table:
+    keys: dict[str, Rule]
+    needs: tuple[str, ...] = ()
+    others: Rule | None = None  # of keys that `keys` does not name; None: they are unknown
+    switch: bool = False  # true and false stand for {enabled: ...}
+    or_text: bool = False  # a text stays a text
+    expected: str = "a table"
+
+
+Rule = Value | ListOf | Table
+REGEX_HINT = "a text (in quotes, if it looks like something else)"
+
+
+def text(default: str = "") -> Value:
+    return Value(default, REGEX_HINT, lambda value: isinstance(value, str))
+
+
+def switch(default: bool) -> Value:
+    return Value(default, "true or false", lambda value: isinstance(value, bool))
+
+
+def whole(default: int, low: int, high: int) -> Value:
+    return Value(
+        default,
+        f"a whole number from {low} to {high:g}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
+
+
+def amount(default: float) -> Value:
+    return Value(
+        default,
+        "a number from 0 to 1e+09",
+        lambda value: type(value) in (int, float) and 0 <= value <= 1e9,
+    )
+
+
+def choice(*words: str) -> Value:
+    return Value(words[0], f"one of {', '.join(words)}", lambda value: value in words)
+
+
+def span(default: str) -> Value:
+    """A length of time."""
+    pattern = re.compile(r"\d{1,9}|(\d{1,9}[smh])+")
+    expected = "a length of time such as 2h, 30m or 90"
+    return Value(default, expected, lambda value: bool(pattern.fullmatch(str(value))))
+
+
+def is_address(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        url = URL(value)
+    except ValueError:
+        return False
+    return value == "" or (url.scheme in ("http", "https") and bool(url.host))
+
+
+def address(default: str = "") -> Value:
+    return Value(default, "an address that begins with http:// or https://", is_address)
+
+
+MODEL = Table({"name": text(), "alias": text()}, needs=("name",), or_text=True)
+MAPPING = Table(
+    {"from": text(), "to": ListOf(text(), lone=True), "regex": switch(False)},
+    needs=("from", "to"),
+)
+CLIENT_KEYS = Table(
+    {"upstream-api-key": text(), "api-keys": ListOf(text())},
+    needs=("upstream-api-key", "api-keys"),
+)
+
+
+def rule_of(name: str, default: Any) -> Rule:
+    """The rule of a provider row's field: what it may be follows from what it is."""
+    if name == "models":
+        return ListOf(MODEL)
+    if name.endswith("_port"):
+        return whole(default, 0, 65535)
+    if name.endswith("_url"):
+        return address(default)
+    match default:
+        case bool():
+            return switch(default)
+        case int():
+            return whole(default, 0, 1_000_000_000)
+        case str():
+            return text(default)
+        case tuple():
+            return ListOf(text())
+    return Table({key: text(value) for key, value in default.items()}, others=text())
+
+
+def row_rule(row: Provider, more: dict[str, Rule], needs: tuple[str, ...] = ()) -> Table:
+    """The rule of a table in the configuration that is laid over a row."""
+    fields = (f.name for f in dataclasses.fields(row) if f.name != "name")
+    keys = {name.replace("_", "-"): rule_of(name, getattr(row, name)) for name in fields}
+    return Table({**more, **keys}, needs, switch=not needs)
+
+
+def key_rules() -> dict[str, Rule]:
+    rules: dict[str, Rule] = {}
+    for name, row in API_KEYS.items():
+        if name == "openai-compatibility":
+            entries = ListOf(Table({"api-key": text()}, needs=("api-key",)))
+            named: dict[str, Rule] = {"name": text(), "api-key-entries": entries}
+            rules[name] = ListOf(row_rule(row, named, ("name", "base-url")))
+        else:
+            rules[name] = ListOf(row_rule(row, {"api-key": text()}, ("api-key",)))
+    return rules
+
+
+KEYS = Table(
+    {
+        "host": text("127.0.0.1"),
+        "port": whole(8317, 0, 65535),
+        "auth-dir": text("~/.ampproxy"),
+        "api-keys": ListOf(text()),
+        "debug": switch(False),
+        "logging-to-file": switch(False),
+        "proxy-url": address(),
+        "request-retry": whole(3, 1, 100),
+        "max-retry-interval": amount(30.0),
+        "max-cooldown": amount(1800.0),
+        "routing": Table(
+            {
+                "strategy": choice("least-connections", "round-robin", "fill-first"),
+                "session-affinity-ttl": span("2h"),
+            }
+        ),
+        "streaming": Table(
+            {
+                "keepalive-seconds": amount(15.0),
+                "idle-timeout-seconds": amount(300.0),
+            }
+        ),
+        "ampcode": Table(
+            {
+                "upstream-url": address("https://ampcode.com"),
+                "upstream-api-key": text(),
+                "upstream-api-keys": ListOf(CLIENT_KEYS),
+                "restrict-management-to-localhost": switch(False),
+                "fallback": choice("always", "unserved", "never"),
+                "client-inference": switch(True),
+                "force-model-mappings": switch(False),
+                "model-mappings": ListOf(MAPPING),
+            }
+        ),
+        "providers": Table({name: row_rule(row, {}) for name, row in LOGINS.items()}),
+        **key_rules(),
+    }
+)
+
+
+def default_of(rule: Rule) -> Any:
+    if isinstance(rule, Table):
+        return {name: default_of(inner) for name, inner in rule.keys.items()}
+    if isinstance(rule, ListOf):
+        return []
+    return rule.default
 
 
 class ConfigFile:
+    """One reading of a file: its `config` in full, and `warnings` about what it does not know.
+
+    Raises Failure with file, line, key and what was expected.
+    """
+
     def __init__(self, path: Path, running: bool) -> None:
-        self.path, self.warnings = path, list[str]()
+        self.path = path
+        self.warnings: list[str] = []
         try:
-            self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+            self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
             node = self.loader.get_single_node()
             if running and (node is None or not node.value or node.tag.endswith(":null")):
                 raise ValueError("it is empty")
-            self.config: Json = self.read(node, DEFAULTS, "")
+            self.config: Json = self.read(node, KEYS, "")
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
-            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-            raise Failure(f"{place}: cannot be read: {problem or why(error)}") from error
+            reason = getattr(error, "problem", None) or explain(error)
+            raise Failure(f"{place}: cannot be read: {reason}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
-        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key[1:] or 'the file'}: {reason}")
+        raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
 
-    def read(self, node: yaml.Node | None, example: Any, key: str) -> Any:
-        if node is None or node.tag.endswith(":null") or (node.value == "" and "base-url" in key):
-            return default(example)
-        if isinstance(node, yaml.MappingNode) and isinstance(example, dict):
-            return self.read_table(node, example, key)
-        if isinstance(node, yaml.SequenceNode) and isinstance(example, list):
-            return [self.read(n, example[0], f"{key}[{i}]") for i, n in enumerate(node.value)]
-        value, name = self.loader.construct_object(node, deep=True), key.rpartition(".")[2]
-        for variable in re.findall(r"\$\{(\w+)\}", value) if isinstance(value, str) else ():
+    def read(self, node: yaml.Node | None, rule: Rule, key: str) -> Any:
+        if node is None or node.tag.endswith(":null"):
+            return default_of(rule)
+        if isinstance(rule, Table) and isinstance(node, yaml.MappingNode):
+            return self.read_table(node, rule, key)
+        if isinstance(rule, ListOf) and isinstance(node, yaml.SequenceNode):
+            members = enumerate(node.value)
+            return [self.read(member, rule.member, f"{key}[{i}]") for i, member in members]
+        return self.read_value(node, rule, key)
+
+    def read_value(self, node: yaml.Node, rule: Rule, key: str) -> Any:
+        value = self.loader.construct_object(node, deep=True)
+        if isinstance(value, str):
+            value = self.with_environment(node, key, value).strip()
+        if isinstance(rule, Table) and rule.switch and isinstance(value, bool):
+            return {**default_of(rule), "enabled": value}
+        if isinstance(rule, Table) and rule.or_text and value and isinstance(value, str):
+            return value
+        if isinstance(rule, ListOf) and rule.lone and value and isinstance(value, str):
+            return [value]
+        if not isinstance(rule, Value) or not rule.fits(value):
+            self.fail(node, key, f"expected {rule.expected}")
+        return value
+
+    def with_environment(self, node: yaml.Node, key: str, value: str) -> str:
+        for variable in re.findall(r"\$\{(\w+)\}", value):
             if variable not in os.environ:
                 self.fail(node, key, f"the environment variable {variable} is not set")
             value = value.replace(f"${{{variable}}}", os.environ[variable])
-        match example, value:  # short forms: a switch for a row, a text for a list or a model
-            case {"enabled": _}, bool():
-                return {**default(example), "enabled": value}
-            case [""], str() if name == "to" and value:
-                return [value]
-            case {"alias": _}, str() if value:
-                return value
-        if expected := self.misfit(example, value, name):
-            self.fail(node, key, f"expected {expected}")
-        return value.strip() if isinstance(value, str) else value
+        return value
 
-    def misfit(self, example: Any, value: Any, name: str) -> str:
-        kind, words, (low, high) = type(example), WORDS[type(example)], RANGES.get(name, (0, 1e9))
-        fits: Any = type(value) is kind or (kind, type(value)) == (float, int)
-        if kind in (int, float):
-            fits, words = fits and low <= value <= high, f"{words} from {low} to {high:g}"
-        elif kind is str and "|" in example:
-            fits, words = value in example.split("|"), f"one of {example.replace('|', ', ')}"
-        elif name.endswith("-url"):
-            words, fits = "an address that begins with http:// or https://", fits and value == ""
-            with suppress(ValueError, TypeError):
-                fits = fits or (URL(value).scheme in ("http", "https") and URL(value).host)
-        elif re.fullmatch(r"(\d+[smh])+", str(example)):
-            fits = re.fullmatch(r"\d+|(\d+[smh])+", str(value))
-            words = "a length of time such as 2h, 30m or 90"
-        return "" if fits else words
-
-    def read_table(self, node: yaml.MappingNode, example: Json, key: str) -> Json:
+    def read_table(self, node: yaml.MappingNode, rule: Table, key: str) -> Json:
         self.loader.flatten_mapping(node)
-        names = {name.rstrip("!"): inner for name, inner in example.items()}
-        given = {str(name.value): value for name, value in node.value}
-        if key.rpartition(".")[2] in ("headers", "paths", "authorize-query", "thinking"):
-            names |= dict.fromkeys(given, "")
-        values = {name: self.read(given.get(name), names[name], f"{key}.{name}") for name in names}
-        for name, inner in example.get("ampcode", {}).items():  # CLIProxyAPI's older names
-            old = given.pop(f"amp-{name}", None)
-            if old and values["ampcode"][name] == default(inner):
-                values["ampcode"][name] = self.read(old, inner, f".amp-{name}")
-        for node_name in (n for n, _ in node.value if n.value in given.keys() - names):
-            near = difflib.get_close_matches(node_name.value, names, 1, 0)[0]
-            told = f"unknown key {node_name.value!r}; the nearest is {near!r}"
-            self.warnings.append(f"{self.path}:{node_name.start_mark.line + 1}: {told}")
-        if missing := [n[:-1] for n in example if n.endswith("!") and not values[n[:-1]]]:
-            self.fail(node, key, f"needs {missing[0]!r}")
-        try:
-            re.compile(values["from"] if values.get("regex") else "")
-        except re.error as error:
-            self.fail(given["from"], f"{key}.from", f"is no regular expression: {error}")
+        rules, given = dict(rule.keys), {str(name.value): value for name, value in node.value}
+        if rule.others:
+            rules |= {name: rule.others for name in given if name not in rules}
+        dot = f"{key}." if key else ""
+        values = {name: self.read(given.get(name), rules[name], dot + name) for name in rules}
+        if rule is KEYS:
+            self.read_old_names(values["ampcode"], given)
+        for name_node, _ in node.value:
+            if str(name_node.value) in given.keys() - rules.keys():
+                self.warn(name_node, rules)
+        for name in rule.needs:
+            if not values[name]:
+                self.fail(node, key, f"needs {name!r}")
+        if rule is MAPPING and values["regex"]:
+            self.check_pattern(given["from"], values["from"], f"{dot}from")
         return values
+
+    def read_old_names(self, ampcode: Json, given: dict[str, yaml.Node]) -> None:
+        """CLIProxyAPI's older files have amp-upstream-url and others at the top."""
+        rule = KEYS.keys["ampcode"]
+        assert isinstance(rule, Table)
+        for name, inner in rule.keys.items():
+            old = given.pop(f"amp-{name}", None)
+            if old is not None and ampcode[name] == default_of(inner):
+                ampcode[name] = self.read(old, inner, f"amp-{name}")
+
+    def warn(self, node: yaml.Node, known: Collection[str]) -> None:
+        near = difflib.get_close_matches(str(node.value), known, 1, 0)[0]
+        place = f"{self.path}:{node.start_mark.line + 1}"
+        self.warnings.append(f"{place}: unknown key {node.value!r}; the nearest is {near!r}")
+
+    def check_pattern(self, node: yaml.Node, pattern: str, key: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.fail(node, key, f"is no regular expression: {error}")
 
 
 def find_config(given: str | None) -> Path | None:
-    folders = (Path.cwd(), Path(__file__).resolve().parent, Path("~/.config/ampproxy").expanduser())
-    found = (d / "config.yaml" for d in folders if (d / "config.yaml").is_file())
-    return Path(given).expanduser() if given else next(found, None)
-
-
-def is_loopback(host: str) -> bool:
-    return bool(re.fullmatch(r"(::ffff:)?127(\.\d+){3}|::1|localhost", host.lower()))
-
-
-def stamp(path: Path) -> tuple[int, ...] | None:
-    with suppress(OSError):
-        return (found := path.stat()).st_mtime_ns, found.st_size, found.st_ino
+    """The file to read: the one that was named, else the first one there."""
+    if given:
+        return Path(given).expanduser()
+    own = Path("~/.config/ampproxy").expanduser()
+    for folder in (Path.cwd(), Path(__file__).resolve().parent, own):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
     return None
 
 
+def is_loopback(host: str) -> bool:
+    return bool(re.fullmatch(r"(::ffff:)?127(\.\d{1,3}){3}|::1|localhost", host.lower()))
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+# -- Rows as they are in effect --
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A provider in effect, and the API keys for it; none for a kind of login."""
+
+    id: str  # the same after the configuration was read anew
+    kind: str  # the name of the row in LOGINS or API_KEYS
+    provider: Provider
+    keys: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.provider.name
+
+
+def overlaid(row: Provider, given: Json) -> Provider:
+    """A row with what the configuration says, which is all fields of it."""
+    changes: Json = {}
+    for one in dataclasses.fields(row):
+        value = given.get(one.name.replace("_", "-"), "")
+        if one.name == "base_url":
+            value = value or row.base_url
+        if one.name == "models" or isinstance(getattr(row, one.name), tuple):
+            value = tuple(value) or getattr(row, one.name)
+        changes[one.name] = value
+    changes["name"] = given.get("name") or row.name
+    return Provider(**changes)
+
+
+def rows_of(config: Json) -> list[Row]:
+    """Who may answer, in the order of asking: logins before keys."""
+    rows = []
+    for kind, row in LOGINS.items():
+        provider = overlaid(row, config["providers"][kind])
+        rows.append(Row(kind, kind, provider))
+    for kind, row in API_KEYS.items():
+        for index, entry in enumerate(config[kind]):
+            provider = overlaid(row, entry)
+            keys = [one["api-key"] for one in entry.get("api-key-entries", ())]
+            keys = [entry["api-key"]] if "api-key" in entry else keys
+            # A service on this machine may want no key at all, but a header must say something.
+            rows.append(Row(f"{kind} {index}", kind, provider, tuple(keys) or ("-",)))
+    return [row for row in rows if row.provider.enabled and row.provider.paths]
+
+
 class Live:
+    """The configuration in effect.  `version` grows with each change that is taken up."""
+
     def __init__(self, path: Path | None, **given: Any) -> None:
-        self.path, self.given, self.seen = path, given, path and stamp(path)
+        self.path, self.given = path, given
+        self.seen = stamp(path) if path else None
+        self.version = 0
         self.load()
         self.given |= {"host": self.config["host"], "port": self.config["port"]}
 
     def load(self, running: bool = False) -> None:
         file = ConfigFile(self.path, running) if self.path else None
-        config: Json = {**(file.config if file else default(DEFAULTS)), **self.given}
+        config: Json = {**(file.config if file else default_of(KEYS)), **self.given}
         config["api-keys"] = [key for key in config["api-keys"] if key]
         if not is_loopback(config["host"]) and not config["api-keys"]:
             raise Failure(f"host {config['host']!r} is open to other machines: set api-keys")
-        self.auth_dir = Path(config["auth-dir"]).expanduser()
-        self.config, self.warnings = config, file.warnings if file else []
-        keys = [(kind, entry | key) for kind in KEY_LISTS for entry in config[kind]
-                for key in entry.get("api-key-entries", [{}]) or [{"api-key": "-"}]]  # fmt: skip
-        pairs = [*config["providers"].items(), *keys]
-        self.rows = [as_row(k, e) for k, e in pairs if e.get("enabled", True) and e["paths"]]
+        auth_dir = Path(config["auth-dir"]).expanduser()
+        rows = rows_of(config)
+        self.config, self.auth_dir, self.rows = config, auth_dir, rows
+        self.warnings = file.warnings if file else []
+        self.version += 1
 
     def reload(self) -> bool:
         """Whether the file has changed and is in effect; raises for a broken one, once."""
-        seen, self.seen = self.seen, (self.path and stamp(self.path)) or self.seen
-        if self.seen != seen:
-            self.load(running=True)
-            log.info("%s is taken up", self.path)
-        return self.seen != seen
-
-
-def as_row(kind: str, entry: Json) -> Json:
-    """`models` by the names for clients; `id`: the type of its logins, or a path for its key."""
-    models = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in entry["models"]]
-    row = {"name": kind, "kind": kind, "id": kind, **entry}
-    row["models"] = {m["alias"] or m["name"]: m["name"] for m in models}
-    if "api-key" in row:
-        name = hashlib.sha256(f"{row['base-url']} {row['api-key']}".encode()).hexdigest()[:8]
-        token = {"type": kind, "email": f"{name} {row['name']}", "access_token": row["api-key"]}
-        row |= {"id": Path(row["name"], name), "token": token}
-    return row
-
-
-def matches(name: str, patterns: Collection[str]) -> bool:
-    return bool(patterns and any_of(tuple(patterns)).match(name))
-
-
-# == Provider rules ================================================================================
-# What a login's backend asks of a request (providers.md 1.3, 2.3), changed in place.
-IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
-SIGNATURE = re.compile(r"E[g-v]|R[WX]")  # base64 of a first byte 0x12, once or twice encoded (12)
-TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
-
-
-def prepare_claude(body: Json, headers: Headers, row: Json) -> None:
-    """The beta list, then the body.  context-1m would be billed beside the plan: it is dropped."""
-    listed, own = body.pop("betas", None), row["headers"]["anthropic-beta"]
-    asked = [headers.get("anthropic-beta", ""), *(listed if isinstance(listed, list) else ()), own]
-    betas = dict.fromkeys(re.findall(r"[^\s,]+", ",".join(map(str, asked))))
-    headers["anthropic-beta"] = ",".join(b for b in betas if not b.startswith("context-1m"))
-    if table(body.get("thinking")).get("type") == "auto":  # a word of Amp's only
-        body["thinking"]["type"] = "adaptive"
-    if isinstance(body.get("messages"), list):
-        body["messages"] = [message for message in body["messages"] if is_clean(message)]
-    if row["identity"]:
-        body["system"] = with_identity(body.get("system"))
-
-
-def is_clean(block: Any, depth: int = 9) -> bool:
-    """Whether a block, or a message, may be sent on; what it holds is cleaned in place."""
-    match block:
-        case {"type": "text", "text": ""}:
+        if not self.path:
             return False
-        case {"type": "thinking"}:
-            return bool(SIGNATURE.match(str(block.get("signature"))))
-        case {"type": "tool_use", "id": str(name)}:
-            block["id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-            for key in block.keys() - TOOL_USE_KEYS:
-                del block[key]
-        case {"type": "tool_result", "tool_use_id": str(name)}:
-            block["tool_use_id"] = re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-    if depth and isinstance(content := table(block).get("content"), list) and content:
-        block["content"] = [inner for inner in content if is_clean(inner, depth - 1)]
-        return bool(block["content"]) or "role" not in block
-    return True
-
-
-def with_identity(system: Any) -> list[Any]:
-    blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
-    blocks = [block for block in blocks if is_clean(block)]
-    start = "\n".join(str(block.get("text")) for block in blocks[:2] if isinstance(block, dict))
-    there = re.match(f"(x-anthropic-billing-header.*\n+)?{IDENTITY}", start)
-    return blocks if there else [{"type": "text", "text": IDENTITY}, *blocks]
-
-
-def prepare_codex(body: Json, headers: Headers, row: Json) -> None:
-    if body.get("previous_response_id"):
-        raise ProxyError(400, "previous_response_id: no answer is kept here, send the whole input")
-    tier = [] if body.get("service_tier") == "priority" else ["service_tier"]
-    for name in [name for name in body if matches(name, row["drops"] + tier)]:
-        del body[name]
-    given, told = body.get("input"), [body.get("instructions")]
-    asked = {"role": "user", "content": [{"type": "input_text", "text": str(given or "")}]}
-    body["input"] = list[Any]()
-    for item in given if isinstance(given, list) else [asked]:
-        if isinstance(item, dict) and item.get("role") == "system":
-            content = item.get("content")
-            parts = content if isinstance(content, list) else [{"text": content}]
-            told += [part.get("text") for part in parts if isinstance(part, dict)]
-        elif not isinstance(item, dict) or is_readable(item):
-            body["input"].append(item)
-    text = "\n\n".join(text for text in told if text and isinstance(text, str))
-    body |= {"instructions": text or "You are a helpful assistant.", "store": False, "stream": True}
-    body["include"] = ["reasoning.encrypted_content"]
-    body.setdefault("parallel_tool_calls", True)
-
-
-def is_readable(item: Json) -> bool:
-    item.pop("id", None)
-    if len(call_id := str(item.get("call_id") or "")) > 64:
-        item["call_id"] = f"{call_id[:47]}_{hashlib.sha256(call_id.encode()).hexdigest()[:16]}"
-    kind, secret = item.get("type"), str(item.get("encrypted_content"))
-    return kind != "item_reference" and (kind != "reasoning" or secret.startswith("gAAAA"))
-
-
-RULES = {"claude": prepare_claude, "codex": prepare_codex}
+        before, self.seen = self.seen, stamp(self.path) or self.seen
+        if self.seen == before:
+            return False
+        self.load(running=True)
+        log.info("%s is taken up", self.path)
+        return True
 
 
 # == Token files ===================================================================================
-# One JSON file an account, in CLIProxyAPI's format; fields of others, and their edits, survive.
+#
+# One JSON file an account, `<type>-<email>.json`, in CLIProxyAPI's format.  Keys of others, and
+# what others changed meanwhile, survive each save.
+
+
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -478,118 +960,223 @@ def save_token(path: Path, token: Json) -> None:
 
 
 def read_token(path: Path) -> Json:
-    token = read_object(path.read_bytes())
+    token = parse_object(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
     return token
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
+    """The changes over what the file says now; over what was known where it cannot be read."""
     with suppress(OSError, ValueError):
         known = read_token(path)
     return known | changes
 
 
-def rfc3339(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def moment(value: Any) -> float:
-    with suppress(ValueError, TypeError, OverflowError):
-        return datetime.fromisoformat(value).astimezone(UTC).timestamp()
-    return 0.0
-
-
 def expiry(token: Json) -> float:
-    return moment(token.get("expired")) if token.get("refresh_token") else float("inf")
+    """Seconds since 1970; never, for a token that nothing could refresh (a setup token)."""
+    if not token.get("refresh_token"):
+        return NEVER
+    return parse_time(token.get("expired"))
 
 
 def claims(token: Json) -> Json:
     """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
-    with suppress(ValueError, LookupError, AttributeError):
-        told = read_object(base64.urlsafe_b64decode(str(token["id_token"]).split(".")[1] + "=="))
-        auth = told.get("https://api.openai.com/auth") or {}
-        names = {"account_id": "chatgpt_account_id", "plan": "chatgpt_plan_type", "email": "email"}
-        return {k: found for k, v in names.items() if (found := auth.get(v) or told.get(v))}
-    return {}
+    try:
+        payload = str(token["id_token"]).split(".")[1]
+        told = parse_object(base64.urlsafe_b64decode(payload + "=="))
+    except (ValueError, LookupError):
+        return {}
+    auth = as_dict(told.get("https://api.openai.com/auth"))
+    found = {
+        "account_id": auth.get("chatgpt_account_id"),
+        "plan": auth.get("chatgpt_plan_type"),
+        "email": auth.get("email") or told.get("email"),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 # == The network ===================================================================================
-# No cookie is kept, no redirect followed, nothing unpacked, no header added.
+#
+# One session to the outside.  No cookie is kept, no redirect followed, no header added, nothing
+# unpacked unless somebody asks for it.  Time limits are those of a head; bodies have their own.
+
 NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error)
 
 
-async def stay(*_: object) -> None:  # for WebSockets: aiohttp would follow, keys and all
-    raise ValueError("it redirects")
+class Redirected(ValueError):
+    """Of a WebSocket's handshake."""
+
+
+async def refuse_redirect(*_: object) -> None:
+    """For WebSockets: aiohttp has no switch for them, and would follow with all our keys."""
+    raise Redirected
+
+
+NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+    (Redirected, "it redirects"),
+    (TimeoutError, "it does not answer in time"),
+    (aiohttp.ServerDisconnectedError, "it hung up without an answer"),
+    (aiohttp.ClientConnectorCertificateError, "its certificate is not trusted"),
+    (aiohttp.ClientSSLError, "no TLS connection can be made"),
+    (aiohttp.ClientConnectorDNSError, "its name is not known"),
+    (aiohttp.ClientPayloadError, "its answer was cut short"),
+    (aiohttp.ClientResponseError, "what it sent is no HTTP"),
+    (aiohttp.InvalidURL, "this is no address"),
+    (zlib.error, "what it packed cannot be unpacked"),
+)
+
+
+def net_words(error: BaseException) -> str:
+    """What went wrong, in our words: a library's may hold headers, keys and pieces of a body."""
+    for kind, words in NET_WORDS:
+        if isinstance(error, kind):
+            return words
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, (aiohttp.ClientError, ConnectionError)):
+        return "the connection broke"
+    return type(error).__name__
+
+
+@functools.lru_cache(256)
+def as_url(url: str) -> URL:
+    return URL(url, encoded=True)
 
 
 class Net:
     def __init__(self, live: Live) -> None:
-        self.live, trace = live, aiohttp.TraceConfig()
-        trace.on_request_redirect.append(stay)
-        self.proxies = urllib.request.getproxies()  # aiohttp's look-up is slow, and reads ~/.netrc
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=20),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trace_configs=[trace],
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            max_line_size=65536, max_field_size=65536)  # fmt: skip
+        self.live = live
+        self.retired: dict[Upstream, asyncio.Task[None]] = {}
+        # aiohttp's own look into the environment is slow, and reads ~/.netrc, too.
+        self.proxies = {k: v for k, v in urllib.request.getproxies().items() if v}
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=20)
+        options: Any = {
+            "connector": connector,
+            "cookie_jar": aiohttp.DummyCookieJar(),
+            "auto_decompress": False,
+            "skip_auto_headers": ("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            "max_line_size": 65536,
+            "max_field_size": 65536,
+        }
+        trace = aiohttp.TraceConfig()
+        trace.on_request_redirect.append(refuse_redirect)
+        self.session = aiohttp.ClientSession(**options)
+        self.sockets = aiohttp.ClientSession(
+            **options, connector_owner=False, trace_configs=[trace]
+        )
+
+    async def close(self) -> None:
+        for task in self.retired.values():
+            task.cancel()
+        await self.sockets.close()
+        await self.session.close()
 
     def proxy(self, url: str) -> str | None:
-        given = re.sub("^(?=[^/]+/?$)", "http://", self.proxies.get(url.partition(":")[0], ""))
-        around = given and urllib.request.proxy_bypass(URL(url).host or "")
-        return self.live.config["proxy-url"] or (None if around else given or None)
+        """The outbound proxy for an address: the configuration's, else the environment's."""
+        if own := self.live.config["proxy-url"]:
+            return str(own)
+        given = self.proxies.get(url.partition(":")[0])
+        if not given or urllib.request.proxy_bypass(as_url(url).host or ""):
+            return None
+        return given if "://" in given else f"http://{given}"
 
     @asynccontextmanager
-    async def ask(self, method: str, url: str, **more: Any) -> AsyncIterator[Upstream]:
-        """The answer, its headers read; closed on the way out.  ProxyError 502 when none comes."""
-        idle = more.pop("idle", self.live.config["streaming"]["idle-timeout-seconds"])
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=idle or None)
+    async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
+        """An answer whose headers were read, within `idle` seconds; 0 is any time.
+
+        It is closed on the way out: one that was read to its end has given its connection back by
+        then.  ProxyError 502 when none comes.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
         more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
-            response = await self.session.request(method, URL(url, encoded=True), **more)
+            async with asyncio.timeout(idle or None):
+                response = await self.session.request(method, as_url(url), **more)
         except NET_ERRORS as error:
-            host = URL(url).host or "an empty upstream-url"
-            raise ProxyError(502, f"{host} cannot be reached: {why(error)}") from error
-        with closing(response):  # what was read to its end has given its connection back already
+            host = as_url(url).host or "an empty upstream-url"
+            raise fault(502, f"{host} cannot be reached: {net_words(error)}") from None
+        try:
             yield response
+        finally:
+            if response not in self.retired:
+                response.close()
+
+    def retire(self, response: Upstream) -> None:
+        """Its answer is over.  If the upstream ends it, too, the connection can be used again."""
+        if not response.content.at_eof():
+            self.retired[response] = asyncio.create_task(self.await_end(response))
+
+    async def await_end(self, response: Upstream) -> None:
+        try:
+            async with asyncio.timeout(1):
+                await response.content.readany()  # one more piece is one too many: it is closed
+        except NET_ERRORS:
+            pass
+        finally:
+            response.close()
+            del self.retired[response]
 
     async def ask_json(self, method: str, url: str, headers: Json, data: Any) -> tuple[int, Json]:
+        """Status and answer; {"error": words} for an answer that is no JSON object."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}", **headers}
-        async with self.ask(method, url, idle=30, headers=headers, data=data) as response:
-            raw = await response.read()
-        with suppress(ValueError):
-            return response.status, read_object(inflate(raw) or raw)
-        said = raw[:300].decode(errors="replace") if response.status != 200 else "no JSON"
-        return response.status, {"error": said}
+        async with self.ask(method, url, 30, headers=headers, data=data) as response:
+            async with asyncio.timeout(30):
+                raw = await response.read()
+            status = response.status
+        try:
+            return status, parse_object(unpack_gzip(raw) or raw)
+        except ValueError:
+            # What is no JSON under a 200 might hold a token.
+            words = raw[:300].decode(errors="replace") if status != 200 else "no JSON"
+            return status, {"error": words}
+
+
+def error_parts(answer: Json) -> Json:
+    """The table of an error, wherever it stands in an answer."""
+    return as_dict(answer.get("error")) or answer
+
+
+ERROR_KEYS = ("type", "code", "status", "error", "message", "error_description", "detail")
 
 
 def error_text(answer: Json, *keys: str) -> str:
-    parts = table(answer.get("error")) or answer
-    keys = keys or ("type", "code", "status", "error", "message", "error_description", "detail")
-    said = [str(parts[key]) for key in keys if parts.get(key) and parts[key] != "error"]
-    return ": ".join(dict.fromkeys(said))[:300]
+    """What an error says in these keys, each thing once."""
+    parts = error_parts(answer)
+    told = [str(parts[key])[:300] for key in keys or ERROR_KEYS if parts.get(key)]
+    return ": ".join(dict.fromkeys(words for words in told if words != "error"))[:300]
 
 
 @asynccontextmanager
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
+    """Serve until the block ends; yields the port.  `hint`: what to do when it is taken."""
     runner = web.ServerRunner(server, shutdown_timeout=5)  # aiohttp waits twice as long
     await runner.setup()
     async with AsyncExitStack() as stack:
         stack.push_async_callback(runner.cleanup)
         try:
-            await web.TCPSite(runner, host or None, port).start()
+            await web.TCPSite(runner, host or None, port, backlog=4096).start()
         except OSError as error:
             raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
         yield runner.addresses[0][1]
 
 
 # == Signing in ====================================================================================
-# OAuth with PKCE (RFC 7636); the callback comes to this machine, or is pasted, whichever is first.
-FATAL = "invalid_grant|refresh_token_(reused|expired|invalidated)|unauthorized_client"
-say = functools.partial(print, flush=True)
+#
+# OAuth with PKCE (RFC 7636).  The callback comes to this machine, or its address is pasted into the
+# terminal, whichever is first.
+
+FATAL = (  # words of a token endpoint after which only a new login helps
+    "invalid_grant",
+    "refresh_token_reused",
+    "refresh_token_expired",
+    "refresh_token_invalidated",
+    "unauthorized_client",
+)
 
 
 def pkce() -> tuple[str, str]:
+    """Verifier and challenge."""
     verifier = secrets.token_urlsafe(64)
     digest = hashlib.sha256(verifier.encode()).digest()
     return verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
@@ -597,10 +1184,11 @@ def pkce() -> tuple[str, str]:
 
 def read_callback(line: str) -> dict[str, str]:
     """code, state, error of a URL, its query or fragment, or `code#state`; {} for no sense."""
-    line = line.strip().strip("'\"<>")
+    line = line.strip().strip("'\"<>")[:8192]
     found = dict(parse_qsl(re.sub("[?#]", "&", line)))
     pair = re.fullmatch(r"(?:\S*code=)?([^\s#=&?/]+)#([^\s#=&?/]+)", unquote_plus(line))
-    found |= {"code": pair[1], "state": pair[2]} if pair else {}
+    if pair:
+        found |= {"code": pair[1], "state": pair[2]}
     return found if found.get("code") or "error" in found else {}
 
 
@@ -610,37 +1198,60 @@ def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) ->
             loop.call_soon_threadsafe(use, line.decode(errors="replace"))
 
 
-async def sign_in(live: Live, row: Json, browser: bool) -> tuple[str, Path]:
-    (verifier, challenge), state = pkce(), secrets.token_urlsafe(24)
-    query = {name: row[name.replace("_", "-")] for name in ("client_id", "scope")}
-    query |= {**row["authorize-query"], "response_type": "code", "state": state}
-    query |= {"code_challenge": challenge, "code_challenge_method": "S256"}
-    found, redirect = await await_callback(row, query, browser)
+async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, Path]:
+    """Who signed in, and the file that keeps the login."""
+    verifier, challenge = pkce()
+    state = secrets.token_urlsafe(24)
+    query = {
+        "client_id": provider.client_id,
+        "scope": provider.scope,
+        **provider.authorize_query,
+        "response_type": "code",
+        "state": state,
+        "code_challenge": challenge,
+        "code_challenge_method": "S256",
+    }
+    found, redirect = await await_callback(provider, query, browser)
     if "error" in found:
         raise Failure(f"the login was refused: {error_text(found)}")
-    if not same(found.get("state", ""), state):
+    if not equal(found.get("state", ""), state):
         raise Failure("the state of that callback belongs to another login: start again")
-    form = {"grant_type": "authorization_code", "code": found["code"], "redirect_uri": redirect}
-    form |= {"code_verifier": verifier} | ({} if row["token-form"] else {"state": state})
-    net, token = Net(live), {"type": row["name"], "refresh_token": "", "id_token": ""}
-    async with net.session:
-        answer = await ask_token(net, row, form)
-        token |= await identity_of(net, row, answer) | token_fields(answer, time.time())
-    name = f"{row['name']}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-    save_token(live.auth_dir / name, merge_token(live.auth_dir / name, {}, token))
-    return token["email"], live.auth_dir / name
+    form = {
+        "grant_type": "authorization_code",
+        "code": found["code"],
+        "redirect_uri": redirect,
+        "code_verifier": verifier,
+    }
+    if not provider.token_form:
+        form["state"] = state
+    net = Net(live)
+    try:
+        answer = await ask_token(net, provider, form)
+        who = await identity_of(net, provider, answer)
+    finally:
+        await net.close()
+    token = {"type": provider.name, "refresh_token": "", "id_token": "", **who}
+    token |= token_fields(answer, time.time())
+    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
+    path = live.auth_dir / name
+    save_token(path, merge_token(path, {}, token))
+    return token["email"], path
 
 
-async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[str, str], str]:
+async def await_callback(
+    provider: Provider, query: Json, browser: bool
+) -> tuple[dict[str, str], str]:
+    """What the callback said, and the address that it was asked to come to."""
     callback = asyncio.Future[dict[str, str]]()
 
     def take(text: str) -> bool:
-        if (found := read_callback(text)) and not callback.done():
+        found = read_callback(text)
+        if found and not callback.done():
             callback.set_result(found)
         return bool(found)
 
-    async def handle(request: web.BaseRequest) -> Answer:
-        if request.path != row["callback-path"] or not take(request.raw_path):
+    async def handle(request: web.BaseRequest) -> web.Response:
+        if request.path != provider.callback_path or not take(request.raw_path):
             return web.Response(status=404, text="This is not the callback.\n")
         return web.Response(text="The terminal says how the login went; you can close this page.\n")
 
@@ -648,11 +1259,11 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         if line.strip() and not take(line):
             say("That is no callback: it has neither a code nor an error. Still waiting.")
 
-    hint = f"end what holds it, or set providers.{row['name']}.callback-port"
-    async with listen(web.Server(handle), "127.0.0.1", row["callback-port"], hint) as port:
-        redirect = f"http://localhost:{port}{row['callback-path']}"
-        url = f"{row['authorize-url']}?{urlencode(query | {'redirect_uri': redirect})}"
-        say(f"Open this address in a browser to sign in to {row['name']}:\n\n{url}\n")
+    hint = f"end what holds it, or set providers.{provider.name}.callback-port"
+    async with listen(web.Server(handle), "127.0.0.1", provider.callback_port, hint) as port:
+        redirect = f"http://localhost:{port}{provider.callback_path}"
+        url = f"{provider.authorize_url}?{urlencode(query | {'redirect_uri': redirect})}"
+        say(f"Open this address in a browser to sign in to {provider.name}:\n\n{url}\n")
         if browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         say(f"A browser elsewhere needs: ssh -L {port}:127.0.0.1:{port} USER@THIS-MACHINE\n")
@@ -661,1013 +1272,2586 @@ async def await_callback(row: Json, query: Json, browser: bool) -> tuple[dict[st
         return await callback, redirect
 
 
-async def ask_token(net: Net, row: Json, form: Json) -> Json:
+async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
-    own = {"client_id": row["client-id"], "client_secret": row["client-secret"]}
-    form = {"grant_type": "refresh_token"} | {k: v for k, v in own.items() if v} | form
-    kind, data = ("x-www-form-urlencoded", form) if row["token-form"] else ("json", compact(form))
+    own = {"client_id": provider.client_id, "client_secret": provider.client_secret}
+    form = {name: value for name, value in own.items() if value} | form
+    kind = "x-www-form-urlencoded" if provider.token_form else "json"
+    data = form if provider.token_form else write_json(form)
     headers = {"Content-Type": f"application/{kind}"}
-    status, answer = await net.ask_json("POST", row["token-url"], headers, data)
+    status, answer = await net.ask_json("POST", provider.token_url, headers, data)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
-    said = error_text(answer).replace(str(form.get("refresh_token") or form["code"]), "...")
-    message = f"{row['name']}'s token endpoint answered {status}: {said}"
-    raise ProxyError(401 if re.search(FATAL, message) else 503, message)
+    secret = str(form.get("refresh_token") or form["code"])
+    words = error_text(answer).replace(secret, "...")
+    final = any(code in words for code in FATAL)
+    message = f"{provider.name}'s token endpoint answered {status}: {words}"
+    raise fault(401 if final else 503, message)
 
 
 def token_fields(answer: Json, now: float) -> Json:
-    given = {k: answer[k] for k in ("access_token", "refresh_token", "id_token") if answer.get(k)}
-    ends = now + max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
-    return given | {"last_refresh": rfc3339(now), "expired": rfc3339(ends)}
+    """What a token endpoint's answer changes in a token file."""
+    names = ("access_token", "refresh_token", "id_token")
+    given = {name: answer[name] for name in names if answer.get(name)}
+    lasts = max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
+    return given | {"last_refresh": rfc3339(now), "expired": rfc3339(now + lasts)}
 
 
-async def identity_of(net: Net, row: Json, answer: Json) -> Json:
-    told = {"email": f"account-{secrets.token_hex(4)}", **claims(answer)}
-    headers = {"Authorization": f"Bearer {answer['access_token']}"}
-    with suppress(ProxyError, AttributeError, TypeError, *NET_ERRORS):
-        if row["profile-url"] and not (answer.get("account") or {}).get("email_address"):
-            _, answer = await net.ask_json("GET", row["profile-url"], headers, None)
-        account = answer.get("account", answer)
-        told["email"] = str(account.get("email_address") or account["email"])
-    return told
-
-
-# == Who asks, and what? ===========================================================================
-# A request before its body is read: may it (design.md, "Security"), and is it a model call?
-BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
-KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
-KEY_PARAMETERS = ("key", "auth_token")
-MODEL_PATH = re.compile(r"(?P<amp>/api/provider/[^/]+)?(?:/v1(?:beta1?(?:/publishers/google)?)?)*/"
-                        r"(?P<end>messages(/count_tokens)?|chat/completions|responses(/compact)?"
-                        r"|models/(?P<model>[^/:]+):(?P<verb>\w+))")  # fmt: skip
-LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
-SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
-DIALECTS = {"messages": "anthropic", "chat": "chat", "responses": "responses", "models": "gemini"}
-USAGE = re.compile(rb'"(?:(input_tokens|prompt_tokens|promptTokenCount)|output_tokens|'
-                   rb'completion_tokens|candidatesTokenCount)"\s*:\s*(\d{1,12})')  # fmt: skip
-BUDGETS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192, "high": 24576, "xhigh": 32768,
-           "max": 128000}  # fmt: skip
-SESSION_HEADERS = ("x-amp-thread-id", "x-claude-code-session-id", "session-id", "session_id",
-                   "thread-id", "x-session-id", "x-session-affinity")  # fmt: skip
-
-
-def bare(value: str) -> str:
-    return re.sub(r"(?i)^bearer\s+", "", value.strip())
-
-
-def without_suffix(model: str) -> tuple[str, str]:
-    """A model's name, and its thinking suffix: a level, a budget, or "" for unknown words."""
-    found = SUFFIX.fullmatch(model)
-    name, word = (found[1] or found[3], found[2] or found[4] or "") if found else (model, "")
-    known = word.lower() in (*BUDGETS, "auto") or re.fullmatch("[0-9]{1,9}", word)
-    return name, word.lower() if known else ""
-
-
-class Request(web.BaseRequest):
-    begun: Any = None  # the Relay whose first bytes have gone out
-
-    def refuse_strangers(self, config: Json, browses: bool) -> None:
-        host, origin = (self.headers.get(name, "").lower() for name in ("Host", "Origin"))
-        name = re.sub(r":\d+$", "", host).strip("[]")
-        if not (config["api-keys"] or is_loopback(name) or name == config["host"].lower()):
-            raise ProxyError(403, f"Host {host[:100]!r} is not an address of this proxy")
-        foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
-        site = self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
-        foreign = foreign or (site and not origin.startswith("vscode-webview://"))
-        if foreign and not (browses and self.headers.get("Sec-Fetch-Mode") == "navigate"):
-            raise ProxyError(403, "requests on behalf of another web site are refused")
-
-    def key(self, keys: list[str]) -> str:
-        given = (*map(self.headers.get, KEY_HEADERS), *map(self.query.get, KEY_PARAMETERS))
-        shown = [bare(value) for value in given if value and value.strip()]
-        right = [key for key in keys for value in shown if same(key, value)]
-        if keys and not right:
-            raise ProxyError(401, "Invalid API key" if shown else "Missing API key")
-        return right[0] if right else ""
-
-    def target(self, keys: list[str]) -> str:
-        path, mark, query = self.raw_path.partition("?")
-        pairs = ((pair, *map(unquote_plus, pair.partition("=")[::2])) for pair in query.split("&"))
-        kept = [pair for pair, name, value in pairs
-                if name not in KEY_PARAMETERS or bare(value) not in keys]  # fmt: skip
-        return path + (mark + "&".join(kept) if kept else "")
-
-
-class Call:
-    def __init__(self, request: Request, found: re.Match[str]) -> None:
-        first, _, last = found["end"].partition("/")
-        self.request, self.dialect, self.amp = request, DIALECTS[first], bool(found["amp"])
-        self.verb, self.model = found["verb"] or last or first, unquote(found["model"] or "")
-        self.raw, self.body, self.worded, self.headers = b"", Json(), b"", Headers()
-        self.row, self.folds, self.trouble, self.silence = Json(), False, "", 0.0
-        self.tokens = Counter(input_tokens=0, output_tokens=0)
-        self.route, self.provider, self.account, self.served_model = "none", "", "", ""
-
-    @property
-    def thread(self) -> str:
-        headers, user = self.request.headers, table(self.body.get("metadata")).get("user_id")
-        shown = [*map(headers.get, SESSION_HEADERS), user, self.body.get("prompt_cache_key")]
-        return next((text[:1000] for text in shown if text and isinstance(text, str)), "")
-
-    @property
-    def marks(self) -> dict[str, str]:
-        marks = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        return {f"x-ampproxy-{k}": re.sub(r"[^ -~]", "?", v)[:200] for k, v in marks.items() if v}
-
-    def count(self, data: bytes) -> None:
-        for sent, figure in USAGE.findall(data) if self.verb != "count_tokens" else ():
-            name = "input_tokens" if sent else "output_tokens"
-            self.tokens[name] = max(self.tokens[name], int(figure))
-
-    async def read(self) -> None:
-        try:
-            self.raw = await self.request.read()
-            self.body = read_object(self.raw)
-        except web.HTTPRequestEntityTooLarge as error:
-            raise ProxyError(413, "The request body is larger than 64 MiB") from error
-        except (web.RequestPayloadError, *NET_ERRORS) as error:
-            raise ProxyError(400, f"The request body cannot be read: {why(error)}") from error
-        model = self.model or self.body.get("model")
-        if not isinstance(model, str) or not model:
-            raise ProxyError(400, "The request names no model")
-        self.model, (self.wanted, self.effort) = model, without_suffix(model)
-
-    def forget_reasoning(self) -> bool:
-        items = self.body.get("input", [])
-        self.body["input"] = [i for i in items if not (isinstance(i, dict) and "summary" in i)]
-        self.worded = compact(self.body)
-        return len(self.body["input"]) < len(items) and not self.request.begun
+async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
+    """The e-mail address of who signed in, from wherever it is told; else a name is made up."""
+    who = {"email": f"account-{secrets.token_hex(4)}", **claims(answer)}
+    account = as_dict(answer.get("account"))
+    if provider.profile_url and not account.get("email_address"):
+        headers = {"Authorization": f"Bearer {answer['access_token']}"}
+        with suppress(ProxyError, *NET_ERRORS):
+            _, profile = await net.ask_json("GET", provider.profile_url, headers, None)
+            account = as_dict(profile.get("account")) or profile
+    email = account.get("email_address") or account.get("email")
+    if isinstance(email, str):
+        who["email"] = email
+    return who
 
 
 # == Accounts ======================================================================================
-# Who may answer, and with which token.  Knows no dialect, and no time but its clock's.
-NEVER = float("inf")
-RESTS = (  # what an error means: the first row that fits.  To add a rule, add a row.
-    # status and words of the error                    what rests seconds*     and then
-    (r"4.. .*(extra usage|long context)",              "",        0,           "stop"),
-    (r"401|400 .*api.key (not valid|expired)",         "account", NEVER,       "next"),
-    (r"402|... .*(credit balance|usage_not_included)", "account", 30 * MINUTE, "next"),
-    (r"403",                                           "account", DAY,         "next"),
-    (r"404|400 .*model.* not supported",               "model",   30 * MINUTE, "next"),
-    (r"429 .*(7d_oi\]|_EXHAUSTED)|... .* at capacity", "model",   MINUTE,      "wait"),
-    (r"429",                                           "account", MINUTE,      "wait"),
-    (r"408|50[0234]|529",                              "account", 5,           "again"),
-    (r"5",                                             "account", 5,           "next"),
-    (r"",                                              "",        0,           "stop"))  # fmt: skip
-# * where the error names no time.  again: as often as request-retry says; wait: if that is short
-SHORT_WAIT, RETRY_PAUSE, PROBE, REFRESH_WAIT, REFRESH_PAUSE = 10, 0.3, 2, 30, 30
-NEARLY_SPENT, THREADS = 95, 10_000  # per cent of a quota window; the threads that are remembered
+#
+# Who may answer next, with which token, and what an error means for that.  Knows no dialect, and no
+# time but that of the clock it is given, so that a test can live through a day in a second.
+#
+# A thread stays with its account while that can answer; the prompt cache is worth it.  A new one
+# goes to an account that is not nearly spent, of the highest priority, with the fewest running
+# requests and recent threads.
+#
+# To add a rule about errors, add a row to RESTS.
+
+SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
+RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
+PROBE = 2  # seconds that others leave an account alone that has just woken and is being tried
+REFRESH_WAIT, REFRESH_PAUSE = 30, 30  # seconds that a refresh may take; after one that failed
+NEARLY_SPENT = 95  # per cent of a quota window
+THREADS = 10_000  # that are remembered
 
 
-def verdict(error: ProxyError) -> tuple[str, float, str]:
-    said = f"{error.status} {error.said}"
-    return next(row[1:] for row in RESTS if re.match(row[0], said, re.I | re.S))
+class RestRule(NamedTuple):
+    """What an error means.  It fits by its status and, where they are named, a code or words."""
+
+    statuses: Collection[int]
+    codes: frozenset[str]  # of the provider, in lower case; "@7d_oi": a full window of that name
+    words: tuple[str, ...]  # patterns for its text, for errors that have no code of their own
+    rests: str  # "account", "model" or nobody: ""
+    seconds: float  # where the error names no time
+    then: str  # again: as often as request-retry says; wait: if short, else next; next; stop
+
+
+def rest_rules() -> tuple[RestRule, ...]:
+    some = frozenset
+    any_status, refused = range(400, 600), range(400, 500)
+    extra_usage = ("*extra usage*", "*long context*")  # Claude's, billed beside the plan
+    bad_key = ("*api?key not valid*", "*api?key expired*")  # Google's, with a 400
+    no_credit = ("*credit balance*", "*usage_not_included*")
+    no_model = ("*model*not supported*",)  # ChatGPT's, for a model that the plan lacks
+    quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
+    retried = (408, 500, 502, 503, 504, 529)
+    return (
+        RestRule(refused, some(), extra_usage, "", 0, "stop"),
+        RestRule((401,), some(), (), "account", NEVER, "next"),
+        RestRule((400,), some(), bad_key, "account", NEVER, "next"),
+        RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
+        RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
+        RestRule((403,), some(), (), "account", DAY, "next"),
+        RestRule((404,), some(), (), "model", 30 * MINUTE, "next"),
+        RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
+        RestRule((429,), quota, (), "model", MINUTE, "wait"),
+        RestRule(any_status, some(), ("* at capacity*",), "model", MINUTE, "wait"),
+        RestRule((429,), some(), (), "account", MINUTE, "wait"),
+        RestRule(retried, some(), (), "account", 5, "again"),
+        RestRule(range(500, 600), some(), (), "account", 5, "next"),
+        RestRule(any_status, some(), (), "", 0, "stop"),
+    )
+
+
+RESTS = rest_rules()
+
+
+def verdict(problem: Problem) -> RestRule:
+    """The first row of RESTS that fits."""
+    codes = problem.codes | {f"@{name}" for name in problem.windows}
+    for rule in RESTS:
+        if problem.status in rule.statuses:
+            if not rule.codes and not rule.words:
+                return rule
+            if codes & rule.codes or matches(problem.text[:300].replace("\n", " "), rule.words):
+                return rule
+    return RESTS[-1]
+
+
+@dataclass
+class Rest:
+    """Of an account, or of one model of it.  Times are the monotonic clock's."""
+
+    status: int
+    message: str
+    began: float
+    wakes: float
+
+
+@dataclass
+class Window:
+    """What an answer's headers told about a quota."""
+
+    name: str
+    full: bool
+    used_percent: float
+    resets_at: float  # seconds since 1970
 
 
 class Account:
-    def __init__(self, path: Path, token: Json) -> None:
-        self.path, self.token, self.type = path, token, str(token["type"])
-        self.email = str(token.get("email") or path.stem)
-        self.name = f"{self.type} {mask(self.email)}"
-        self.hint, self.row = f"run `ampproxy.py login {self.type}`", Json()
-        self.rests = dict[str, Any]()  # by model, "" for all: error; began, wakes (monotonic)
-        self.retry, self.trouble = 0.0, ""  # no refresh before then, and why
-        self.replaced = "-"  # the access token in the file that the present one came for
-        self.in_flight, self.turn, self.quota = 0, 0, list[Json]()
-        self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
-        self.refreshing: asyncio.Task[None] | None = None
+    """One subscription or key, and how it stands.  Rests have the model as key, "" is all of it."""
 
-    def resting(self, model: str) -> list[Any]:
+    hint = ""  # what to do when it rests for ever
+
+    def __init__(self, kind: str, label: str) -> None:
+        self.kind, self.label = kind, label
+        self.name = f"{kind} {mask(label)}"  # for the log
+        self.rests: dict[str, Rest] = {}
+        self.quota: list[Window] = []
+        self.in_flight = self.threads = self.turn = 0
+        self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
+        self.row: Row | None = None  # that it is bound to now
+
+    disabled = False
+    priority = 0.0
+    plan = ""
+    expires = NEVER
+
+    def resting(self, model: str) -> list[Rest]:
+        if not self.rests:
+            return []
         return [self.rests[key] for key in {"", model} if key in self.rests]
 
     def wait(self, model: str, now: float) -> float:
-        return max(0.0, *(float(rest.wakes) - now for rest in self.resting(model)), 0.0)
+        """Seconds until it may be asked for a model."""
+        return max((rest.wakes - now for rest in self.resting(model)), default=0.0)
 
     def state(self, now: float) -> str:
+        if self.disabled:
+            return "disabled"
         wait = self.wait("", now)
-        awake = "needs-login" if wait == NEVER else "resting" if wait else "ready"
-        return "disabled" if self.token.get("disabled") is True else awake
+        if wait == NEVER:
+            return "needs-login"
+        return "resting" if wait > 0 else "ready"
+
+    def nearly_spent(self, moment: float) -> bool:
+        """By the windows of all its models; a name with a `_` is that of some of them only."""
+        for window in self.quota:
+            spent = window.full or window.used_percent >= NEARLY_SPENT
+            if spent and window.resets_at > moment and "_" not in window.name:
+                return True
+        return False
+
+    @contextmanager
+    def leased(self) -> Iterator[None]:
+        self.in_flight += 1
+        self.counts["requests"] += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+
+class ApiKey(Account):
+    """A key of the configuration."""
+
+    def __init__(self, row: Row, key: str) -> None:
+        # A part of a digest tells keys apart that nobody may read.
+        self.id = hashlib.sha256(f"{row.provider.base_url} {key}".encode()).hexdigest()[:8]
+        super().__init__(row.kind, f"{self.id} {row.name}")
+        self.key = key
+
+
+class Login(Account):
+    """A token file, and the refresh that runs for it."""
+
+    def __init__(self, path: Path, token: Json) -> None:
+        super().__init__(str(token["type"]), str(token.get("email") or path.stem))
+        self.path = path
+        self.hint = f"run `ampproxy.py login {self.kind}`"
+        self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
+        self.replaced = "-"  # the access token in the file that the present one came for
+        self.refreshing: asyncio.Task[None] | None = None
+        self.take(token)
+
+    def take(self, token: Json) -> None:
+        self.token = token
+        told = claims(token)
+        self.plan = str(told.get("plan") or token.get("plan") or "")
+        self.account_id = str(token.get("account_id") or told.get("account_id") or "")
+        self.expires = expiry(token)
+        self.disabled = token.get("disabled") is True
+        self.priority = number(token.get("priority"))
 
     @property
-    def plan(self) -> str:
-        return str(claims(self.token).get("plan") or self.token.get("plan") or "")
+    def access_token(self) -> str:
+        return str(self.token.get("access_token") or "")
 
     def stale(self, refused: str, moment: float) -> bool:
-        return refused == self.token.get("access_token") or expiry(self.token) < moment
-
-    def spent(self, moment: float) -> bool:
-        windows = (w for w in self.quota if w["resets_at"] > moment and "_" not in w["window"])
-        return any(w["full"] or w["used_percent"] >= NEARLY_SPENT for w in windows)
+        """Whether its token was refused, or has expired by then."""
+        return refused == self.token.get("access_token") or self.expires < moment
 
 
 class Pool:
-    def __init__(self, live: Live, net: Any = None, clock: Any = CLOCK) -> None:
+    """All accounts.  `version` grows when it changes which of them there are."""
+
+    def __init__(self, live: Live, net: Net | None = None, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
-        self.accounts, self.stamps, self.turn = dict[Path, Account](), dict[Path, Any](), 0
-        self.homes = dict[str, tuple[Account, float]]()  # of threads, the longest unused first
+        self.accounts: dict[Path | str, Account] = {}
+        self.by_row: dict[str, list[Account]] = {}
+        self.stamps: dict[Path, Any] = {}
+        self.homes: OrderedDict[str, tuple[Account, float]] = OrderedDict()  # longest unused first
+        self.turn = self.version = 0
+        self.bound: Any = None
+
+    # -- Which accounts there are --
 
     def scan(self) -> list[Account]:
-        files = self.live.auth_dir.iterdir() if self.live.auth_dir.is_dir() else ()
-        stamps = {path: stamp(path) for path in sorted(files) if path.match("[!.]*.json")}
-        keys = {r["id"]: Account(r["id"], r["token"]) for r in self.live.rows if "token" in r}
-        known = {*stamps, *self.stamps, *keys}  # what is gone for two looks is gone
-        self.accounts = keys | {path: a for path, a in self.accounts.items() if path in known}
+        """Look at the auth directory.  A file that is gone for two looks is gone."""
+        folder = self.live.auth_dir
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        stamps = {path: stamp(path) for path in files if path.match("[!.]*.json")}
         seen, self.stamps = self.stamps, stamps
-        for path in [path for path, now in stamps.items() if now != seen.get(path)]:
-            self.read(path)
+        for path in [path for path in self.accounts if isinstance(path, Path)]:
+            if path not in stamps and path not in seen:
+                del self.accounts[path]
+        for path, now in stamps.items():
+            if now != seen.get(path):
+                self.read(path)
+        self.bind()
         return list(self.accounts.values())
 
     def read(self, path: Path) -> None:
+        """Take up what a token file says."""
         try:
             token = read_token(path)
         except (OSError, ValueError) as error:
-            log.error("%s is no token file: %s", path, why(error))
+            log.error("%s is no token file: %s", path, explain(error))
             return
-        account = self.accounts.setdefault(path, Account(path, token))
-        if token.get("access_token") == account.replaced != account.token.get("access_token"):
-            kept = {k: v for k, v in token.items() if k in ("disabled", "priority")}
-            self.save(account, account.token | kept)  # what could not be saved is newer
+        account = self.accounts.get(path)
+        if not isinstance(account, Login):
+            self.accounts[path] = Login(path, token)
             return
-        if token.get("access_token") != account.token.get("access_token"):
-            account.rests, account.retry = {}, 0.0
-        account.token = token
+        given, known = token.get("access_token"), account.token.get("access_token")
+        if given == account.replaced != known:  # what could not be saved is newer
+            kept = {key: token[key] for key in ("disabled", "priority") if key in token}
+            self.save(account, account.token | kept)
+            return
+        if given != known:
+            account.rests, account.retry_at = {}, 0.0
+        account.take(token)
 
-    def of(self, rows: list[Json]) -> list[Account]:
-        mine = [(row, account) for row in rows for account in self.accounts.values()
-                if row["id"] in (account.type, account.path)]  # fmt: skip
-        for row, account in mine:
-            account.row = row
-        return [account for _, account in mine if account.token.get("disabled") is not True]
+    def bind(self) -> None:
+        """Put each account under its row; the API keys follow the configuration."""
+        keys: dict[Path | str, Account] = {}
+        for row in self.live.rows:
+            for key in row.keys:
+                made = ApiKey(row, key)
+                account = keys.setdefault(made.id, self.accounts.get(made.id, made))
+                account.row = row
+        logins = {i: a for i, a in self.accounts.items() if isinstance(a, Login)}
+        self.accounts = keys | logins
+        kinds = {row.id: row for row in self.live.rows if not row.keys}
+        for account in logins.values():
+            account.row = kinds.get(account.kind)
+        by_row: dict[str, list[Account]] = {}
+        for account in self.accounts.values():
+            if account.row and not account.disabled:
+                by_row.setdefault(account.row.id, []).append(account)
+        bound = (self.live.version, by_row)
+        if bound != self.bound:
+            self.by_row, self.bound = by_row, bound
+            self.version += 1
 
-    def lacks(self, row: Json, model: str, verb: str) -> str:
-        """Why a row does not serve a model; "" if it does."""
-        if not matches(model, row["models"]) or matches(model, row["excluded-models"]):
-            return "does not have"
-        if verb not in ("", *row["paths"]):
-            return "in another dialect could serve"
-        return "" if self.of([row]) else f"after `ampproxy.py login {row['name']}` would serve"
+    def of(self, rows: Iterable[Row]) -> list[Account]:
+        return [account for row in rows for account in self.by_row.get(row.id, ())]
 
-    async def choose(self, rows: list[Json], call: Call, spent: set[Account], until: float) -> Any:
+    # -- Who is next --
+
+    async def choose(
+        self, rows: list[Row], model: str, thread: str, tried: Collection[Account], until: float
+    ) -> Account | None:
+        """The account to ask, after a wait for it to wake up if that is over by `until`."""
         while True:
-            now, left = self.clock.monotonic(), [a for a in self.of(rows) if a not in spent]
-            if free := [account for account in left if not account.wait(call.wanted, now)]:
-                name = free[0].row["name"]
-                first = [account for account in free if account.row["name"] == name]
-                account = self.home(call.thread and name + call.thread, first, now)
-                for rest in account.resting(call.wanted):  # it is over: this is the probe
+            now = self.clock.monotonic()
+            left = [account for account in self.of(rows) if account not in tried]
+            free = [account for account in left if account.wait(model, now) <= 0]
+            if free:
+                account = self.home(thread, free, now)
+                for rest in account.resting(model):  # it is over: this is the probe
                     rest.wakes = now + PROBE
                 return account
-            pause = min((account.wait(call.wanted, now) for account in left), default=NEVER)
+            pause = min((account.wait(model, now) for account in left), default=NEVER)
             if now + pause > until:
                 return None
             await self.clock.sleep(pause)
 
     def home(self, thread: str, free: list[Account], now: float) -> Account:
-        ttl, homes = seconds(self.live.config["routing"]["session-affinity-ttl"]), self.homes
-        while homes and (len(homes) >= THREADS or next(iter(homes.values()))[1] < now - ttl):
-            del homes[next(iter(homes))]
-        account, _ = homes.pop(thread, (None, 0.0))
+        """The thread's own account, else the best; of the first row that has any."""
+        name = free[0].row.name if free[0].row else ""
+        free = [account for account in free if account.row and account.row.name == name]
+        self.forget_threads(now)
+        thread = thread and name + thread
+        account, _ = self.homes.pop(thread, (None, 0.0))
+        if account:
+            account.threads -= 1
         if account not in free:
-            account = min(free, key=functools.partial(self.order, self.threads()))
+            account = free[0] if len(free) == 1 else min(free, key=self.order())
         if thread:
-            homes[thread] = account, now
-        self.turn = account.turn = self.turn + 1
+            self.homes[thread] = account, now
+            account.threads += 1
+        self.turn += 1
+        account.turn = self.turn
         return account
 
-    def threads(self) -> Counter[Account]:
-        return Counter(account for account, _ in self.homes.values())
+    def forget_threads(self, now: float) -> None:
+        oldest = now - duration(str(self.live.config["routing"]["session-affinity-ttl"]))
+        while self.homes:
+            account, used = next(iter(self.homes.values()))
+            if len(self.homes) < THREADS and used >= oldest:
+                return
+            self.homes.popitem(last=False)
+            account.threads -= 1
 
-    def order(self, threads: Counter[Account], account: Account) -> tuple[Any, ...]:
-        strategy, full = self.live.config["routing"]["strategy"], account.spent(self.clock.time())
-        busy = account.in_flight + threads[account] if strategy == "least-connections" else 0
-        turn = 0 if strategy == "fill-first" else account.turn
-        return full, -number(account.token.get("priority")), busy, turn, account.path
+    def order(self) -> Callable[[Account], tuple[Any, ...]]:
+        """What the best account has least of."""
+        strategy, moment = self.live.config["routing"]["strategy"], self.clock.time()
+
+        def key(account: Account) -> tuple[Any, ...]:
+            busy = account.in_flight + account.threads if strategy == "least-connections" else 0
+            turn = 0 if strategy == "fill-first" else account.turn
+            return account.nearly_spent(moment), -account.priority, busy, turn, account.label
+
+        return key
+
+    # -- What an answer means --
 
     def answered(self, account: Account, model: str, began: float) -> None:
-        ended = [k for k, r in account.rests.items() if k in ("", model) and r.began < began]
-        account.rests = {k: r for k, r in account.rests.items() if k not in ended}
+        """A success ends the rests that began before it was asked for."""
+        for key in ("", model):
+            if key in account.rests and account.rests[key].began < began:
+                del account.rests[key]
 
-    def rest(self, account: Account, error: ProxyError, model: str) -> None:
-        what, length, _ = verdict(error)
+    def rest(self, account: Account, problem: Problem, model: str) -> None:
+        """Leave an account, or a model of it, alone for as long as the error asks."""
+        rule = verdict(problem)
         account.counts["errors"] += 1
-        if what:
-            now, key = self.clock.monotonic(), model if what == "model" else ""
-            kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-            if length != NEVER or not account.path.suffix:  # a key may be good again
-                length = max(1, min(error.retry_after or length, self.live.config["max-cooldown"]))
-            wakes = max(now + length, kept[key].wakes if key in kept else 0)
-            account.rests = kept | {key: SimpleNamespace(error=error, began=now, wakes=wakes)}
-            then = f"rests for {length:.0f} s" if length < NEVER else account.hint
-            log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), error.message, then)
+        if not rule.rests:
+            return
+        now, key = self.clock.monotonic(), model if rule.rests == "model" else ""
+        length = rule.seconds
+        if length != NEVER or isinstance(account, ApiKey):  # a key may be good again
+            most = self.live.config["max-cooldown"]
+            length = max(1, min(problem.retry_after or length, most))
+        wakes = now + length
+        if key in account.rests:
+            wakes = max(wakes, account.rests[key].wakes)
+        kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
+        account.rests = {**kept, key: Rest(problem.status, problem.message, now, wakes)}
+        then = account.hint if length == NEVER else f"rests for {length:.0f} s"
+        log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), problem.message, then)
 
-    def nobody(self, rows: list[Json], model: str) -> ProxyError:
-        now, told, waits, lacks = self.clock.monotonic(), [], [NEVER], True
+    def nobody(self, rows: list[Row], model: str) -> Problem:
+        """Why none of the accounts can answer now, each by its name."""
+        now, told, waits, statuses = self.clock.monotonic(), [], [NEVER], []
         for account in self.of(rows):
-            waits.append(wait := account.wait(model, now))
+            wait = account.wait(model, now)
+            waits.append(wait)
+            rests = account.resting(model)
+            statuses.append([rest.status for rest in rests])
             then = account.hint if wait == NEVER else f"wakes in {wait:.0f} s"
-            errors = [rest.error for rest in account.resting(model)]
-            lacks = lacks and bool(errors) and all(error.status in (400, 404) for error in errors)
-            reasons = ", ".join(error.message for error in errors)
-            told.append(f"{account.type} {account.email}: {reasons}; {then}")
-        first, message = max(1, min(waits)), "no account can answer; " + ". ".join(told)
-        status = 401 if first == NEVER else 404 if lacks else 429
-        return ProxyError(status, message, first if status == 429 else 0)
+            reasons = ", ".join(rest.message for rest in rests)
+            told.append(f"{account.kind} {account.label}: {reasons}; {then}")
+        first = max(1, min(waits))
+        status = 429
+        if first == NEVER:
+            status = 401
+        elif all(found and set(found) <= {400, 404} for found in statuses):
+            status = 404  # they all lack the model
+        message = "no account can answer; " + ". ".join(told)
+        return Problem(status, message, first if status == 429 else 0)
+
+    # -- Tokens --
 
     async def bearer(self, account: Account, refused: str = "") -> str:
-        soon = self.clock.time() + MINUTE
-        if account.stale(refused, soon) and "token" not in account.row:
-            task = account.refreshing or asyncio.create_task(self.refresh(account, refused, soon))
-            account.refreshing = task
-            await asyncio.wait([task])
-        if account.wait("", 0) == NEVER or not account.token.get("access_token"):
-            raise ProxyError(401, f"the login has ended ({account.trouble}): {account.hint}")
-        if account.stale(refused, soon - MINUTE) and account.retry > self.clock.monotonic():
-            raise ProxyError(503, account.trouble)
-        return str(account.token["access_token"])
+        """A token that is good for the next minute; `refused`: not this one.
 
-    async def refresh(self, account: Account, refused: str, soon: float) -> None:
+        ProxyError 401 when only a login helps, 503 when the refresh failed for now.
+        """
+        if isinstance(account, ApiKey):
+            return account.key
+        assert isinstance(account, Login)
+        now = self.clock.time()
+        if account.stale(refused, now + MINUTE):
+            if account.refreshing is None:
+                account.refreshing = asyncio.create_task(
+                    self.refresh(account, refused, now + MINUTE)
+                )
+            await asyncio.wait([account.refreshing])  # a client that leaves does not cancel it
+        if account.wait("", 0) == NEVER or not account.access_token:
+            raise fault(401, f"the login has ended ({account.trouble}): {account.hint}")
+        if account.retry_at > self.clock.monotonic() and account.stale(refused, now):
+            raise fault(503, account.trouble)
+        return account.access_token
+
+    async def refresh(self, account: Login, refused: str, soon: float) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
             self.read(account.path)
-            if not account.stale(refused, soon) or account.retry > self.clock.monotonic():
+            if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
                 return
-            form = {"refresh_token": account.token.get("refresh_token")}
+            assert self.net and account.row
+            form = {
+                "grant_type": "refresh_token",
+                "refresh_token": account.token.get("refresh_token"),
+            }
             if not form["refresh_token"]:
-                raise ProxyError(401, "refused, and there is no refresh token")
+                raise fault(401, "refused, and there is no refresh token")
             async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, account.row, form)
+                answer = await ask_token(self.net, account.row.provider, form)
             self.read(account.path)
             if account.token.get("refresh_token") != form["refresh_token"]:
                 return  # a new login came meanwhile
-            account.replaced = str(merge_token(account.path, account.token, {}).get("access_token"))
+            on_disk = merge_token(account.path, account.token, {})
+            account.replaced = str(on_disk.get("access_token"))
             self.save(account, account.token | token_fields(answer, self.clock.time()))
             log.info("%s: token refreshed", account.name)
-        except (ProxyError, *NET_ERRORS) as error:
-            self.refresh_failed(account, ProxyError(getattr(error, "status", 503), why(error)))
+        except ProxyError as error:
+            self.refresh_failed(account, error.problem)
+        except NET_ERRORS as error:
+            self.refresh_failed(account, Problem(503, net_words(error)))
         finally:
             account.refreshing = None
 
-    def save(self, account: Account, changes: Json) -> None:
+    def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
-        account.token = merge_token(account.path, account.token, changes)
+        account.take(merge_token(account.path, account.token, changes))
         try:
             account.path.stat()  # gone: the person logged out, or an editor is at it
             save_token(account.path, account.token)
         except OSError as error:
             self.stamps[account.path] = None
-            log.error("%s: the new token cannot be saved: %s", account.name, why(error))
+            log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
 
-    def refresh_failed(self, account: Account, error: ProxyError) -> None:
-        account.retry = self.clock.monotonic() + REFRESH_PAUSE
+    def refresh_failed(self, account: Login, problem: Problem) -> None:
+        account.retry_at = self.clock.monotonic() + REFRESH_PAUSE
         self.read(account.path)
-        if account.retry:  # else a newer token was there
-            account.trouble = f"refresh failed: {error.message}"
-            log.error("%s: %s", account.name, account.trouble)
-            if error.status == 401 or account.stale("", self.clock.time()):
-                self.rest(account, error, "")
+        if not account.retry_at:
+            return  # a newer token was there
+        account.trouble = f"refresh failed: {problem.message}"
+        log.error("%s: %s", account.name, account.trouble)
+        if problem.status == 401 or account.stale("", self.clock.time()):
+            self.rest(account, problem, "")
 
     def refresh_ahead(self) -> None:
-        now = self.clock.time()
+        """Begin the refreshes that are due; one that has just been made is not made again."""
+        now, monotonic = self.clock.time(), self.clock.monotonic()
         for account in self.of(self.live.rows):
-            soon = now + account.row.get("refresh-lead", 0)
-            done = moment(account.token.get("last_refresh")) + MINUTE > now
-            busy = account.refreshing or account.retry > self.clock.monotonic()
-            if account.stale("", soon) and not (done or busy) and account.wait("", 0) < NEVER:
+            if not isinstance(account, Login) or not account.row or account.refreshing:
+                continue
+            soon = now + account.row.provider.refresh_lead
+            fresh = parse_time(account.token.get("last_refresh")) + MINUTE > now
+            due = account.stale("", soon) and not fresh and account.retry_at <= monotonic
+            if due and account.wait("", 0) < NEVER:
                 account.refreshing = asyncio.create_task(self.refresh(account, "", soon))
 
 
-# == Passing answers on ============================================================================
-# Until a first byte has gone out a ProxyError can become something better; then it ends the answer.
-TAIL, MAGIC = 4096, (b"", b"\x1f", b"\x1f\x8b")  # how gzip begins
-ENDING = re.compile(rb'"message_stop"|\nevent: error|\ndata: ?(\[DONE\]|\{"error": ?[{"])|'
-                    rb'"finish_?[rR]eason": ?"|"blockReason"')  # fmt: skip
-HOP_HEADERS = re.compile(  # RFC 9110, 7.6.1, CORS, and what the HTTP library writes itself
-    r"(access-control|sec-websocket)-.*|proxy-(authenticate|authorization|connection)|connection|"
-    r"keep-alive|te|trailer|transfer-encoding|upgrade|host|expect", re.I)  # fmt: skip
+# == Server-sent events ============================================================================
+#
+# The HTML standard's event streams: lines end in LF, CRLF or CR, an event in an empty line, and
+# bytes arrive in pieces of any size.  What passes is passed in runs of whole events, byte for byte;
+# so a comment may be put between two runs, and nobody ever gets half an event.
+
+LINE_END = rb"(?:\r\n|\n|\r)"
+EVENT_END = re.compile(LINE_END + rb"(?:\r\n|\n|\r(?!\n))")
+LONGEST_END = 4  # bytes
+
+
+def event_end(data: bytes) -> int:
+    """Where the last whole event ends; -1 for nowhere."""
+    if b"\r" not in data:
+        end = data.rfind(b"\n\n")
+        return end + 2 if end >= 0 else -1
+    ends = [found.end() for found in EVENT_END.finditer(data)]
+    return ends[-1] if ends else -1
+
+
+async def whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Runs of whole events, each as soon as it is there; at the end what is left, if anything."""
+    held: list[bytes] = []  # pieces of an event that has not ended
+    size = 0
+    tail = b""  # the last bytes of `held`: the end of an event may be cut in two
+    async for data in pieces:
+        if not held and data.endswith(b"\n\n"):
+            yield data
+            continue
+        end = event_end(data)
+        if end < 0 and held:
+            end = event_end(tail + data[:LONGEST_END]) - len(tail)
+        if end <= 0:
+            held.append(data)
+            size += len(data)
+            tail = (tail + data)[-LONGEST_END:]
+            if size > BODY_LIMIT:
+                raise fault(413, "the upstream sent no whole answer: an event has no end")
+            continue
+        yield b"".join((*held, memoryview(data)[:end]))
+        rest = data[end:]
+        held, size, tail = ([rest], len(rest), rest[-LONGEST_END:]) if rest else ([], 0, b"")
+    if held:
+        yield b"".join(held)
+
+
+def split_events(run: bytes) -> list[bytes]:
+    """The events of a run, with their ends."""
+    if b"\r" not in run:
+        parts = run.split(b"\n\n")
+        last = parts.pop()
+        return [part + b"\n\n" for part in parts] + ([last] if last else [])
+    events, start = [], 0
+    for found in EVENT_END.finditer(run):
+        events.append(run[start : found.end()])
+        start = found.end()
+    return events + ([run[start:]] if start < len(run) else [])
+
+
+def event_data(event: bytes) -> bytes:
+    """Its data lines, joined as the standard says; b"" for a comment."""
+    if event.startswith(b"data: ") and event.find(b"\n") >= len(event) - 2:
+        return event[6:].rstrip(b"\r\n")  # the plainest form, and the commonest
+    lines = []
+    for line in event.removeprefix(b"\xef\xbb\xbf").splitlines():
+        if line.startswith(b"data:"):
+            lines.append(line[5:].removeprefix(b" "))
+    return b"\n".join(lines)
+
+
+def with_data(event: bytes, data: bytes) -> bytes:
+    """The event with other data; its other lines stay."""
+    lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
+    kept = [line for line in lines if line and not line.startswith(b"data:")]
+    return b"\n".join([*kept, b"data: " + data]) + b"\n\n"
+
+
+# == Dialects ======================================================================================
+#
+# The four ways to word a model call, as far as an answer in the client's own dialect needs it: what
+# errors look like, which events matter, where an answer ends, how tokens are counted.
+#
+# An event that has none of a dialect's `marks` passes unread.
+
+
+@dataclass(frozen=True)
+class Dialect:
+    name: str
+    error: Callable[[int, str], Json]  # the body of an error
+    error_event: Callable[[Json], bytes]  # the event that ends a broken stream, of that body
+    comment: bytes  # the line that keeps a silent stream alive; b"" where clients break on it
+    marks: tuple[bytes, ...]  # one is in every event that must be looked at
+    model_key: str  # where an answer names its model...
+    model_mark: bytes  # ...and the mark of events that do, where these are all of them
+    short_ends: bool  # its last events are small: of a long run only the end is searched
+    ending: Callable[[Json], str]  # of an event: "over", "whole" when the end may come, or ""
+    usage: Callable[[Json], tuple[float, float]]  # input and output tokens, 0 where it has none
+    cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
+
+
+# What SDKs look for in an error: Anthropic's type, OpenAI's type and code, Google's status.
+KINDS = {
+    400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
+    401: ("authentication_error", "authentication_error", "UNAUTHENTICATED"),
+    403: ("permission_error", "permission_error", "PERMISSION_DENIED"),
+    404: ("not_found_error", "not_found_error", "NOT_FOUND"),
+    413: ("request_too_large", "invalid_request_error", "INVALID_ARGUMENT"),
+    429: ("rate_limit_error", "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    500: ("api_error", "server_error", "INTERNAL"),
+    529: ("overloaded_error", "server_error", "UNAVAILABLE"),
+}
+OTHER_CODES = {  # of errors inside a 200, beside those above
+    "invalid_prompt": 400,
+    "context_length_exceeded": 400,
+    "invalid_encrypted_content": 400,
+    "rate_limit_exceeded": 429,
+    "usage_limit_reached": 429,
+    "insufficient_quota": 429,
+    "server_is_overloaded": 529,
+}
+STATUSES = {str(code): code for code in range(400, 600)}
+for code in reversed(KINDS):  # invalid_request_error is a 400, not a 413
+    STATUSES |= dict.fromkeys(KINDS[code], code)
+STATUSES |= OTHER_CODES
+
+
+def kinds(status: int) -> tuple[str, str, str]:
+    return KINDS.get(status, KINDS[400 if status < 500 else 500])
+
+
+def anthropic_error(status: int, message: str) -> Json:
+    return {"type": "error", "error": {"type": kinds(status)[0], "message": message}}
+
+
+def openai_error(status: int, message: str) -> Json:
+    kind = kinds(status)[1]
+    return {"error": {"message": message, "type": kind, "code": kind}}
+
+
+def gemini_error(status: int, message: str) -> Json:
+    return {"error": {"code": status, "message": message, "status": kinds(status)[2]}}
+
+
+def data_event(value: Json) -> bytes:
+    return b"data: %b\n\n" % write_json(value)
+
+
+def anthropic_error_event(body: Json) -> bytes:
+    return b"event: error\n" + data_event(body)
+
+
+def responses_error_event(body: Json) -> bytes:
+    """Codex takes notice of no other (clients.md)."""
+    failed = {"status": "failed", **body, "output": []}
+    return data_event({"type": "response.failed", "response": failed})
+
+
+RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
+
+
+def anthropic_ending(event: Json) -> str:
+    return "over" if event.get("type") == "message_stop" else ""
+
+
+def chat_ending(event: Json) -> str:
+    """Usage may come behind the reason, then [DONE], which is no JSON."""
+    choices = as_dicts(event.get("choices"))
+    return "whole" if any(choice.get("finish_reason") for choice in choices) else ""
+
+
+def responses_ending(event: Json) -> str:
+    return "over" if event.get("type") in RESPONSE_ENDS else ""
+
+
+def gemini_ending(event: Json) -> str:
+    blocked = as_dict(event.get("promptFeedback")).get("blockReason")
+    candidates = as_dicts(event.get("candidates"))
+    ended = any(candidate.get("finishReason") for candidate in candidates)
+    return "whole" if ended or blocked else ""
+
+
+def holder(event: Json) -> Json:
+    """The part of an event, or of a whole answer, that names the model and counts tokens."""
+    return as_dict(event.get("message")) or as_dict(event.get("response")) or event
+
+
+def added(usage: Json, *names: str) -> float:
+    return sum(number(usage.get(name)) for name in names)
+
+
+def anthropic_usage(event: Json) -> tuple[float, float]:
+    usage = as_dict(holder(event).get("usage"))
+    cache = ("cache_read_input_tokens", "cache_creation_input_tokens")
+    return added(usage, "input_tokens", *cache), added(usage, "output_tokens")
+
+
+def chat_usage(event: Json) -> tuple[float, float]:
+    usage = as_dict(event.get("usage"))
+    return added(usage, "prompt_tokens"), added(usage, "completion_tokens")
+
+
+def responses_usage(event: Json) -> tuple[float, float]:
+    usage = as_dict(holder(event).get("usage"))
+    return added(usage, "input_tokens"), added(usage, "output_tokens")
+
+
+def gemini_usage(event: Json) -> tuple[float, float]:
+    usage = as_dict(event.get("usageMetadata"))
+    read = added(usage, "promptTokenCount", "toolUsePromptTokenCount")
+    return read, added(usage, "candidatesTokenCount", "thoughtsTokenCount")
+
+
+ANTHROPIC = Dialect(
+    name="anthropic",
+    error=anthropic_error,
+    error_event=anthropic_error_event,
+    comment=b": keep-alive\n\n",
+    marks=(b"message_stop", b'"message_delta"', b'"error"'),
+    model_key="model",
+    model_mark=b"",  # message_start, the first event, alone
+    short_ends=True,
+    ending=anthropic_ending,
+    usage=anthropic_usage,
+)
+CHAT_COMPLETIONS = Dialect(
+    name="chat",
+    error=openai_error,
+    error_event=data_event,
+    # openai's Python SDK raises for one with an empty line behind it after an id (clients.md).
+    comment=b": keep-alive\n",
+    marks=(b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"usage":', b'"error"'),
+    model_key="model",
+    model_mark=b'"model"',
+    short_ends=True,
+    ending=chat_ending,
+    usage=chat_usage,
+)
+RESPONSES = Dialect(
+    name="responses",
+    error=openai_error,
+    error_event=responses_error_event,
+    comment=b": keep-alive\n",
+    marks=(b'"response"', b"response.output_item.done", b'"error"'),
+    model_key="model",
+    model_mark=b"",  # they all have a "response"
+    short_ends=False,
+    ending=responses_ending,
+    usage=responses_usage,
+)
+GEMINI = Dialect(
+    name="gemini",
+    error=gemini_error,
+    error_event=data_event,
+    comment=b"",  # Google's SDKs raise, or drop the event behind it (clients.md)
+    marks=(b'"finishReason"', b'"blockReason"', b'"usageMetadata"', b'"error"'),
+    model_key="modelVersion",
+    model_mark=b'"modelVersion"',
+    short_ends=False,
+    ending=gemini_ending,
+    usage=gemini_usage,
+    cuts_errors=True,
+)
+
+
+# == Provider rules ================================================================================
+#
+# What a login's backend asks of a request (providers.md 1.3, 2.3).  A rule takes a body and returns
+# one: it shares what it does not change, and changes nothing in place, as the client's own body is
+# sent where nothing had to change, and is asked with again at another provider.
+#
+# To add a rule, write a function and name it in RULES.
+
+IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
+TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
+# A Claude signature is base64 of a first byte 0x12, encoded once or twice (providers.md 1.3.12).
+SIGNATURE = re.compile(r"E[g-v]|R[WX]")
+TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
+DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
+
+
+def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
+    body = with_betas(body, headers, provider)
+    thinking = as_dict(body.get("thinking"))
+    if thinking.get("type") == "auto":  # a word of Amp's only
+        body = {**body, "thinking": {**thinking, "type": "adaptive"}}
+    if isinstance(body.get("messages"), list):
+        body = {**body, "messages": cleaned(body["messages"])}
+    if provider.identity:
+        body = {**body, "system": with_identity(body.get("system"))}
+    return body
+
+
+def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
+    """One list in the header; context-1m would be billed beside the plan and is dropped."""
+    own = provider.headers.get("anthropic-beta", "")
+    asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
+    betas = dict.fromkeys(re.findall(r"[^\s,]+", ",".join(map(str, asked))))
+    kept = [beta for beta in betas if not beta.startswith("context-1m")]
+    if kept:
+        headers["anthropic-beta"] = ",".join(kept)
+    if "betas" in body:
+        body = {name: value for name, value in body.items() if name != "betas"}
+    return body
+
+
+def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
+    """Messages or blocks without what Claude refuses; the list itself where nothing had to go."""
+    kept = []
+    for block in blocks:
+        clean = cleaned_block(block, depth) if isinstance(block, dict) else block
+        if clean is not None:
+            kept.append(clean)
+    same = len(kept) == len(blocks) and all(map(lambda a, b: a is b, kept, blocks))
+    return blocks if same else kept
+
+
+def cleaned_block(block: Json, depth: int) -> Json | None:
+    """A message or block as Claude takes it; None when nothing of it is left."""
+    kind = block.get("type")
+    if kind == "text" and block.get("text") == "":
+        return None
+    if kind == "thinking" and not SIGNATURE.match(str(block.get("signature"))):
+        return None
+    if kind == "tool_use" and not block.keys() <= TOOL_USE_KEYS:
+        block = {name: block[name] for name in block if name in TOOL_USE_KEYS}
+    id_key = {"tool_use": "id", "tool_result": "tool_use_id"}.get(str(kind), "")
+    given = block.get(id_key)
+    if isinstance(given, str) and not TOOL_ID.fullmatch(given):
+        block = {**block, id_key: re.sub(r"[^a-zA-Z0-9_-]", "_", given)}
+    content = block.get("content")
+    if isinstance(content, list) and content and depth:
+        clean = cleaned(content, depth - 1)
+        if not clean and "role" in block:
+            return None
+        if clean is not content:
+            block = {**block, "content": clean}
+    return block
+
+
+def with_identity(system: Any) -> list[Any]:
+    """The sentence that a plan's login wants first, unless it is there (providers.md 1.2)."""
+    blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
+    blocks = cleaned(blocks)
+    start = "\n".join(str(block.get("text")) for block in as_dicts(blocks[:2]))
+    billing = "x-anthropic-billing-header"  # Claude Code's own first line
+    if start.startswith(billing):
+        start = start.partition("\n")[2].lstrip("\n")
+    if start.startswith(IDENTITY):
+        return blocks
+    return [{"type": "text", "text": IDENTITY}, *blocks]
+
+
+def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
+    if body.get("previous_response_id"):
+        raise fault(400, "previous_response_id: no answer is kept here, send the whole input")
+    kept = {}
+    for name, value in body.items():
+        wrong_tier = name == "service_tier" and value != "priority"
+        if not wrong_tier and not matches(name[:100], provider.drops):
+            kept[name] = value
+    told, items = split_system(body.get("input"))
+    told.insert(0, body.get("instructions"))
+    words = "\n\n".join(text for text in told if text and isinstance(text, str))
+    return {
+        "parallel_tool_calls": True,
+        **kept,
+        "input": items,
+        "instructions": words or "You are a helpful assistant.",
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+    }
+
+
+def split_system(given: Any) -> tuple[list[Any], list[Any]]:
+    """The texts of system items, which are instructions here, and the other items of an input."""
+    if not isinstance(given, list):
+        part = {"type": "input_text", "text": str(given or "")}
+        return [], [{"role": "user", "content": [part]}]
+    told: list[Any] = []
+    items: list[Any] = []
+    for item in given:
+        if not isinstance(item, dict):
+            items.append(item)
+        elif item.get("role") == "system":
+            content = item.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            told += [part.get("text") for part in as_dicts(parts)]
+        elif is_readable(item):
+            items.append(readable(item))
+    return told, items
+
+
+def is_readable(item: Json) -> bool:
+    """Whether the backend, which keeps nothing, can make sense of an item of another answer."""
+    if item.get("type") == "reasoning":
+        return str(item.get("encrypted_content")).startswith("gAAAA")
+    return item.get("type") != "item_reference"
+
+
+def readable(item: Json) -> Json:
+    """Without its id, which nobody keeps there, and with a call_id of at most 64 characters."""
+    if "id" in item:
+        item = {name: value for name, value in item.items() if name != "id"}
+    call_id = str(item.get("call_id") or "")
+    if len(call_id) > 64:
+        digest = hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:16]
+        item = {**item, "call_id": f"{call_id[:47]}_{digest}"}
+    return item
+
+
+def without_reasoning(body: Json) -> Json:
+    """For a login that cannot decrypt what another one encrypted."""
+    items = as_list(body.get("input"))
+    kept = [item for item in items if not (isinstance(item, dict) and "summary" in item)]
+    return {**body, "input": kept} if len(kept) < len(items) else body
+
+
+RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
+    "claude": claude_rules,
+    "codex": codex_rules,
+}
+
+
+# == Who asks, and what ============================================================================
+#
+# A request before its body is read: may it be served (design.md, "Security"), and is it a model
+# call?  Then the call itself: what is known of it, and what comes to be known on its way.
+
+BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
+KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
+KEY_PARAMETERS = ("key", "auth_token")
+MODEL_PATH = re.compile(
+    r"(?P<amp>/api/provider/[^/]+)?"
+    r"(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
+    r"/(?P<end>messages(/count_tokens)?|chat/completions|responses(/compact)?"
+    r"|models/(?P<model>[^/:]+):(?P<verb>\w+))"
+)
+DIALECTS = {  # by the first word of a path's end
+    "messages": ANTHROPIC,
+    "chat": CHAT_COMPLETIONS,
+    "responses": RESPONSES,
+    "models": GEMINI,
+}
+SESSION_HEADERS = (  # that name the thread (clients.md); the first one counts
+    "x-amp-thread-id",
+    "x-claude-code-session-id",
+    "session-id",
+    "session_id",
+    "thread-id",
+    "x-session-id",
+    "x-session-affinity",
+)
+
+
+class Request(web.BaseRequest):
+    """As aiohttp's server makes them; its limit of a body is not used, read_body has its own."""
+
+
+def bare(value: str) -> str:
+    """A key without the word in front of it."""
+    return re.sub(r"(?i)^bearer\s{1,9}", "", value.strip())
+
+
+@functools.lru_cache(1024)
+def refuse_strangers(
+    host: str, origin: str, site: str, browses: bool, bound: str, keyed: bool
+) -> str:
+    """Why a request may not be served, by what a browser says of it; "" if it may.
+
+    `bound`: the address that is listened on; `browses`: it only follows a link to ampcode.com.
+    """
+    name = re.sub(r":\d{1,5}$", "", host).strip("[]")
+    if not keyed and not is_loopback(name) and name != bound.lower():
+        return f"Host {host[:100]!r} is not an address of this proxy"
+    foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
+    other_site = site in ("cross-site", "same-site") and not origin.startswith("vscode-webview://")
+    if (foreign or other_site) and not browses:
+        return "requests on behalf of another web site are refused"
+    return ""
+
+
+def check_origin(request: Request, config: Json, browser_path: bool) -> None:
+    """ProxyError 403 for what a web page may have sent, and for names that are not ours."""
+    headers = request.headers
+    host, origin = headers.get("Host", "").lower(), headers.get("Origin", "").lower()
+    browses = browser_path and headers.get("Sec-Fetch-Mode") == "navigate"
+    site = headers.get("Sec-Fetch-Site", "")
+    keyed = bool(config["api-keys"])
+    reason = refuse_strangers(host, origin, site, browses, config["host"], keyed)
+    if reason:
+        raise fault(403, reason)
+
+
+def client_key(request: Request, keys: list[str]) -> str:
+    """The one of our keys that a client shows; ProxyError 401 where one is needed."""
+    if not keys:
+        return ""
+    given = [request.headers.get(name) for name in KEY_HEADERS]
+    given += [request.query.get(name) for name in KEY_PARAMETERS]
+    shown = [bare(value) for value in given if value and value.strip()]
+    right = [key for key in keys for value in shown if equal(key, value)]
+    if not right:
+        raise fault(401, "Invalid API key" if shown else "Missing API key")
+    return right[0]
+
+
+def target_without_keys(raw_path: str, keys: list[str]) -> str:
+    """Path and query as they came, but for the parameters that carried one of our keys."""
+    path, mark, query = raw_path.partition("?")
+    if not query or not keys:
+        return raw_path
+    kept = []
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        carries = unquote_plus(name) in KEY_PARAMETERS and bare(unquote_plus(value)) in keys
+        if not carries:
+            kept.append(pair)
+    return path + (mark + "&".join(kept) if kept else "")
+
+
+class Call:
+    """One model call: what the client asks, and what comes of it."""
+
+    def __init__(self, request: Request, found: re.Match[str]) -> None:
+        first, _, last = found["end"].partition("/")
+        self.request = request
+        self.dialect = DIALECTS[first]
+        self.amp = bool(found["amp"])  # a path of Amp's: ampcode.com could answer, too
+        self.verb = found["verb"] or last or first  # a key of a provider's paths
+        self.model = unquote(found["model"] or "")  # the name that the client gave
+        self.wanted = self.effort = ""  # the same without its suffix, and the suffix
+        self.thread = ""
+        self.raw, self.body = b"", Json()
+        self.streams = self.verb == "streamGenerateContent"
+        self.was_read = False
+        # Who answers, as far as that is known; for the log, the status and the answer's headers.
+        self.route, self.provider, self.account, self.served_model = "none", "", "", ""
+        self.trouble = ""
+        self.tokens = Counter(input_tokens=0, output_tokens=0)
+
+    async def read(self) -> None:
+        """ProxyError 400 and 413 for a body that is none."""
+        self.raw = await read_body(self.request)
+        self.was_read = True
+        try:
+            self.body = parse_object(self.raw)
+        except ValueError as error:
+            words = "no JSON" if isinstance(error, UnicodeError) else explain(error)
+            raise fault(400, f"The request body cannot be read: {words}") from None
+        model = self.model or self.body.get("model")
+        if not isinstance(model, str) or not model:
+            raise fault(400, "The request names no model")
+        self.model = model
+        self.thread = self.find_thread()
+        self.streams = self.streams or bool(self.body.get("stream"))
+
+    def find_thread(self) -> str:
+        headers = self.request.headers
+        for name in SESSION_HEADERS:
+            if name in headers:
+                return headers[name][:1000]
+        user = as_dict(self.body.get("metadata")).get("user_id")
+        for value in (user, self.body.get("prompt_cache_key")):
+            if value and isinstance(value, str):
+                return value[:1000]
+        return ""
+
+    def let_go(self) -> None:
+        """An answer has begun: nobody else will be asked, and the prompt's memory is free."""
+        self.raw, self.body = b"", {}
+
+    def count(self, usage: tuple[float, float]) -> None:
+        """Figures may come more than once and grow: the largest is right."""
+        if self.verb != "count_tokens":
+            for name, figure in zip(("input_tokens", "output_tokens"), usage, strict=True):
+                self.tokens[name] = max(self.tokens[name], int(figure))
+
+    def marks(self) -> dict[str, str]:
+        """The headers that say who answers."""
+        told = {"route": self.route, "provider": self.provider, "model": self.served_model}
+        return {f"x-ampproxy-{k}": header_value(v) for k, v in told.items() if v}
+
+
+@functools.lru_cache(1024)
+def header_value(text: str) -> str:
+    return re.sub(r"[^ -~]", "?", text[:200])
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, put together once."""
+    pieces, size = [], 0
+    try:
+        while data := await request.content.readany():
+            pieces.append(data)
+            size += len(data)
+            if size > BODY_LIMIT:
+                raise fault(413, "The request body is larger than 64 MiB")
+    except (web.RequestPayloadError, *NET_ERRORS) as error:
+        raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+# == Who answers ===================================================================================
+#
+# The name of a model decides.  A suffix such as (high) is cut off first and becomes the effort.
+# Who has the model here is asked, else the mappings name another; each is a way, tried in order.
+
+SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
+# The words of an effort, and the tokens that they stand for where a model takes a budget.
+BUDGETS = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": 24576,
+    "xhigh": 32768,
+    "max": 128000,
+}
+WAYS_KEPT = 1000  # names of models whose ways are remembered
+
+
+@functools.lru_cache(1024)
+def split_model(model: str) -> tuple[str, str]:
+    """A model's name, and its suffix: a level, a budget, or "" for words that nobody knows."""
+    found = SUFFIX.fullmatch(model)
+    if not found:
+        return model, ""
+    name, word = found[1] or found[3], (found[2] or found[4] or "").lower()
+    known = word in BUDGETS or word == "auto" or re.fullmatch("[0-9]{1,9}", word)
+    return name, word if known else ""
+
+
+@functools.lru_cache(1024)
+def levels_of(told: str) -> tuple[list[str], list[int]]:
+    """What a model takes, by a line of THINKING: levels, or its least and largest budget."""
+    levels = [word for word in told.split() if word in BUDGETS]
+    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
+    return levels, limits if len(limits) == 2 else []
+
+
+def with_effort(body: Json, call: Call, provider: Provider, effort: str, model: str) -> Json:
+    """The suffix's level or budget, as near to it as the model goes; it beats the body's own."""
+    takes = provider.thinking
+    pattern = max((p for p in takes if matches(model[:200], (p,))), key=len, default="*")
+    levels, limits = levels_of(takes.get(pattern, ""))
+    asked = BUDGETS[effort] if effort in BUDGETS else int(effort)
+    if not levels and not limits:
+        return body  # it does not think
+    tokens = asked
+    if limits:
+        tokens = max(limits[0], min(asked, limits[1]))
+    levels = levels or levels_of(takes.get("*", ""))[0] or [*BUDGETS]
+    level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
+    match call.dialect.name:
+        case "chat":
+            return {**body, "reasoning_effort": level}
+        case "responses":
+            return {**body, "reasoning": {**as_dict(body.get("reasoning")), "effort": level}}
+        case "gemini":
+            how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
+            thinking = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
+            return {**body, "generationConfig": as_dict(body.get("generationConfig")) | thinking}
+    return with_claude_effort(body, asked, tokens if limits else 0, level)
+
+
+def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
+    forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
+    thinks = asked > 0 and not forced  # thinking and a forced tool are refused together
+    gone = {"thinking", "temperature", "top_p", "top_k"} if thinks else {"thinking"}
+    body = {name: value for name, value in body.items() if name not in gone}
+    output = body.get("output_config")
+    if isinstance(output, dict):
+        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+    if thinks and budget:
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+        body["max_tokens"] = max(number(body.get("max_tokens")), budget + 4096)
+    elif thinks:
+        body["thinking"] = {"type": "adaptive"}
+        body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
+    return body
+
+
+@dataclass(frozen=True)
+class Way:
+    route: str  # local or mapped
+    model: str
+    effort: str
+    rows: list[Row]
+
+
+class Chooser:
+    """Who could answer what, by the configuration and the accounts that there are."""
+
+    def __init__(self, live: Live, pool: Pool) -> None:
+        self.live, self.pool = live, pool
+        self.kept: dict[tuple[str, str, str], tuple[list[Way], list[str]]] = {}
+        self.kept_for = (0, 0)
+
+    def ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
+        """The ways in the order to try, and what was found while looking for them."""
+        version = (self.live.version, self.pool.version)
+        if version != self.kept_for or len(self.kept) >= WAYS_KEPT:
+            self.kept, self.kept_for = {}, version
+        key = (model, effort, verb)
+        if len(model) > 200:
+            return self.find_ways(*key)
+        if key not in self.kept:
+            self.kept[key] = self.find_ways(*key)
+        return self.kept[key]
+
+    def find_ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
+        mapped = [("mapped", *target) for target in self.targets(model, effort)]
+        own = [("local", model, effort)]
+        forced = self.live.config["ampcode"]["force-model-mappings"]
+        ways, notes = [], []
+        for route, name, level in mapped + own if forced else own + mapped:
+            rows = []
+            for row in self.live.rows:
+                lack = self.lacks(row, name, verb)
+                notes.append(f"{row.name} {lack or 'serves'} {name[:100]}")
+                if not lack:
+                    rows.append(row)
+            if rows:
+                ways.append(Way(route, name, level, rows))
+        if not forced:  # who has the model itself needs no mapping
+            ways = [way for way in ways if way.route == ways[0].route]
+        return ways, notes
+
+    def targets(self, model: str, effort: str) -> list[tuple[str, str]]:
+        """What the mappings name instead, with the effort: exact rules first, then patterns."""
+        rules = self.live.config["ampcode"]["model-mappings"]
+        fits = []
+        for rule in sorted(rules, key=lambda rule: rule["regex"]):
+            exact = split_model(rule["from"])[0].lower() == model.lower()
+            if exact or (rule["regex"] and re.search(rule["from"], model[:200], re.I)):
+                fits.append(rule)
+        pairs = [split_model(target) for rule in fits for target in rule["to"]]
+        return [(name, level or effort) for name, level in pairs]
+
+    def lacks(self, row: Row, model: str, verb: str) -> str:
+        """Why a row does not serve a model; "" if it does.  verb "": in any dialect."""
+        provider, name = row.provider, model[:300]
+        served = matches(name, tuple(provider.names))
+        if not served or matches(name, provider.excluded_models):
+            return "does not have"
+        if verb and verb not in provider.paths:
+            return "in another dialect could serve"
+        if not self.pool.of([row]):
+            return f"after `ampproxy.py login {row.name}` would serve"
+        return ""
+
+    def listed(self, verb: str = "") -> dict[str, str]:
+        """The names that the present accounts serve, and who does; patterns are no names."""
+        pairs = []
+        for row in self.live.rows:
+            pairs += [(name, name) for name in row.provider.names if not set(name) & set("*?[")]
+        for rule in self.live.config["ampcode"]["model-mappings"]:
+            if not rule["regex"]:
+                pairs += [(rule["from"], split_model(target)[0]) for target in rule["to"]]
+        found: dict[str, str] = {}
+        for name, model in pairs:
+            for row in reversed(self.live.rows):  # the first that serves it has the last word
+                if not self.lacks(row, model, verb):
+                    found[name] = row.name
+        return found
+
+
+# -- Lists of models, in the shapes of the dialects --
+
+LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
+
+
+def models_for_gemini(owners: dict[str, str]) -> Json:
+    methods = [*GEMINI_METHODS]
+    rows = [
+        {"name": f"models/{name}", "displayName": name, "supportedGenerationMethods": methods}
+        for name in owners
+    ]
+    return {"models": rows}
+
+
+def models_for_others(owners: dict[str, str]) -> Json:
+    """Anthropic's and OpenAI's clients find their keys in one list."""
+    rows = [
+        {
+            "id": name,
+            "type": "model",
+            "object": "model",
+            "display_name": name,
+            "owned_by": owner,
+            "created": 0,
+            "created_at": rfc3339(0),
+        }
+        for name, owner in owners.items()
+    ]
+    ends = {"first_id": min(owners, default=None), "last_id": max(owners, default=None)}
+    return {"object": "list", "data": rows, "has_more": False, **ends}
+
+
+def model_list(request: Request, chooser: Chooser) -> Json:
+    owners = dict(sorted(chooser.listed().items()))
+    if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
+        return models_for_gemini(owners)
+    return models_for_others(owners)
+
+
+# == Answers on their way ==========================================================================
+#
+# An answer is an async iterator of bytes that are ready for the client, made of small generators:
+# pieces from the upstream, runs of whole events, events looked at and put right.  Its first item
+# proves success.  Until then an error is the next account's chance; afterwards it ends the stream.
+#
+# A Delivery is the client's end of it.  It has one timer, however many pieces come: a comment goes
+# out when nothing did for a while, and what stands still for too long is broken off.
+
+TOLD_AFTER = {  # events that say nothing yet: the answer may still become an error
+    "ping",
+    "response.created",
+    "response.in_progress",
+    "response.queued",
+    "codex.rate_limits",
+}
+LONG_RUN, LAST_PART = 16384, 2048  # bytes; see Dialect.short_ends
+SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answer ends
+LOOK_EVERY = 15  # seconds, at most, between two looks at a connection that may have died silently
+
+
+class Delivery:
+    """What the client of one call gets: one head, then pieces."""
+
+    def __init__(self, call: Call, keepalive: float, idle: float) -> None:
+        self.call, self.request = call, call.request
+        self.response: web.StreamResponse | None = None
+        self.begun = False  # an event has gone out: nobody else can answer any more
+        self.problem: Problem | None = None  # what broke the answer off after that
+        self.keepalive = keepalive if call.streams and call.dialect.comment else 0
+        self.idle = idle
+        self.upstream: Upstream | None = None  # that is being read
+        self.writing = False
+        self.lock = asyncio.Lock()  # the head is written once
+        self.loop = asyncio.get_running_loop()
+        self.moved = self.commented = self.loop.time()  # when the last piece came or went
+        self.comments: set[asyncio.Task[None]] = set()
+        self.timer = self.loop.call_later(self.pause(), self.look)
+
+    def __enter__(self) -> Delivery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        self.upstream = None
+        for task in self.comments:
+            task.cancel()
+
+    # -- The timer --
+
+    def pause(self) -> float:
+        return min(x for x in (self.keepalive, self.idle, LOOK_EVERY) if x)
+
+    def look(self) -> None:
+        """A comment, the end of what stands still, or nothing."""
+        now = self.loop.time()
+        silent = now - self.moved
+        stands_still = self.idle and silent >= self.idle
+        if stands_still or (self.upstream and is_dead(self.upstream)):
+            self.break_off()
+        elif self.keepalive and now - max(self.moved, self.commented) >= self.keepalive:
+            self.commented = now
+            if not self.writing:
+                task = self.loop.create_task(self.write_comment())
+                self.comments.add(task)
+                task.add_done_callback(self.comments.discard)
+        due = max(self.moved, self.commented) + self.pause()
+        self.timer = self.loop.call_at(max(due, now + 0.01), self.look)
+
+    def settle(self) -> None:
+        """All has been said: what still comes may take a moment, not the whole idle time."""
+        self.idle = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
+        self.timer.cancel()
+        self.timer = self.loop.call_later(self.pause(), self.look)
+
+    def break_off(self) -> None:
+        """Wake up who waits: for the client's socket, or for the upstream's next bytes."""
+        if self.writing:
+            if self.request.transport:
+                self.request.transport.abort()
+        elif self.upstream:
+            self.upstream.content.set_exception(TimeoutError())
+
+    async def write_comment(self) -> None:
+        with suppress(ConnectionError, RuntimeError):  # the client has left, or all has been said
+            headers = Headers({"Content-Type": "text/event-stream", **self.call.marks()})
+            response = await self.start(200, None, headers)
+            await response.write(self.call.dialect.comment)
+
+    # -- What the client gets --
+
+    async def start(self, status: int, reason: str | None, headers: Headers) -> web.StreamResponse:
+        """The response; its head goes out with the first call, whatever the later ones say."""
+        async with self.lock:
+            if self.response is None:
+                response = web.StreamResponse(status=status, reason=reason, headers=headers)
+                await response.prepare(self.request)
+                self.response = response
+            return self.response
+
+    async def stream(
+        self, upstream: Upstream, headers: Headers, first: bytes, rest: AsyncIterator[bytes]
+    ) -> web.StreamResponse:
+        """The whole stream.  What breaks it off is told to the client, and kept as `problem`."""
+        response = self.response
+        if response is None:
+            response = await self.start(upstream.status, upstream.reason, headers)
+        self.begun = True
+        await self.write(response, first)
+        try:
+            async for data in rest:
+                await self.write(response, data)
+        except ProxyError as error:
+            self.problem = error.problem
+        if self.problem:
+            await self.end(response, self.problem)
+        return response
+
+    async def write(self, response: web.StreamResponse, data: bytes) -> None:
+        self.writing = True
+        await response.write(data)
+        self.writing = False
+        self.moved = self.loop.time()
+
+    async def end(self, response: web.StreamResponse, problem: Problem) -> None:
+        """Of a stream that broke off, as its dialect says it."""
+        dialect = self.call.dialect
+        body = dialect.error(problem.status, problem.text or problem.message)
+        await self.write(response, dialect.error_event(body))
+        if dialect.cuts_errors and self.request.transport:
+            self.request.transport.abort()
+
+
+def is_dead(upstream: Upstream) -> bool:
+    """aiohttp tells nobody who waits for bytes that it closed a connection after a bad chunk."""
+    connection = upstream.connection
+    transport = connection.transport if connection else None
+    return connection is not None and (transport is None or transport.is_closing())
+
+
+async def pieces_of(upstream: Upstream, delivery: Delivery) -> AsyncGenerator[bytes]:
+    """What arrives, as it arrives; ProxyError 502 when it breaks off or falls silent."""
+    content = upstream.content
+    delivery.upstream = upstream
+    delivery.moved = delivery.loop.time()
+    try:
+        while data := await content.readany():
+            delivery.moved = delivery.loop.time()
+            yield data
+    except (RuntimeError, *NET_ERRORS) as error:
+        raise fault(502, f"the upstream broke off: {net_words(error)}") from None
+    finally:
+        delivery.upstream = None
+
+
+@dataclass
+class Answer:
+    """Of an upstream, in the client's own dialect, once its first event or its whole is good."""
+
+    events: bool  # a stream of them; else `first` is all there is
+    first: bytes
+    rest: AsyncIterator[bytes]
+
+
+BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first letter
+FIELDS = (b":", b"d", b"e", b"i", b"r")  # a comment, data, event, id, retry
+
+
+async def begin_answer(
+    call: Call, pieces: AsyncIterator[bytes], folds: bool, settle: Callable[[], None]
+) -> Answer:
+    """Read until success is certain; ProxyError otherwise.
+
+    What is a stream is seen from its first bytes: labels are wrong too often.  `folds`: the backend
+    only streams, and the client asked for one piece.  `settle` is called when the end may come.
+    """
+    first = b""
+    async for data in pieces:
+        first += data
+        if first.lstrip(BLANK) or len(first) > LONG_RUN:
+            break
+    whole = chained(first, pieces)
+    if not first.lstrip(BLANK).startswith(FIELDS):
+        return Answer(False, await whole_answer(call, whole), whole)
+    events = checked_events(call, whole_events(whole), settle, folds=folds)
+    if folds:
+        return Answer(False, await folded(events), whole)
+    return Answer(True, await anext(events), events)
+
+
+async def chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if first:
+        yield first
+    async for data in rest:
+        yield data
+
+
+# -- In one piece --
+
+
+async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
+    """An answer in one piece, with the model's name that the client gave."""
+    kept, size = [], 0
+    async for data in pieces:
+        kept.append(data)
+        size += len(data)
+        if size > BODY_LIMIT:
+            raise fault(413, f"{call.provider} sent no whole answer within 64 MiB")
+    raw = b"".join(kept)
+    try:
+        answer = parse_object(raw)
+    except ValueError:
+        raise no_whole_answer(call) from None
+    if has_error(answer):
+        raise ProxyError(failure(call, answer))
+    call.count(call.dialect.usage(answer))
+    return renamed(raw, answer, answer, call) or raw
+
+
+async def folded(events: AsyncIterator[bytes]) -> bytes:
+    """The answer that a stream of Responses tells in its last event."""
+    last = b""
+    async for run in events:
+        last = split_events(run)[-1]
+    return write_json(holder(parse_object(event_data(last))))
+
+
+def no_whole_answer(call: Call) -> ProxyError:
+    return fault(502, f"{call.provider} sent no whole answer")
+
+
+def renamed(raw: bytes, answer: Json, inside: Json, call: Call) -> bytes | None:
+    """JSON with the name that the client gave; None where it says no other.
+
+    `inside`: the part of `answer` that names the model.  Byte for byte the same otherwise, if no
+    other place, such as a tool's input, has that name.
+    """
+    key = call.dialect.model_key
+    served = inside.get(key)
+    if not isinstance(served, str) or served == call.model:
+        return None
+    given, asked = write_json(served), write_json(call.model)
+    if raw.count(given) == 1:
+        return raw.replace(given, asked)
+    inside[key] = call.model
+    return write_json(answer)
+
+
+# -- In events --
+
+
+class Items:
+    """The output items of a Responses answer by their index, and how much is kept in all."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Any] = {}
+        self.size = 0
+
+    def grow(self, call: Call, size: int) -> None:
+        self.size += size
+        if self.size > BODY_LIMIT:
+            raise fault(413, f"{call.provider} sent no whole answer within 64 MiB")
+
+
+class Looked(NamedTuple):
+    """An event that was read."""
+
+    raw: bytes  # as the client gets it
+    ending: str = ""  # see Dialect.ending
+    tells: bool = False  # it proves success
+    renames: bool = False  # the provider has another name for the model
+
+
+async def checked_events(
+    call: Call,
+    runs: AsyncIterator[bytes],
+    settle: Callable[[], None],
+    told: bool = False,
+    folds: bool = False,
+) -> AsyncIterator[bytes]:
+    """Runs of events, ready for the client; the first one has an event that proves success.
+
+    Ends with the dialect's last event, whatever is behind it; ProxyError when that does not come.
+    `told`: whatever comes, the client gets.
+    """
+    marks = call.dialect.marks
+    items = Items()
+    held: list[bytes] = []
+    ending = ""
+    try:
+        async for run in runs:
+            if told and not is_notable(run, marks, call.dialect.short_ends):
+                yield run
+                continue
+            for raw in split_events(run):
+                looked = look_at(call, raw, items, told, folds)
+                held.append(looked.raw)
+                told, ending = told or looked.tells, looked.ending or ending
+                if looked.renames and call.dialect.model_mark not in marks:
+                    marks += (call.dialect.model_mark,)
+                if ending == "over":
+                    break
+            if told:
+                yield b"".join(held)
+                held = []
+            if ending == "over":
+                return
+            if ending:
+                settle()
+    except ProxyError:
+        if told and held:
+            yield b"".join(held)
+        if not ending:
+            raise
+    if not told:
+        raise no_whole_answer(call)
+    if not ending:
+        raise fault(502, "the stream stopped before its end")
+
+
+def is_notable(run: bytes, marks: tuple[bytes, ...], short_ends: bool) -> bool:
+    """Whether one of the marks is in a run; a long one is not searched for what comes last."""
+    part = run[-LAST_PART:] if short_ends and len(run) > LONG_RUN else run
+    for mark in marks:  # noqa: SIM110 - this runs for every event, and any() takes twice as long
+        if mark in part:
+            return True
+    return False
+
+
+def look_at(call: Call, raw: bytes, items: Items, late: bool, folds: bool) -> Looked:
+    """One event.  ProxyError for garbage or an error before the client has got anything."""
+    data = event_data(raw).strip()
+    if not late:
+        items.grow(call, len(raw))
+    if data == b"[DONE]":
+        return Looked(raw, "over")
+    if not data:
+        return Looked(raw)  # a comment
+    try:
+        event = parse_object(data)
+    except ValueError:
+        if event_end(raw) != len(raw):
+            return Looked(b"")  # it was cut short
+        if late:
+            return Looked(raw)
+        raise no_whole_answer(call) from None
+    kind, inside = event.get("type"), holder(event)
+    if has_error(event):
+        told_as_it_is = not call.dialect.cuts_errors and (
+            kind == "response.failed" or call.dialect is not RESPONSES
+        )
+        if late and told_as_it_is and not folds:
+            return Looked(raw, "over")
+        raise ProxyError(failure(call, event))
+    call.count(call.dialect.usage(event))
+    ending = call.dialect.ending(event)
+    if kind == "response.output_item.done":
+        index = event.get("output_index")
+        items.found[index if isinstance(index, int) else len(items.found)] = event.get("item")
+        items.grow(call, len(raw))
+    filled = ending == "over" and bool(items.found) and not inside.get("output")
+    new = renamed(data, event, inside, call)
+    if filled:  # ChatGPT's backend leaves it out of its last event
+        inside["output"] = [item for _, item in sorted(items.found.items())]
+        inside["model"] = call.model
+        raw = with_data(raw, write_json(event))
+    elif new:
+        raw = with_data(raw, new)
+    return Looked(raw, ending, kind not in TOLD_AFTER, new is not None)
+
+
+# -- Errors --
+
+
+def has_error(event: Json) -> bool:
+    """Whether an event, or a whole answer, is an error."""
+    if event.get("type") == "error":
+        return True
+    error = holder(event).get("error") or event.get("error")
+    return isinstance(error, dict) or (isinstance(error, str) and "choices" not in event)
+
+
+DELAYS = ("resets_in_seconds", "retryDelay", "quotaResetDelay")  # OpenAI's, and Google's two
+
+
+def asked_delay(error: Any, depth: int = 5) -> float:
+    """The seconds that an error asks to wait, wherever it says so."""
+    if isinstance(error, dict):
+        for name in DELAYS:
+            value = error.get(name)
+            if isinstance(value, (str, int, float)):
+                return duration(str(value)) if isinstance(value, str) else max(0, number(value))
+        error = list(error.values())
+    if isinstance(error, list) and depth:
+        return max((asked_delay(inner, depth - 1) for inner in error[:50]), default=0)
+    return 0
+
+
+def failure(call: Call, answer: Json, status: int = 0) -> Problem:
+    """A provider's error as a Problem; `status` 0: it stood in an answer, and its code decides."""
+    told = holder(answer)
+    parts = error_parts(told)
+    words = [str(parts[name]) for name in ("code", "type", "status") if parts.get(name)]
+    how = f"answered {status}" if status else "answered with an error:"
+    message = f"{call.provider} {how} {error_text(told, 'type', 'status')}"
+    if not status:
+        status = next((STATUSES[word] for word in words if word in STATUSES), 502)
+    text = error_text(told)
+    return Problem(
+        status if status >= 400 else 502,
+        message.rstrip(": "),
+        retry_after=asked_delay(parts),
+        text=text,
+        codes=frozenset(word.lower()[:100] for word in words),
+        body=write_json(call.dialect.error(status, text)) if answer else b"",
+    )
+
+
+REFUSAL_HEADERS = (
+    "request-id",
+    "content-type",
+    "x-should-retry",
+    "retry-after",
+    "anthropic-*",
+)
+
+
+async def refusal(
+    call: Call, upstream: Upstream, windows: list[Window], now: float, delivery: Delivery
+) -> Problem:
+    """What an answer with another status than 200 means."""
+    raw, answer = b"", Json()
+    with suppress(ProxyError):
+        async for data in pieces_of(upstream, delivery):
+            raw += data
+            if len(raw) > ERROR_LIMIT:
+                break
+    raw = (unpack_gzip(raw) or raw).strip()
+    with suppress(ValueError):
+        answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
+    problem = failure(call, answer, upstream.status)
+    full = {window.name: window.resets_at - now for window in windows if window.full}
+    problem.windows = frozenset(full)
+    waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
+    if problem.status == 429:
+        waits += full.values()
+    problem.retry_after = max(waits)
+    if answer:
+        for name, value in upstream.headers.items():
+            if matches(name[:100], REFUSAL_HEADERS):
+                problem.headers.add(name, value)
+    if isinstance(answer.get("error"), dict):
+        problem.body = raw.removeprefix(b"[").removesuffix(b"]")  # the provider's own words
+    return problem
+
+
+ERROR_LIMIT = 1 << 20  # bytes of an error that are read
+
+
+HOP_HEADERS = (  # RFC 9110, 7.6.1, what the HTTP library writes itself, and CORS
+    "connection",
+    "keep-alive",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "host",
+    "expect",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "access-control-*",
+    "sec-websocket-*",
+)
 
 
 def passing(headers: Any, *without: str) -> Headers:
-    """Headers that travel on: not the hop's own, what Connection names, CORS, nor `without`."""
-    named = {n.strip().lower() for v in headers.getall("Connection", ()) for n in v.split(",")}
-    gone = named | set(without)
-    pairs = ((name, value) for name, value in headers.items() if name.lower() not in gone)
-    return CIMultiDict(pair for pair in pairs if not HOP_HEADERS.fullmatch(pair[0]))
+    """Headers that travel on: not the hop's own, not those that Connection names, nor `without`."""
+    kept = Headers()
+    named = {
+        name.strip().lower()
+        for value in headers.getall("Connection", ())
+        for name in value.split(",")
+    }
+    for name, value in headers.items():
+        lower = name.lower()
+        if lower not in named and lower not in without and not matches(lower, HOP_HEADERS):
+            kept.add(name, value)
+    return kept
 
 
-class Relay:  # one answer on its way; only a plain event stream of a `call` takes comments
-    def __init__(self, request: Request, upstream: Upstream, headers: Headers, call: Any) -> None:
-        self.request, self.content = request, upstream.content
-        headers.update(call.marks if call else {})
-        self.response = Answer(status=upstream.status, reason=upstream.reason, headers=headers)
-        self.events = upstream.content_type == "text/event-stream"
-        plain = call and self.events and PACKED not in headers and not call.folds
-        self.dialect = call.dialect if plain else ""
-        self.silence, self.comments = (call and call.silence) or MINUTE, call and call.silence
-        self.first, self.tail = b"", b"\n\n"
+# == Forwarding ====================================================================================
+#
+# The story of one model call: its ways in order, on each way the accounts, on each account some
+# tries.  A failure before the first event is a Problem that is returned, and says who is next; what
+# has begun is finished where it began.
 
-    async def read(self) -> bytes:
-        """The next bytes, b"" at the end; comments go out while none come."""
-        while not self.content.at_eof():
-            try:
-                async with asyncio.timeout(self.silence) as silence:
-                    return await self.content.readany()
-            except (RuntimeError, *NET_ERRORS) as error:  # the first: it had closed without a word
-                if not silence.expired():
-                    if self.dialect and ENDING.search(self.tail):
-                        break  # it was whole
-                    raise ProxyError(502, f"the upstream broke off: {why(error)}") from error
-                if self.dialect and self.comments and self.tail.endswith((b"\n\n", b"\r\n\r\n")):
-                    await self.write(b": keep-alive\n\n")
-        return b""
+QUOTA_HEADER = re.compile(
+    r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-"
+    r"(?P<field>status|utilization|used-percent|reset(?:-at)?)"
+)
+NOT_ASKED = {  # fields that a helper call must not have
+    "count_tokens": ("max_tokens", "stream"),
+    "compact": ("stream",),
+}
+AMP_HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
+Pay = Callable[[Call, str, Delivery], Awaitable[web.StreamResponse]]  # Ampcode.pay
 
-    async def write(self, data: bytes) -> None:
-        self.tail = data[-TAIL:] if len(data) >= TAIL else (self.tail + data)[-TAIL:]
-        if not self.response.prepared:
-            self.first, self.request.begun = data[:TAIL], self
-            await self.response.prepare(self.request)
-        await self.response.write(data)
 
-    async def send(self, first: bytes) -> Answer:
-        await self.write(first)
-        while data := await self.read():
-            await self.write(data)
-        if self.dialect in ("anthropic", "chat") and not ENDING.search(self.tail):
-            raise ProxyError(502, "the stream stopped before its end")
-        return self.response
+@dataclass
+class Prepared:
+    """A call as one provider is asked: all but the account's own headers."""
 
-    async def edited(self, edit: Any) -> Answer:
-        """What `edit` makes of each event, or of the whole; nothing goes out before it has told."""
-        rest, held = bytearray(), b""
+    row: Row
+    headers: Headers
+    body: bytes
+    url: str
+    folds: bool  # it only streams, and the client wants one piece
+
+
+class Forwarder:
+    def __init__(self, live: Live, net: Net, pool: Pool, pay: Pay) -> None:
+        self.live, self.net, self.pool, self.pay = live, net, pool, pay
+        self.chooser = Chooser(live, pool)
+        self.clock = pool.clock
+
+    async def answer(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
+        """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
+        call.wanted, call.effort = split_model(call.model)
+        ways, notes = self.chooser.ways(call.wanted, call.effort, call.verb)
+        problem = self.unserved(call, notes)
+        deadline = self.clock.monotonic() + self.live.config["max-retry-interval"]
+        for way in ways:
+            call.route = way.route
+            until = deadline if way is ways[-1] else 0
+            outcome = await self.try_way(call, way, until, delivery)
+            if isinstance(outcome, web.StreamResponse):
+                return outcome
+            problem = outcome
+            if verdict(problem).then == "stop":
+                raise ProxyError(problem)
+        allowed = ("always",) if ways else ("always", "unserved")
+        if not call.amp or self.live.config["ampcode"]["fallback"] not in allowed:
+            raise ProxyError(problem)
+        call.route, call.provider, call.account = "amp", "ampcode", ""
+        call.served_model = call.model
+        call.trouble = f"{problem.message}; {AMP_HINT}{self.mapping_hint(call, ways)}"
+        return await self.pay(call, key, delivery)
+
+    def unserved(self, call: Call, notes: list[str]) -> Problem:
+        near = "; ".join(note for note in notes if "does not have" not in note)
+        message = f"no account here serves {call.model[:100]!r}: {near or 'map it'}"
+        return Problem(404, message)
+
+    def mapping_hint(self, call: Call, ways: list[Way]) -> str:
+        """The mapping that would have kept the call here, if any account could serve one."""
+        target = next(iter(self.chooser.listed(call.verb)), "") if not ways else ""
+        if not target:
+            return ""
+        return f", model-mappings: [{{from: {call.wanted[:100]}, to: {target}}}]"
+
+    async def try_way(
+        self, call: Call, way: Way, until: float, delivery: Delivery
+    ) -> web.StreamResponse | Problem:
+        """Ask the accounts of a way, and wait until then for one to wake up."""
+        problem: Problem | None = None
+        tried: set[Account] = set()
+        prepared: Prepared | None = None
+        call.provider, call.served_model = way.rows[0].name, way.model
+        while True:
+            account = await self.pool.choose(way.rows, way.model, call.thread, tried, until)
+            if account is None or account.row is None:
+                break
+            if prepared is None or prepared.row is not account.row:
+                prepared = prepare(call, way, account.row)
+            outcome = await self.try_account(call, way, account, prepared, delivery)
+            if isinstance(outcome, web.StreamResponse):
+                return outcome
+            problem = outcome
+            then = verdict(problem).then
+            if then == "stop":
+                return problem
+            if then != "wait" or self.clock.monotonic() >= until:
+                tried.add(account)
+        if problem and len(self.pool.of(way.rows)) <= 1:
+            return problem
+        return self.pool.nobody(way.rows, way.model)
+
+    async def try_account(
+        self, call: Call, way: Way, account: Account, prepared: Prepared, delivery: Delivery
+    ) -> web.StreamResponse | Problem:
+        """Ask one account, as often as the error and request-retry allow."""
+        config = self.live.config
+        most = {"again": config["request-retry"], "wait": config["request-retry"] + 1}
+        longest = max(RETRY_PAUSE, min(SHORT_WAIT, config["max-retry-interval"]))
+        tries, refused = 0, ""
+        call.account = account.label
+        with account.leased():
+            while True:
+                began = self.clock.monotonic()
+                try:
+                    token = await self.pool.bearer(account, refused)
+                except ProxyError as error:
+                    return error.problem
+                outcome = await self.exchange(call, way, account, prepared, token, began, delivery)
+                if isinstance(outcome, web.StreamResponse):
+                    return outcome
+                tries += 1
+                then = verdict(outcome).then
+                pause = outcome.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
+                if outcome.status == 401 and not refused:
+                    refused = token
+                elif "invalid_encrypted_content" in outcome.text and forget_reasoning(prepared):
+                    log.info("%s: reasoning of another account is left out", account.name)
+                elif tries < most.get(then, 0) and pause <= longest:
+                    await self.clock.sleep(pause)
+                else:
+                    newer = isinstance(account, Login) and token != account.access_token
+                    if outcome.status != 401 or not newer:
+                        self.pool.rest(account, outcome, way.model)
+                    return outcome
+
+    async def exchange(
+        self,
+        call: Call,
+        way: Way,
+        account: Account,
+        prepared: Prepared,
+        token: str,
+        began: float,
+        delivery: Delivery,
+    ) -> web.StreamResponse | Problem:
+        """One request to a provider, and its answer to the client."""
+        sent: Any = {
+            "headers": account_headers(prepared, account, token),
+            "data": prepared.body,
+            "auto_decompress": True,
+        }
         try:
-            while (data := await self.read()) and len(rest) + len(held) < BODY_LIMIT:
-                rest += data
-                if self.events and b"\n" in data:
-                    whole, end, rest = rest.rpartition(b"\n\n" if b"\n\n" in rest else b"\r\n\r\n")
-                    held += b"".join(edit(bytes(one + end)) for one in whole.split(end or None))
-                if self.dialect and edit.told:
-                    await self.write(held)
-                    held = b""
-                    if edit.done:
-                        return await self.send(bytes(rest))
-            held += edit(bytes(rest))
-        except (ValueError, ProxyError) as error:  # of garbage, or a break
-            if isinstance(error, ProxyError) and not edit.ended:
-                raise
-        if not edit.told or (self.events and not edit.ended):
-            status = 502 if len(rest) + len(held) < BODY_LIMIT else 413
-            raise ProxyError(status, f"{edit.call.provider} sent no whole answer")
-        if self.events and edit.call.folds:
-            held = compact(edit.whole)
-        self.response.content_length = None if self.dialect else len(held)
-        await self.write(held)
-        return self.response
+            async with self.net.ask("POST", prepared.url, delivery.idle, **sent) as upstream:
+                windows = quota_of(upstream.headers)
+                account.quota = windows or account.quota
+                if upstream.status != 200:
+                    now = self.clock.time()
+                    return await refusal(call, upstream, windows, now, delivery)
+                pieces = pieces_of(upstream, delivery)
+                async with aclosing(pieces):
+                    answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
+                    self.pool.answered(account, way.model, began)
+                    call.let_go()
+                    prepared.body = sent["data"] = b""
+                    response = await deliver(delivery, upstream, answer, prepared.folds)
+                    self.net.retire(upstream)
+        except ProxyError as error:
+            return error.problem
+        finally:
+            account.counts.update(call.tokens)
+        if delivery.problem:
+            call.trouble = delivery.problem.message
+            self.pool.rest(account, delivery.problem, way.model)
+        return response
 
-    async def end(self, error: ProxyError) -> Answer:
-        """Of an answer that broke off: as the dialect says it, or as a broken connection does."""
-        if self.dialect:
-            await self.write(error_frame(self.dialect, error.status, error.said or error.message))
-        if self.dialect in ("", "gemini") and self.request.transport:  # no other is seen
-            self.request.transport.abort()
-            return web.Response(status=502)  # for the log: nobody gets it
-        return self.response
+
+async def deliver(
+    delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool
+) -> web.StreamResponse:
+    """What has been proved to be an answer, to the client."""
+    call = delivery.call
+    headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
+    headers.update(call.marks())
+    if answer.events:
+        if upstream.content_type != "text/event-stream":
+            headers["Content-Type"] = "text/event-stream"
+        return await delivery.stream(upstream, headers, answer.first, answer.rest)
+    if delivery.response:
+        raise fault(502, f"{call.provider} sent no stream")
+    if folds:
+        headers["Content-Type"] = "application/json"
+    return web.Response(
+        status=upstream.status, reason=upstream.reason, headers=headers, body=answer.first
+    )
+
+
+def prepare(call: Call, way: Way, row: Row) -> Prepared:
+    """The call as a provider takes it; ProxyError 400 for what it could only refuse."""
+    provider = row.provider
+    call.provider = row.name
+    call.served_model = provider.names.get(way.model, way.model)
+    headers = Headers(provider.headers)
+    given = passing(call.request.headers)
+    for name in given:
+        if matches(name.lower(), provider.passes):
+            headers[name] = ",".join(given.getall(name))
+    headers["Accept-Encoding"] = "identity"
+    headers["Content-Type"] = "application/json"
+    streams = call.streams
+    only_streams = row.kind == "codex" and call.verb == "responses"
+    body = call.body
+    if call.dialect is not GEMINI and body.get("model") != call.served_model:
+        body = {**body, "model": call.served_model}
+    if call.verb == "messages" and not body.get("max_tokens"):
+        body = {**body, "max_tokens": provider.max_tokens}
+    counts = call.verb in ("count_tokens", "countTokens")
+    if way.effort not in ("", "auto") and not counts:
+        body = with_effort(body, call, provider, way.effort, call.served_model)
+    if row.kind in RULES:
+        body = RULES[row.kind](body, headers, provider)
+    gone = [name for name in NOT_ASKED.get(call.verb, ()) if name in body]
+    if gone:
+        body = {name: value for name, value in body.items() if name not in gone}
+    headers["Accept"] = "text/event-stream" if streams or only_streams else "application/json"
+    return Prepared(
+        row,
+        headers,
+        worded(call, body),
+        address_of(call, provider),
+        folds=only_streams and not streams,
+    )
+
+
+def worded(call: Call, body: Json) -> bytes:
+    """The client's own bytes where nothing had to change, else the body in JSON.
+
+    Equality of dicts and lists short-cuts on identity, so what rules share costs nothing here.  A
+    key that stands twice is read once, and the provider might read the other one.
+    """
+    if (body is call.body or body == call.body) and call.raw.count(b'"model"') < 2:
+        return call.raw
+    try:
+        return write_json(body)
+    except ValueError as error:
+        raise fault(400, f"The request body cannot be sent on: {explain(error)}") from None
+
+
+def forget_reasoning(prepared: Prepared) -> bool:
+    """Whether there was any: then the next try goes without it."""
+    body = parse_object(prepared.body)
+    changed = without_reasoning(body)
+    if changed is body:
+        return False
+    prepared.body = write_json(changed)
+    return True
+
+
+@functools.lru_cache(1024)
+def joined(base: str, path: str) -> str:
+    """An address with a path; a version part that both have stands there once."""
+    base = base.rstrip("/")
+    if re.search(r"/(v\d\w*(/openai)?|backend-api/codex)$", base):
+        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
+    return base + path
+
+
+def address_of(call: Call, provider: Provider) -> str:
+    path = provider.paths[call.verb]
+    if "{model}" in path:
+        path = path.replace("{model}", quote(call.served_model, "", None, "replace"))
+    query = "?alt=sse" if call.verb == "streamGenerateContent" else ""
+    return joined(provider.base_url, path) + query
+
+
+def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
+    provider = prepared.row.provider
+    headers = prepared.headers.copy()
+    host = as_url(prepared.url).host
+    if provider.key_header != "Authorization" and provider.key_host in ("", host):
+        headers[provider.key_header] = token
+    else:
+        headers["Authorization"] = f"Bearer {token}"
+    if isinstance(account, Login) and account.account_id:
+        headers["Chatgpt-Account-Id"] = account.account_id
+    return headers
+
+
+def quota_of(headers: Any) -> list[Window]:
+    """The windows that an answer tells of (providers.md 1.6, 2.6)."""
+    told: dict[str, Json] = {}
+    for name, value in headers.items():
+        lower = name.lower()
+        if not lower.startswith(("anthropic-ratelimit-unified-", "x-codex-")):
+            continue
+        if found := QUOTA_HEADER.fullmatch(lower):
+            told.setdefault(found["window"], {})[found["field"]] = value
+    windows = []
+    for name, fields in told.items():
+        used = number(fields.get("used-percent")) or 100 * number(fields.get("utilization"))
+        at = fields.get("reset", fields.get("reset-at"))
+        full = fields.get("status") == "rejected"
+        windows.append(Window(name, full, round(used, 1), number(at) or parse_time(at)))
+    return windows
 
 
 # == ampcode.com ===================================================================================
-# It gets what is no model call, and, for credits, the calls that nobody here answers; as they came.
+#
+# It gets what is no model call, byte for byte, WebSockets too; and, for credits, the model calls
+# that nobody here answers.
+
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 # The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
-FLAG = re.compile(rb'(?:,|(\[))\s*\{[^{}]*"name"\s*:\s*"thread-actors-tui"[^{}]*\}(?(1)\s*,?)')
+FLAG = re.compile(
+    rb"(?:,|(\[))\s{0,99}\{[^{}]{0,999}"
+    rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,999}\}(?(1)\s{0,99},?)'
+)
+USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
+GZIP = b"\x1f\x8b"
 
 
 class Ampcode:
-    def __init__(self, pool: Pool) -> None:
-        self.live, self.net, self.pool, self.clock = pool.live, pool.net, pool, pool.clock
-        self.sockets = dict[Any, web.WebSocketResponse]()  # by their other ends
+    def __init__(self, live: Live, net: Net, clock: Any) -> None:
+        self.live, self.net, self.clock = live, net, clock
+        self.tunnels: dict[Any, web.WebSocketResponse] = {}  # the client's end, by the other one
         self.secrets, self.secrets_until = Json(), 0.0  # what the secrets file said, until then
+
+    # -- Addresses and keys --
 
     def base(self) -> str:
         return str(self.live.config["ampcode"]["upstream-url"]).rstrip("/")
 
     def address(self, request: Request) -> str:
-        return self.base() + request.target(self.live.config["api-keys"])
+        return self.base() + target_without_keys(request.raw_path, self.live.config["api-keys"])
 
-    def file_key(self) -> str:
-        base, now = self.base(), self.clock.monotonic()
+    def key_of_file(self) -> str:
+        """The key that Amp itself keeps for this address; its lack is remembered, too."""
+        now, base = self.clock.monotonic(), self.base()
         if self.secrets_until <= now:
             self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
             with suppress(OSError, ValueError):
-                self.secrets = read_object(SECRETS_FILE.expanduser().read_bytes())
-        return str(self.secrets.get(f"apiKey@{base}/") or self.secrets.get(f"apiKey@{base}") or "")
+                self.secrets = parse_object(SECRETS_FILE.expanduser().read_bytes())
+        found = self.secrets.get(f"apiKey@{base}/") or self.secrets.get(f"apiKey@{base}") or ""
+        return str(found).strip()
 
     def upstream_key(self, key: str) -> str:
-        amp = self.live.config["ampcode"]
-        own = [r["upstream-api-key"] for r in amp["upstream-api-keys"] if key in r["api-keys"]]
-        own += [amp["upstream-api-key"], os.environ.get("AMP_API_KEY", "").strip()]
-        return str(next(filter(None, own), "") or self.file_key().strip())
+        """Ours at ampcode.com, for a client with this key of ours."""
+        config = self.live.config["ampcode"]
+        for row in config["upstream-api-keys"]:
+            if key in row["api-keys"]:
+                return str(row["upstream-api-key"])
+        environment = os.environ.get("AMP_API_KEY", "").strip()
+        return str(config["upstream-api-key"] or environment or self.key_of_file())
 
-    def outgoing(self, request: Request, key: str) -> Headers:
+    def headers(self, request: Request, key: str) -> Headers:
+        """The client's, its credentials replaced by ours; its own stay where we have none."""
         own = self.upstream_key(key)
         headers = passing(request.headers, *(KEY_HEADERS if own or key else ()))
-        headers.update({"Authorization": f"Bearer {own}", "X-Api-Key": own} if own else {})
+        if own:
+            headers["Authorization"] = f"Bearer {own}"
+            headers["X-Api-Key"] = own
         return headers
 
-    async def forward(self, request: Request, key: str, call: Call | None = None) -> Answer:
-        headers, url = self.outgoing(request, key), self.address(request)
-        data: Any = call.raw if call else request.content if request.body_exists else None
-        asked = re.match(r"/api/internal\?getUserInfo(?![\w-])", request.raw_path)
-        if edits := bool(asked and self.live.config["ampcode"]["client-inference"]):
-            headers["Accept-Encoding"] = "identity"
-        more: Any = {"headers": headers, "data": data} | ({} if call else {"idle": 0})
-        async with self.net.ask(request.method, url, **more) as upstream:
-            relay = Relay(request, upstream, passing(upstream.headers), call)
-            return await relay.send(await opened(relay, edits))
+    # -- Requests --
 
-    async def tunnel(self, request: Request, key: str) -> Answer:
+    async def forward(self, request: Request, key: str) -> web.StreamResponse:
+        """Anything that is no model call; bodies stream both ways, without a limit."""
+        headers = self.headers(request, key)
+        edits = self.live.config["ampcode"]["client-inference"] and USER_INFO.match(
+            request.raw_path
+        )
+        if edits:
+            headers["Accept-Encoding"] = "identity"
+        data = request.content if request.body_exists else None
+        url = self.address(request)
+        async with self.net.ask(request.method, url, 0, headers=headers, data=data) as upstream:
+            return await passed(request, upstream, passing(upstream.headers), bool(edits))
+
+    async def pay(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
+        """A model call that nobody here answers, as it came; streams end as the dialect says."""
+        request = call.request
+        headers = self.headers(request, key)
+        more: Any = {"headers": headers, "data": call.raw}
+        async with self.net.ask("POST", self.address(request), delivery.idle, **more) as upstream:
+            headers = passing(upstream.headers)
+            headers.update(call.marks())
+            streams = upstream.content_type == "text/event-stream"
+            if delivery.response and not streams:  # a comment has gone out
+                status = max(upstream.status, 400)
+                raise fault(status, f"ampcode.com answered {upstream.status} without a stream")
+            if not streams or "Content-Encoding" in headers:
+                return await passed(request, upstream, headers, False, delivery)
+            pieces = pieces_of(upstream, delivery)
+            async with aclosing(pieces):
+                events = checked_events(call, whole_events(pieces), delivery.settle, told=True)
+                first = await anext(events, b"")
+                call.let_go()
+                more["data"] = None
+                response = await delivery.stream(upstream, headers, first, events)
+                self.net.retire(upstream)
+        if delivery.problem:
+            call.trouble = f"{call.trouble}; {delivery.problem.message}"
+        return response
+
+    # -- WebSockets --
+
+    async def tunnel(self, request: Request, key: str) -> web.StreamResponse:
         asked = re.findall(r"[^\s,]+", request.headers.get("Sec-WebSocket-Protocol", ""))
-        url = URL(self.address(request), encoded=True)
-        own: Any = {"headers": self.outgoing(request, key), "proxy": self.net.proxy(self.base())}
-        both: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
+        options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
         try:
-            upstream = await self.net.session.ws_connect(url, protocols=asked, **own, **both)
+            upstream = await self.net.sockets.ws_connect(
+                URL(self.address(request), encoded=True),
+                headers=self.headers(request, key),
+                protocols=asked,
+                proxy=self.net.proxy(self.base()),
+                **options,
+            )
         except aiohttp.WSServerHandshakeError as error:
             return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
         except NET_ERRORS as error:
-            raise ProxyError(502, f"ampcode.com cannot be reached: {why(error)}") from error
-        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **both)
-        self.sockets = {u: c for u, c in self.sockets.items() if not u.closed} | {upstream: client}
+            raise fault(502, f"ampcode.com cannot be reached: {net_words(error)}") from None
+        client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **options)
+        self.tunnels = {up: down for up, down in self.tunnels.items() if not up.closed}
+        self.tunnels[upstream] = client
         try:
             await client.prepare(request)
-            await asyncio.gather(frames(client, upstream), frames(upstream, client))
+            await asyncio.gather(pass_frames(client, upstream), pass_frames(upstream, client))
         finally:
             await upstream.close(code=aiohttp.WSCloseCode.GOING_AWAY)
         return client
 
+    async def close_tunnels(self) -> None:
+        closing = (end.close(code=aiohttp.WSCloseCode.GOING_AWAY) for end in self.tunnels.values())
+        await asyncio.gather(*closing)
 
-async def frames(source: Any, sink: Any) -> None:
+
+async def pass_frames(source: Any, sink: Any) -> None:
+    """Frames one way, then the close and its code."""
     with suppress(ConnectionError, RuntimeError, TypeError):  # a broken frame has no data
         async for frame in source:
-            await (sink.send_str if isinstance(frame.data, str) else sink.send_bytes)(frame.data)
+            if isinstance(frame.data, str):
+                await sink.send_str(frame.data)
+            else:
+                await sink.send_bytes(frame.data)
+    # 0: it closed without a code; 1006 says that it broke, and may not be sent.
     code = {0: 1000, 1006: 1011}.get(source.close_code, source.close_code)
-    for end in (sink, source) if code and sink.close_code is None else ():  # else it is under way
-        await end.close(code=code)
+    if code and sink.close_code is None:  # else the closing is under way
+        for end in (sink, source):
+            await end.close(code=code)
 
 
-async def opened(relay: Relay, edits: bool) -> bytes:
-    headers, raw = relay.response.headers, b""
-    if not edits and (PACKED in headers or relay.events or "zip" in relay.response.content_type):
-        return raw
-    while (edits or raw[:2] in MAGIC) and len(raw) <= BODY_LIMIT and not relay.content.at_eof():
-        raw += await relay.read()
-    body = inflate(raw) or raw
-    body = FLAG.sub(rb"\1", body) if edits else body
+async def passed(
+    request: Request,
+    upstream: Upstream,
+    headers: Headers,
+    edits: bool,
+    delivery: Delivery | None = None,
+) -> web.StreamResponse:
+    """An answer of ampcode.com as it came, but for gzip that it does not label, and the flag."""
+    first = await opened(upstream, headers, edits)
+    response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
+    if delivery:
+        response = await delivery.start(upstream.status, upstream.reason, headers)
+    else:
+        await response.prepare(request)
+    try:
+        if first:
+            await response.write(first)
+        async for data in upstream.content.iter_any():
+            await response.write(data)
+            if delivery:
+                delivery.moved = delivery.loop.time()
+    except (ConnectionResetError, asyncio.CancelledError):
+        raise  # it is the client that left
+    except (RuntimeError, *NET_ERRORS) as error:
+        # What has begun cannot become an error: the client must see that it broke off.
+        log.warning("ampcode.com broke off in mid-answer: %s", net_words(error))
+        if request.transport:
+            request.transport.abort()
+        return web.Response(status=502)
+    return response
+
+
+async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
+    """The answer's beginning, or all of it where it must be changed; `headers` follow."""
+    labelled = "Content-Encoding" in headers or upstream.content_type == "text/event-stream"
+    if not edits and (labelled or "zip" in upstream.content_type):
+        return b""
+    raw = b""
+    try:
+        while not upstream.content.at_eof() and len(raw) <= BODY_LIMIT:
+            if not edits and raw[:2] not in (b"", GZIP[:1], GZIP):
+                break
+            raw += await upstream.content.readany()
+    except (RuntimeError, *NET_ERRORS) as error:
+        raise fault(502, f"ampcode.com broke off: {net_words(error)}") from None
+    body = unpack_gzip(raw) or raw
+    if edits:
+        body = FLAG.sub(rb"\1", body)
     if body != raw:
-        headers.popall(PACKED, None)
+        headers.popall("Content-Encoding", None)
         headers["Content-Length"] = str(len(body))
     return body
 
 
-# == Forwarding ====================================================================================
-# One model call, answered by the first account that can.
-QUOTA = re.compile(r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-(?P<field>"
-                   r"status|utilization|used-percent|reset(?:-at)?)")  # fmt: skip
-HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
-ENDS = ("response.completed", "response.incomplete", "response.failed")
-UNASKED = {"count_tokens": ("max_tokens", "stream"), "compact": ("stream",)}  # of such calls
-MATTERS = re.compile(rb'"(response|error|response\.output_item\.done|model|modelVersion)"')
-DELAY = re.compile(r'"(?:resets_in_seconds|retryDelay|quotaResetDelay)":"?([\d.hms]+)')
-QUIET = {"ping", "response.created", "response.in_progress", "response.queued", "codex.rate_limits"}
+# == Status ========================================================================================
+#
+# What was served, and how the accounts stand: for GET /status and the log.  No secret, no prompt.
+
+ROUTE_WORDS = {
+    "local": "LOCAL_PROVIDER",
+    "mapped": "MODEL_MAPPING",
+    "amp": "AMP_CREDITS",
+    "none": "NO_PROVIDER",
+}
+PAID_MODELS = 100  # names of models that are counted
+AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
 
-class Forwarder(Ampcode):
-    async def answer(self, call: Call, key: str) -> Answer:
-        """By the first way that works, else from ampcode.com, else a ProxyError."""
-        await call.read()
-        config, (ways, told) = self.live.config, self.ways(call.wanted, call.effort, call.verb)
-        call.silence = config["streaming"]["keepalive-seconds"]  # until a comment goes out
-        until = self.clock.monotonic() + config["max-retry-interval"]
-        near = "; ".join(line for line in told if "does not have" not in line)
-        error = ProxyError(404, f"no account here serves {call.model[:100]!r}: {near or 'map it'}")
-        for number, (call.route, call.wanted, call.effort, rows) in enumerate(ways, 1):
-            try:
-                return await self.from_accounts(call, rows, until if number == len(ways) else 0)
-            except ProxyError as failed:
-                if verdict(error := failed)[2] == "stop" or call.request.begun:
-                    raise
-        if call.amp and config["ampcode"]["fallback"] in ("always", "" if ways else "unserved"):
-            call.route, call.provider, call.served_model = "amp", "ampcode", call.model
-            to = next(iter([] if ways else self.listed(call.verb)), "")
-            mapping = f", model-mappings: [{{from: {call.wanted[:100]}, to: {to}}}]" if to else ""
-            call.account, call.trouble = "", f"{error.message}; {HINT}{mapping}"
-            return await self.forward(call.request, key, call)
-        raise error
+class Ledger:
+    """The last requests, and counters since the start."""
 
-    def listed(self, verb: str = "") -> dict[str, str]:
-        """The names that the present accounts serve, and who does; patterns are no names."""
-        pairs = [(n, n) for row in self.live.rows for n in row["models"] if not {*"*?["} & {*n}]
-        rules = [r for r in self.live.config["ampcode"]["model-mappings"] if not r["regex"]]
-        pairs += [(rule["from"], without_suffix(to)[0]) for rule in rules for to in rule["to"]]
-        return {name: row["name"] for name, model in pairs for row in reversed(self.live.rows)
-                if not self.pool.lacks(row, model, verb)}  # fmt: skip
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.clock = pool, pool.clock
+        self.began = pool.clock.monotonic()
+        self.requests: deque[Json] = deque(maxlen=100)
+        self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
+        self.paid: Counter[str] = Counter()  # by model
+        self.server_side = 0  # threads whose model runs on Amp's servers
 
-    def ways(self, model: str, effort: str, verb: str) -> tuple[list[Any], list[str]]:
-        """Route, model, effort and rows, in the order to try; and what was found on the way."""
-        config, ways, told = self.live.config["ampcode"], list[Any](), list[str]()
-        rules = sorted(config["model-mappings"], key=lambda rule: rule["regex"])  # the exact first
-        fits = [rule for rule in rules if without_suffix(rule["from"])[0].lower() == model.lower()
-                or (rule["regex"] and re.search(rule["from"], model[:200], re.I))]  # fmt: skip
-        targets = [without_suffix(target) for rule in fits for target in rule["to"]]
-        mapped = [("mapped", target, level or effort) for target, level in targets]
-        own, forced = [("local", model, effort)], config["force-model-mappings"]
-        for route, name, level in mapped + own if forced else own + mapped:
-            lacks = [(row, self.pool.lacks(row, name, verb)) for row in self.live.rows]
-            told += [f"{row['name']} {lack or 'serves'} {name[:100]}" for row, lack in lacks]
-            if rows := [row for row, lack in lacks if not lack]:
-                ways.append((route, name, level, rows))
-        return [way for way in ways if forced or way[0] == ways[0][0]], told
+    def note(self, call: Call, status: int, took: float) -> None:
+        """A call that has ended; 499 when the client left."""
+        self.routes[call.route] += 1
+        model = call.model[:200]
+        known = model in self.paid or len(self.paid) < PAID_MODELS
+        if call.route == "amp" and status in (200, 499) and known:
+            self.paid[model] += 1
+        self.requests.append(
+            {
+                "dialect": call.dialect.name,
+                "model": model,
+                "route": call.route,
+                "provider": call.provider[:200],
+                "account": call.account[:200],
+                "served_model": call.served_model[:200],
+                **call.tokens,
+                "time": rfc3339(self.clock.time()),
+                "status": status,
+                "seconds": round(took, 3),
+            }
+        )
+        level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
+        word, model = ROUTE_WORDS[call.route], model[:100] or "-"
+        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
+        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
 
-    async def from_accounts(self, call: Call, rows: list[Json], until: float) -> Answer:
-        error, spent = None, set[Account]()
-        call.row, call.provider, call.served_model = Json(), rows[0]["name"], call.wanted
-        while account := await self.pool.choose(rows, call, spent, until):
-            if call.row is not account.row:
-                word(call, account.row)
-            try:
-                return await self.attempt(call, account)
-            except ProxyError as failed:
-                *_, then = verdict(error := failed)
-                if then == "stop" or call.request.begun:
-                    raise
-                if then != "wait" or self.clock.monotonic() >= until:
-                    spent.add(account)
-        raise (len(self.pool.of(rows)) <= 1 and error) or self.pool.nobody(rows, call.wanted)
+    def note_server_side(self, path: str) -> None:
+        self.server_side += path == "/api/thread-actors"
+        log.warning(AMP_BILLS)
 
-    async def attempt(self, call: Call, account: Account) -> Answer:
-        tried, refused, call.account = 0, "", account.email
-        most = {"again": (tries := self.live.config["request-retry"]), "wait": tries + 1}
-        short = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
-        account.in_flight += 1
-        account.counts["requests"] += 1
-        try:
-            while True:
-                began, token = self.clock.monotonic(), await self.pool.bearer(account, refused)
-                try:
-                    return await self.exchange(call, account, token, began)
-                except ProxyError as error:
-                    *_, then = verdict(error)
-                    pause = error.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
-                    tried += 1
-                    if error.status == 401 and not (refused or call.request.begun):
-                        refused = token
-                    elif "invalid_encrypted_content" in error.said and call.forget_reasoning():
-                        log.info("%s: reasoning of another account is left out", account.name)
-                    elif tried < most.get(then, 0) and pause <= short and not call.request.begun:
-                        await self.clock.sleep(pause)
-                    else:
-                        if error.status != 401 or token == account.token.get("access_token"):
-                            self.pool.rest(account, error, call.wanted)
-                        raise
-        finally:
-            account.in_flight -= 1
+    def report(self) -> Json:
+        return {
+            "version": __version__,
+            "uptime_seconds": int(self.clock.monotonic() - self.began),
+            "routes": dict(self.routes),
+            "paid": dict(self.paid.most_common()),
+            "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
+            "server_side_threads": self.server_side,
+            "requests": [*self.requests],
+        }
 
-    async def exchange(self, call: Call, account: Account, token: str, began: float) -> Answer:
-        url, now = addressed(call, account, token), self.clock.time()
-        sent: Any = {"headers": call.headers, "data": call.worded, "auto_decompress": True}
-        async with self.net.ask("POST", url, **sent) as upstream:
-            account.quota = (windows := quota_of(upstream.headers)) or account.quota
-            reading = Reading(call, lambda: self.pool.answered(account, call.wanted, began))
-            if upstream.status != 200:
-                raise await reading.refusal(upstream, windows, now)
-            headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
-            headers.update({"Content-Type": "application/json"} if call.folds else {})
-            relay = Relay(call.request, upstream, headers, call)
-            try:
-                return await relay.edited(reading)
-            finally:
-                call.count(relay.first + relay.tail)
-                account.counts.update(call.tokens)
-
-
-def word(call: Call, row: Json) -> None:
-    if call.worded:  # the body has been changed for another row
-        call.body = read_object(call.raw)
-    call.row, call.provider = row, row["name"]
-    call.served_model = row["models"].get(call.wanted, call.wanted)
-    call.headers, given = CIMultiDict(row["headers"]), passing(call.request.headers)
-    call.headers.update({n: ",".join(given.getall(n)) for n in given if matches(n, row["passes"])})
-    call.headers.update({"Accept-Encoding": "identity", "Content-Type": "application/json"})
-    streams = call.body.get("stream") or call.verb == "streamGenerateContent"
-    only = row["kind"] == "codex" and call.verb == "responses"  # which its backend only streams
-    if call.dialect != "gemini":
-        call.folds, call.body["model"] = only and not streams, call.served_model
-    if call.verb == "messages" and not call.body.get("max_tokens"):
-        call.body["max_tokens"] = row["max-tokens"]
-    if call.effort not in ("", "auto") and call.verb not in ("count_tokens", "countTokens"):
-        set_effort(call.body, call)
-    if row["kind"] in RULES:
-        RULES[row["kind"]](call.body, call.headers, row)
-    for name in UNASKED.get(call.verb, ()):
-        call.body.pop(name, None)
-    call.headers["Accept"] = "text/event-stream" if streams or only else "application/json"
-    call.worded = compact(call.body)
-
-
-def set_effort(body: Json, call: Call) -> None:
-    """The suffix's level or budget, as near to it as the model goes, beats the body's own."""
-    takes, asked = call.row["thinking"], BUDGETS.get(call.effort, -1)
-    said = takes[max((p for p in takes if matches(call.served_model, [p])), key=len)]
-    levels, limits = [word for word in said.split() if word in BUDGETS], re.findall(r"\d+", said)
-    asked = int(call.effort) if asked < 0 else asked
-    if not levels and len(limits) != 2:
-        return  # it does not think
-    tokens = max(int(limits[0]), min(asked, int(limits[1]))) if limits else asked
-    levels = levels or [word for word in takes["*"].split() if word in BUDGETS] or [*BUDGETS]
-    level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
-    if call.dialect == "chat":
-        body["reasoning_effort"] = level
-    elif call.dialect == "responses":
-        body["reasoning"] = {**table(body.get("reasoning")), "effort": level}
-    elif call.dialect == "gemini":
-        how = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
-        how = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
-        body["generationConfig"] = table(body.get("generationConfig")) | how
-    else:
-        on = asked > 0 and table(body.get("tool_choice")).get("type") not in ("any", "tool")
-        for name in ("thinking", *(("temperature", "top_p", "top_k") if on else ())):
-            body.pop(name, None)
-        table(body.get("output_config")).pop("effort", None)
-        if on and limits:
-            body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
-            body["max_tokens"] = max(number(body["max_tokens"]), tokens + 4096)
-        elif on:
-            body["thinking"] = {"type": "adaptive"}
-            body["output_config"] = {**table(body.get("output_config")), "effort": level}
-
-
-def addressed(call: Call, account: Account, token: str) -> str:
-    row, base = call.row, call.row["base-url"].rstrip("/")
-    header = row["key-header"] if row["key-host"] in ("", URL(base).host) else "Authorization"
-    call.headers[header] = f"Bearer {token}" if header == "Authorization" else token
-    call.headers.popall("Chatgpt-Account-Id", None)
-    if number := account.token.get("account_id") or claims(account.token).get("account_id"):
-        call.headers["Chatgpt-Account-Id"] = str(number)
-    path = row["paths"][call.verb].replace("{model}", quote(call.served_model, "", None, "replace"))
-    if re.search(r"/(v\d\w*(/openai)?|backend-api/codex)$", base):
-        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
-    query = "?alt=sse" if call.verb == "streamGenerateContent" else ""
-    return f"{base}{path}{query}".replace("{verb}", call.verb)
-
-
-def quota_of(headers: Any) -> list[Json]:
-    """The windows an answer tells of; `resets_at` in seconds since 1970 (providers.md 1.6, 2.6)."""
-    told: dict[str, Json] = {}
-    for name, value in headers.items():
-        if found := QUOTA.fullmatch(name.lower()):
-            told.setdefault(found["window"], {})[found["field"]] = value
-    return [{"window": name, "full": of.get("status") == "rejected", "used_percent": round(
-             number(of.get("used-percent")) or 100 * number(of.get("utilization")), 1),
-             "resets_at": number(at := of.get("reset", of.get("reset-at"))) or moment(at)}
-            for name, of in told.items()]  # fmt: skip
-
-
-class Reading:
-    """One answer: Codex's lost output comes back, the model has the name that the client gave."""
-
-    def __init__(self, call: Call, answered: Callable[[], None]) -> None:
-        self.call, self.answered, self.items = call, answered, dict[int, Any]()
-        self.told, self.ended, self.done, self.whole = False, False, False, Json()
-
-    async def refusal(self, upstream: Upstream, windows: list[Json], now: float) -> ProxyError:
-        raw, answer, headers = b"", Json(), upstream.headers
-        with suppress(*NET_ERRORS):
-            while len(raw) < BODY_LIMIT and (data := await upstream.content.readany()):
-                raw += data
-            raw = (inflate(raw) or raw).strip().removeprefix(b"[").removesuffix(b"]")
-            answer = read_object(raw)
-        error = self.failure(answer, upstream.status)
-        full = {w["window"]: w["resets_at"] - now for w in windows if w["full"]}
-        waits = number(headers.get("Retry-After")), *(full.values() if error.status == 429 else ())
-        error.retry_after = max(error.retry_after, *waits)
-        error.said += f" [{','.join(full)}]"
-        kept = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
-        error.headers.extend((k, v) for k, v in headers.items() if answer and matches(k, kept))
-        error.body = raw if isinstance(answer.get("error"), dict) else error.body
-        return error
-
-    def failure(self, answer: Json, status: int = 0) -> ProxyError:
-        told = table(answer.get("error")) or answer
-        words = (str(told.get(name)) for name in ("code", "type", "status"))
-        how = f"answered {status}" if status else "answered with an error:"
-        message = f"{self.call.provider} {how} {error_text(answer, 'type', 'status')}"
-        known = (STATUSES[word] for word in words if word in STATUSES and not status)
-        status, said = status if status >= 400 else next(known, 502), error_text(answer)
-        body = compact(error_body(self.call.dialect, status, said)) if answer else b""
-        delay = DELAY.search(compact(told).decode())
-        return ProxyError(status, message, seconds(delay[1]) if delay else 0, said, body)
-
-    def __call__(self, data: bytes) -> bytes:
-        at = data.find(b"{")
-        if self.done or at < 0 or (self.told and not MATTERS.search(data)):
-            return data
-        event = read_object(data[at:])
-        holder = table(event.get("message")) or table(event.get("response")) or event
-        kind, change = str(event.get("type")), False
-        late = self.told and kind == "response.failed" and not self.call.folds
-        if kind == "error" or (isinstance(holder.get("error"), dict) and not late):
-            raise self.failure(holder)
-        self.ended = self.ended or kind in ENDS or bool(ENDING.search(data))
-        if kind == "response.output_item.done":
-            self.items[event.get("output_index", len(self.items))] = event.get("item")
-        elif change := holder.get("output") == [] and bool(self.items):
-            holder["output"] = [item for _, item in sorted(self.items.items())]
-        key = "modelVersion" if self.call.dialect == "gemini" else "model"
-        if isinstance(name := holder.get(key), str) and name != self.call.model:
-            holder[key], given, asked = self.call.model, compact(name), compact(self.call.model)
-            change = change or data.count(given) != 1  # a tool's input may have it, too
-            data = data.replace(given, asked)
-        if not self.told and kind not in QUIET:
-            self.told = True
-            self.answered()
-        once = name == self.call.model and self.call.dialect == "chat"
-        self.done = self.told and (once or self.call.dialect == "anthropic")
-        self.whole = self.whole if holder is event else holder
-        return data[:at] + compact(event) + b"\n\n" * (at > 0) if change else data
+    def report_account(self, account: Account) -> Json:
+        now, moment = self.clock.monotonic(), self.clock.time()
+        state, wait = account.state(now), account.wait("", now)
+        reasons = []
+        for model, rest in sorted(account.rests.items())[:20]:
+            reasons.append(f"{model[:100]}: {rest.message}" if model else rest.message)
+        quota = []
+        for window in account.quota:
+            left = max(0, round(window.resets_at - moment))
+            quota.append(
+                {
+                    "window": window.name,
+                    "used_percent": window.used_percent,
+                    "resets_in_seconds": left,
+                }
+            )
+        expires = account.expires - moment
+        return {
+            "provider": account.kind,
+            "account": account.label,
+            "state": state,
+            "reason": "; ".join(reasons),
+            "wakes_in_seconds": round(wait) if state == "resting" else None,
+            "expires_in_seconds": round(expires) if expires < 1e12 else None,
+            "plan": account.plan,
+            "in_flight": account.in_flight,
+            "threads": account.threads,
+            **account.counts,
+            "quota": quota,
+        }
 
 
 # == The server ====================================================================================
-# The one place that takes requests: checks, dispatch, and the one exit for errors.
-ROUTE_WORDS = {"local": "LOCAL_PROVIDER", "mapped": "MODEL_MAPPING", "amp": "AMP_CREDITS",
-               "none": "NO_PROVIDER"}  # fmt: skip
-AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
-PROBES = {"GET /healthz": 200, "HEAD /healthz": 200, "HEAD /": 200, "HEAD /api/hello": 404}
+#
+# The one place that takes requests: checks them, hands them on, and is the one exit for errors.
+
+PROBES = {  # answered without a key (clients.md)
+    "GET /healthz": 200,
+    "HEAD /healthz": 200,
+    "HEAD /": 200,
+    "HEAD /api/hello": 404,
+}
 
 
-class Server(Forwarder):
-    def __init__(self, live: Live, net: Net, clock: Any) -> None:
-        super().__init__(Pool(live, net, clock))
-        self.began, self.server_side, self.requests = clock.monotonic(), 0, deque[Json](maxlen=100)
-        self.routes, self.paid = Counter(dict.fromkeys(ROUTE_WORDS, 0)), Counter[str]()
+class Server:
+    def __init__(self, live: Live, net: Net, clock: Any = CLOCK) -> None:
+        self.live, self.net, self.clock = live, net, clock
+        self.pool = Pool(live, net, clock)
+        self.ampcode = Ampcode(live, net, clock)
+        self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
+        self.ledger = Ledger(self.pool)
 
-    async def handle(self, request: Any) -> Answer:
-        found, began = MODEL_PATH.fullmatch(request.rel_url.raw_path), self.clock.monotonic()
+    # -- One request --
+
+    async def handle(self, request: Any) -> web.StreamResponse:
+        found = MODEL_PATH.fullmatch(request.rel_url.raw_path)
         call = Call(request, found) if found else None
-        response: Answer | None = None
+        began = self.clock.monotonic()
+        status = 499  # the client left
         try:
             response = await self.dispatch(request, call)
+            status = response.status
+        except ProxyError as error:
+            response = self.refuse(request, call, error.problem)
+            status = response.status
         except ConnectionError:
             raise  # the client is gone
-        except Exception as error:  # a ProxyError, or a fault of this program, which survives it
-            if not isinstance(error, ProxyError):
-                log.error("internal error: %s: %s", type(error).__name__, why(error))
-                error = ProxyError(500, "internal error of ampproxy, see its log")
-            if call:
-                call.trouble = f"{call.trouble}; {error.message}".removeprefix("; ")
-            begun = request.begun
-            response = await begun.end(error) if begun else self.refuse(request, call, error)
+        except Exception as error:  # a fault of this program, which survives it
+            log.error("internal error: %s: %s", type(error).__name__, explain(error))
+            problem = Problem(500, "internal error of ampproxy, see its log")
+            response = self.refuse(request, call, problem)
+            status = response.status
         finally:
-            request.begun = None  # else both wait for the garbage collector, with the body
-            if call and call.raw:
-                status = response.status if response is not None else 499  # the client left
-                self.note(call, status, self.clock.monotonic() - began)
+            if call and call.was_read:
+                self.ledger.note(call, status, self.clock.monotonic() - began)
         return response
 
-    def refuse(self, request: Request, call: Call | None, error: ProxyError) -> Answer:
-        error.headers.update(call.marks if call else {})
-        error.headers.setdefault("Content-Type", "application/json")
-        wait = max(1, round(error.retry_after)) if error.retry_after else 0
-        error.headers.update({"Retry-After": str(wait)} if wait else {})
-        error.headers.update({"x-should-retry": "false"} if wait > 30 else {})
-        said = error_body(call.dialect if call else "", error.status, error.message)
-        if error.status == 502 and not call:
-            said = {"error": "amp_upstream_proxy_error", "message": error.message}
-        spent = error.status == 429 and wait > 30 and b'"usage_limit_reached"' not in error.body
-        if call and call.dialect == "responses" and spent:  # Codex waits out any other in silence
-            ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
-            said["error"] |= {"type": "usage_limit_reached", "code": "usage_limit_reached", **ends}
-            error.body = b""
-        body = error.body or compact(said)
-        return web.Response(status=error.status, body=body, headers=error.headers)
-
-    def note(self, call: Call, status: int, took: float) -> None:
-        self.routes[call.route] += 1
-        self.paid.update([call.model[:200]] if call.route == "amp" and status in (200, 499) else [])
-        names = ("dialect", "model", "route", "provider", "account", "served_model")
-        row = {name: getattr(call, name)[:200] for name in names} | call.tokens
-        row |= {"time": rfc3339(self.clock.time()), "status": status, "seconds": round(took, 3)}
-        self.requests.append(row)
-        level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
-        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
-        word, model = ROUTE_WORDS[call.route], call.model[:100] or "-"
-        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
-
-    async def dispatch(self, request: Request, call: Call | None) -> Answer:
+    async def dispatch(self, request: Request, call: Call | None) -> web.StreamResponse:
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
         if not request.raw_path.startswith("/") or method == "CONNECT":
-            raise ProxyError(400, "only targets that begin with / are served, and no tunnels")
-        browses = method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(path))
-        request.refuse_strangers(config, browses)
-        if found := PROBES.get(f"{method} {path}"):
-            return web.json_response({"status": "ok"}, status=found)
-        if browses:
-            return web.Response(status=302, headers={"Location": self.address(request)})
-        key = request.key(config["api-keys"])
+            raise fault(400, "only targets that begin with / are served, and no tunnels")
+        browser_path = method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(path))
+        check_origin(request, config, browser_path)
+        if call is None:
+            if probe := PROBES.get(f"{method} {path}"):
+                return web.json_response({"status": "ok"}, status=probe)
+            if browser_path:  # a browser's cookies are valid only there
+                location = {"Location": self.ampcode.address(request)}
+                return web.Response(status=302, headers=location)
+        key = client_key(request, config["api-keys"])
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        upgrade = "Upgrade" in request.headers and web.WebSocketResponse().can_prepare(request).ok
-        if call and upgrade:
-            raise ProxyError(426, "model calls are not served over WebSockets here: use POST")
+        upgrades = "Upgrade" in request.headers and web.WebSocketResponse().can_prepare(request).ok
+        if call and upgrades:
+            raise fault(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
-            return await self.answer(call, key)
-        local = config["ampcode"]["restrict-management-to-localhost"] and not call
-        if local and not is_loopback(request.remote or ""):  # forwarding headers prove nothing
-            raise ProxyError(403, "Access denied: management routes restricted to localhost")
-        if method == "GET" and LISTING.fullmatch(path) and not upgrade:
-            return web.json_response(self.models(request))
+            return await self.model_call(call, key)
+        return await self.management(request, key, bool(call), upgrades)
+
+    async def model_call(self, call: Call, key: str) -> web.StreamResponse:
+        await call.read()
+        streaming = self.live.config["streaming"]
+        keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
+        with Delivery(call, keepalive, idle) as delivery:
+            try:
+                return await self.forwarder.answer(call, key, delivery)
+            except ProxyError as error:
+                if delivery.response is None:
+                    raise
+                # A comment has gone out, and with it status 200.
+                call.trouble = f"{call.trouble}; {error.problem.message}".removeprefix("; ")
+                await delivery.end(delivery.response, error.problem)
+                return delivery.response
+
+    async def management(
+        self, request: Request, key: str, model_path: bool, upgrades: bool
+    ) -> web.StreamResponse:
+        """What is no model call: lists, the status, and all that ampcode.com answers."""
+        path, method = request.rel_url.raw_path, request.method
+        local = self.live.config["ampcode"]["restrict-management-to-localhost"]
+        if local and not model_path and not is_loopback(request.remote or ""):
+            raise fault(403, "Access denied: management routes restricted to localhost")
+        if method == "GET" and LISTING.fullmatch(path) and not upgrades:
+            return web.json_response(model_list(request, self.forwarder.chooser))
         if method == "GET" and path in ("/", "/status"):
-            return web.json_response(self.report())
-        if (method == "POST" or upgrade) and path.startswith(("/api/thread-actors", "/actors/")):
-            self.server_side += path == "/api/thread-actors"
-            log.warning(AMP_BILLS)
-        return await (self.tunnel if upgrade else self.forward)(request, key)
+            return web.json_response(self.ledger.report())
+        acts = path.startswith(("/api/thread-actors", "/actors/"))
+        if acts and (method == "POST" or upgrades):
+            self.ledger.note_server_side(path)
+        if upgrades:
+            return await self.ampcode.tunnel(request, key)
+        return await self.ampcode.forward(request, key)
 
-    def models(self, request: Request) -> Json:
-        """What the present accounts serve; Anthropic's and OpenAI's clients find theirs in one."""
-        owners = dict(sorted(self.listed().items()))
-        if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
-            more: Json = {"supportedGenerationMethods": [*DEFAULTS["gemini-api-key"][0]["paths"]]}
-            return {"models": [{"name": f"models/{n}", "displayName": n, **more} for n in owners]}
-        more = {"type": "model", "object": "model", "created": 0, "created_at": rfc3339(0)}
-        rows = [{"id": n, "display_name": n, "owned_by": owners[n], **more} for n in owners]
-        ends = {"first_id": min(owners, default=None), "last_id": max(owners, default=None)}
-        return {"object": "list", "data": rows, "has_more": False, **ends}
+    def refuse(self, request: Request, call: Call | None, problem: Problem) -> web.Response:
+        """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
+        headers = problem.headers
+        if call:
+            headers.update(call.marks())
+            call.trouble = f"{call.trouble}; {problem.message}".removeprefix("; ")
+        headers.setdefault("Content-Type", "application/json")
+        wait = max(1, round(problem.retry_after)) if problem.retry_after else 0
+        if wait:
+            headers["Retry-After"] = str(wait)
+        if wait > 30:  # SDKs would sleep it out without a word (clients.md)
+            headers["x-should-retry"] = "false"
+        body = self.error_body(call, problem, wait)
+        return web.Response(status=problem.status, body=body, headers=headers)
 
-    def report(self) -> Json:
-        return {"version": __version__, "uptime_seconds": int(self.clock.monotonic() - self.began),
-                "routes": dict(self.routes), "paid": dict(self.paid.most_common(100)),
-                "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
-                "server_side_threads": self.server_side, "requests": [*self.requests]}  # fmt: skip
+    def error_body(self, call: Call | None, problem: Problem, wait: int) -> bytes:
+        if call is None and problem.status == 502:
+            return write_json({"error": "amp_upstream_proxy_error", "message": problem.message})
+        if call is None:
+            return write_json({"error": problem.message})
+        limit = "usage_limit_reached"
+        spent = call.dialect is RESPONSES and problem.status == 429 and wait > 30
+        if problem.body and not (spent and limit.encode() not in problem.body):
+            return problem.body
+        body = call.dialect.error(problem.status, problem.message)
+        if spent:  # Codex waits out any other 429 in silence (clients.md)
+            ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
+            body["error"] |= {"type": limit, "code": limit, **ends}
+        return write_json(body)
 
-    def report_account(self, account: Account) -> Json:
-        now, time, ends = self.clock.monotonic(), self.clock.time(), expiry(account.token)
-        state, wait = account.state(now), account.wait("", now)
-        rests = sorted(account.rests.items())
-        reasons = (f"{m[:100]}: {rest.error.message}".removeprefix(": ") for m, rest in rests[:20])
-        quota = [{"window": w["window"], "used_percent": w["used_percent"], "resets_in_seconds":
-                  max(0, round(w["resets_at"] - time))} for w in account.quota]  # fmt: skip
-        return {"provider": account.type, "account": account.email, "state": state,
-                "reason": "; ".join(reasons), "quota": quota, "plan": account.plan,
-                "in_flight": account.in_flight, "threads": self.pool.threads()[account],
-                "wakes_in_seconds": round(wait) if state == "resting" else None, **account.counts,
-                "expires_in_seconds": round(ends - time) if ends < 1e12 else None}  # fmt: skip
+    # -- The process --
 
     def tick(self) -> None:
+        """Once a second: changed files, tokens that are due."""
         try:
             if self.live.reload():
-                set_up_log(self.live)
+                set_up_log(self.live.config["debug"], self.live.warnings)
             self.pool.scan()
             self.pool.refresh_ahead()
         except Exception as error:  # whatever is in the files: the next look comes
-            log.error("%s; what was read before stays in effect", why(error))
+            log.error("%s; what was read before stays in effect", explain(error))
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
+        """Take requests until the block ends; yields the port."""
         self.pool.scan()
         loop = asyncio.get_running_loop()
-        made = functools.partial(Request, loop=loop, client_max_size=BODY_LIMIT)
         server = web.Server(
-            self.handle, handler_cancellation=True, auto_decompress=False, access_log=None,
-            max_line_size=65536, max_field_size=65536, request_factory=made)  # fmt: skip
-        hint, config = "is ampproxy running already? --port takes another one", self.live.config
+            self.handle,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+            max_line_size=65536,
+            max_field_size=65536,
+            request_factory=functools.partial(Request, loop=loop, client_max_size=BODY_LIMIT),
+        )
+        hint = "is ampproxy running already? --port takes another one"
+        config = self.live.config
         try:
-            async with listen(server, config["host"], config["port"], hint) as bound:
-                yield bound
-                await asyncio.gather(*(s.close(code=1001) for s in self.sockets.values()))
+            async with listen(server, config["host"], config["port"], hint) as port:
+                yield port
+                await self.ampcode.close_tunnels()
         finally:
-            if running := [a.refreshing for a in self.pool.accounts.values() if a.refreshing]:
-                await asyncio.wait(running, timeout=REFRESH_WAIT)
-            await self.net.session.close()
+            await self.finish_refreshes()
+            await self.net.close()
 
-
-def set_up_log(live: Live) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%X"))
-    handler.addFilter(redact)
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.DEBUG if live.config["debug"] else logging.INFO)
-    logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' own logs stay silent
-    for line in live.warnings:
-        log.warning("%s", line)
+    async def finish_refreshes(self) -> None:
+        """A token that is on its way is worth the wait: the old one is void."""
+        logins = [a for a in self.pool.accounts.values() if isinstance(a, Login)]
+        running = [login.refreshing for login in logins if login.refreshing]
+        if running:
+            await asyncio.wait(running, timeout=REFRESH_WAIT)
 
 
 # == Command line ==================================================================================
-# One coroutine a command, its help the docstring.  Failure is what main says in one sentence.
-VERBS = {"anthropic": "messages", "chat": "completions", "responses": "responses",
-         "gemini": "generateContent"}  # fmt: skip
-NAMES = {name: row for row in RULES for name in (row, *DEFAULTS["providers"][row]["aliases"])}
+#
+# One coroutine a command; its docstring is its help.  A Failure is what main says in one sentence.
+#
+# To add a command, write a coroutine, name it in COMMANDS, and its arguments in ARGUMENTS.
+
+VERBS = {  # what `route` asks for
+    "anthropic": "messages",
+    "chat": "completions",
+    "responses": "responses",
+    "gemini": "generateContent",
+}
+NAMES = {word: kind for kind in RULES for word in (kind, *LOGINS[kind].also)}  # for `login`
 
 
 async def serve(live: Live, args: Json) -> None:
     """Run the proxy; also without a command."""
-    server, stop = Server(live, Net(live), CLOCK), asyncio.get_running_loop().create_future()
+    server = Server(live, Net(live))
+    stop = asyncio.get_running_loop().create_future()
     for name in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
             stop.get_loop().add_signal_handler(name, stop.cancel)
@@ -1682,31 +3866,38 @@ async def login(live: Live, args: Json) -> None:
     """Sign in to a provider; several logins are several accounts."""
     if not args["provider"]:
         raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
+    kind = NAMES[args["provider"]]
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
-    name, browser = NAMES[args["provider"]], not ("no_browser" in args or remote)
-    email, path = await sign_in(live, as_row(name, live.config["providers"][name]), browser)
-    say(f"Signed in to {name} as {email}; the login is kept in {path}")
+    browser = "no_browser" not in args and not remote
+    provider = overlaid(LOGINS[kind], live.config["providers"][kind])
+    email, path = await sign_in(live, provider, browser)
+    say(f"Signed in to {kind} as {email}; the login is kept in {path}")
 
 
 async def logout(live: Live, args: Json) -> None:
     """Delete a login."""
-    there = [a for a in Pool(live).scan() if a.type == NAMES[args["provider"]]]
-    wanted = [a for a in there if args["account"] in (None, a.email, a.path.name, a.path.stem)]
+    kind, account = NAMES[args["provider"]], args["account"]
+    there = [a for a in Pool(live).scan() if isinstance(a, Login) and a.kind == kind]
+    wanted = [a for a in there if account in (None, a.label, a.path.name, a.path.stem)]
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
-        raise Failure(f"{problem}: {', '.join(a.email for a in there) or 'none'} ({live.auth_dir})")
+        names = ", ".join(a.label for a in there) or "none"
+        raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
-    say(f"Logged out as {wanted[0].email}: {wanted[0].path} is deleted")
+    say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
 
 
 async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
     line = "{:<20}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
     say(line.format("PROVIDER", "ACCOUNT", "PLAN", "EXPIRES", "STATE", "FILE"))
-    for a in (found := Pool(live).scan()):
-        left = (expiry(a.token) - time.time()) / HOUR
+    found = Pool(live).scan()
+    for account in found:
+        left = (account.expires - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        say(line.format(a.type, a.email, a.plan or "-", ends, a.state(0), a.path))
+        place = account.path if isinstance(account, Login) else account.label
+        state = account.state(0)
+        say(line.format(account.kind, account.label, account.plan or "-", ends, state, place))
     if not found:
         say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
 
@@ -1718,20 +3909,23 @@ async def status(live: Live, args: Json) -> None:
     more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
     try:
         async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
-            told = read_object(await answer.read())
+            told = parse_object(await answer.read())
     except NET_ERRORS as error:
-        raise Failure(f"no proxy to ask at {url} ({why(error)}): start it, see --config") from error
+        raise Failure(
+            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+        ) from error
     say(json.dumps(told, indent=2, ensure_ascii=False))
 
 
 async def route(live: Live, args: Json) -> None:
     """Say who would serve a model, and why; nothing is sent."""
-    chooser, verb = Forwarder(Pool(live)), VERBS.get(args["dialect"], "")
-    chooser.pool.scan()
-    ways, told = chooser.ways(*without_suffix(args["model"]), verb)
-    rule = live.config["ampcode"]["fallback"]
-    chosen = [f"{way}: {rows[0]['name']} as {name} {level}" for way, name, level, rows in ways]
-    say("\n".join([*told, f"So {', then '.join(chosen) or f'nobody here; fallback: {rule}'}"]))
+    pool = Pool(live)
+    pool.scan()
+    verb = VERBS.get(args["dialect"], "")
+    ways, notes = Chooser(live, pool).ways(*split_model(args["model"]), verb)
+    chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
+    nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
+    say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))
 
 
 async def check(live: Live, args: Json) -> None:
@@ -1740,37 +3934,50 @@ async def check(live: Live, args: Json) -> None:
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
 
 
+SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
+
+
 def masked(value: Any, key: str = "") -> Any:
+    """The configuration as it may be shown; `key` is the path to the value."""
     if isinstance(value, dict):
-        return {k: masked(v, f"{key} {k}".lower()) for k, v in value.items()}
-    if isinstance(value, list):
-        return [masked(v, key) for v in value]
-    secret = re.search(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)", key)
-    text = re.sub(r"//[^/@\s]+@", "//...@", value) if isinstance(value, str) else value
-    return mask(text) if secret and text else text
+        return {name: masked(inner, f"{key} {name}".lower()) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [masked(inner, key) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"//[^/@\s]+@", "//...@", value)
+    return mask(text) if text and SECRET_KEYS.search(key) else text
 
 
-COMMANDS = {c.__name__: c for c in (serve, login, logout, accounts, status, route, check)}
+COMMANDS = {
+    command.__name__: command for command in (serve, login, logout, accounts, status, route, check)
+}
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
-    "serve": {"--host": {"metavar": "H", "help": "listen on this address"},
-              "--port": {"metavar": "N", "type": int, "help": "listen on this port"},
-              "--debug": {"action": "store_true", "help": "say more in the log"}},
-    "login": {"provider": {"nargs": "?", "choices": NAMES, "default": None},
-              "--no-browser": {"action": "store_true", "help": "print the address only"}},
+    "serve": {
+        "--host": {"metavar": "H", "help": "listen on this address"},
+        "--port": {"metavar": "N", "type": int, "help": "listen on this port"},
+        "--debug": {"action": "store_true", "help": "say more in the log"},
+    },
+    "login": {
+        "provider": {"nargs": "?", "choices": NAMES, "default": None},
+        "--no-browser": {"action": "store_true", "help": "print the address only"},
+    },
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
     "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
-    "status": {"--json": {"action": "store_true"}}}  # fmt: skip
+    "status": {"--json": {"action": "store_true"}},
+}
 
 
 def parse(argv: list[str] | None) -> Json:
-    bare: Any = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    options: Any = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser("ampproxy.py", description=about, **bare)
+    parser = argparse.ArgumentParser("ampproxy.py", description=about, **options)
     parser.add_argument("--version", action="version", version=f"ampproxy {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.__doc__, description=command.__doc__, **bare)
+        about = command.__doc__ or ""
+        commands.add_parser(name, help=about, description=about, **options)
     for name, made in [("serve", parser), *commands.choices.items()]:
         for argument, more in (ARGUMENTS[""] | ARGUMENTS.get(name, {})).items():
             made.add_argument(argument, **more)
@@ -1781,16 +3988,18 @@ def parse(argv: list[str] | None) -> Json:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, with one sentence on standard error, 2 wrong usage."""
     args = parse(argv)
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
         live = Live(find_config(args.get("config")), **given)
-        set_up_log(live)
+        set_up_log(live.config["debug"], live.warnings)
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-        importlib.import_module(loop).run(COMMANDS[args.get("command") or "serve"](live, args))
+        run = importlib.import_module(loop).run
+        run(COMMANDS[args.get("command") or "serve"](live, args))
     except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
-        problem = why(error) if isinstance(error, Exception) else "stopped"
-        print(f"ampproxy: {problem}", file=sys.stderr)
+        problem = explain(error) if isinstance(error, Exception) else "stopped"
+        print(f"ampproxy: {printable(problem)}", file=sys.stderr)
         return 1
     return 0
 
