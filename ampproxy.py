@@ -241,6 +241,11 @@ def duration(text: str) -> float:
 
 
 def rfc3339(moment: float) -> str:
+    return rfc3339_of_second(int(moment))
+
+
+@functools.lru_cache(16)
+def rfc3339_of_second(moment: int) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -280,7 +285,8 @@ def equal(one: str, other: str) -> bool:
 
 
 def mask(secret: str) -> str:
-    return f"{secret[:3]}..." if len(secret) > 6 else "..."
+    """The first letters of a secret, or of an e-mail address."""
+    return secret[:3].partition("@")[0] + "..." if len(secret) > 6 else "..."
 
 
 def mask_match(found: re.Match[str]) -> str:
@@ -1096,6 +1102,7 @@ class Net:
         except NET_ERRORS as error:
             host = as_url(url).host or "an empty upstream-url"
             raise fault(502, f"{host} cannot be reached: {net_words(error)}") from None
+        more.clear()  # the body has been sent: its memory is free while the answer runs
         try:
             yield response
         finally:
@@ -1836,7 +1843,8 @@ def with_data(event: bytes, data: bytes) -> bytes:
     """The event with other data; its other lines stay."""
     lines = event.removeprefix(b"\xef\xbb\xbf").splitlines()
     kept = [line for line in lines if line and not line.startswith(b"data:")]
-    return b"\n".join([*kept, b"data: " + data]) + b"\n\n"
+    kept += [b"data: " + line for line in data.split(b"\n")]
+    return b"\n".join(kept) + b"\n\n"
 
 
 # == Dialects ======================================================================================
@@ -2590,6 +2598,12 @@ SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answ
 LOOK_EVERY = 15  # seconds, at most, between two looks at a connection that may have died silently
 
 
+class StreamResponse(web.StreamResponse):
+    """Its head goes out together with the first bytes, in aiohttp from 3.13 on."""
+
+    _send_headers_immediately = False
+
+
 class Delivery:
     """What the client of one call gets: one head, then pieces."""
 
@@ -2664,7 +2678,7 @@ class Delivery:
         """The response; its head goes out with the first call, whatever the later ones say."""
         async with self.lock:
             if self.response is None:
-                response = web.StreamResponse(status=status, reason=reason, headers=headers)
+                response = StreamResponse(status=status, reason=reason, headers=headers)
                 await response.prepare(self.request)
                 self.response = response
             return self.response
@@ -2734,7 +2748,7 @@ class Answer:
 
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first letter
-FIELDS = (b":", b"d", b"e", b"i", b"r")  # a comment, data, event, id, retry
+NO_EVENTS = (b"{", b"[", b"<", b'"')  # JSON, or a page; a stream begins with a field or a colon
 
 
 async def begin_answer(
@@ -2751,7 +2765,7 @@ async def begin_answer(
         if first.lstrip(BLANK) or len(first) > LONG_RUN:
             break
     whole = chained(first, pieces)
-    if not first.lstrip(BLANK).startswith(FIELDS):
+    if first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS):
         return Answer(False, await whole_answer(call, whole), whole)
     events = checked_events(call, whole_events(whole), settle, folds=folds)
     if folds:
@@ -2864,6 +2878,9 @@ async def checked_events(
                 yield run
                 continue
             for raw in split_events(run):
+                if told and not is_notable(raw, marks, False):
+                    held.append(raw)
+                    continue
                 looked = look_at(call, raw, items, told, folds)
                 held.append(looked.raw)
                 told, ending = told or looked.tells, looked.ending or ending
@@ -2923,7 +2940,8 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool, folds: bool) -> Lo
         if late and told_as_it_is and not folds:
             return Looked(raw, "over")
         raise ProxyError(failure(call, event))
-    call.count(call.dialect.usage(event))
+    if b'"usage' in data:
+        call.count(call.dialect.usage(event))
     ending = call.dialect.ending(event)
     if kind == "response.output_item.done":
         index = event.get("output_index")

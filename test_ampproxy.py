@@ -341,9 +341,8 @@ def globals_used(table):
     return used.union(*(globals_used(child) for child in table.get_children()))
 
 
-def sections():
+def sections(text):
     """[title, the names it defines, the names it uses] of each section, from the top."""
-    text = SCRIPT.read_text()
     lines = text.splitlines()
     marks = [i for i, line in enumerate(lines, 1) if line.startswith("# == ")]
     found = [[lines[mark - 1].strip("# ="), set(), set()] for mark in marks]
@@ -380,16 +379,35 @@ def sections():
     return found
 
 
-def test_sections_read_downward():
-    """Each section uses only what stands above it, or in it."""
-    found, known, late = sections(), set(), []
+def used_too_early(text):
+    """The names that a section uses although they stand below it."""
+    found, known, late = sections(text), set(), []
     everything = set().union(*(defined for _, defined, _ in found))
     for title, defined, used in found:
         known |= defined
         late += [f"{title}: {name}" for name in used & everything - known]
-    assert len(found) > 8
-    assert len(everything) > 80
-    assert not late
+    return late
+
+
+def test_sections_read_downward():
+    """Each section uses only what stands above it, or in it."""
+    text = SCRIPT.read_text()
+    assert len(sections(text)) > 16
+    assert not used_too_early(text)
+    listed = ampproxy.__doc__.partition("The sections")[2]
+    places = [listed.find(f"\n{title}  ") for title, *_ in sections(text)]
+    assert places == sorted(places), "the docstring lists them, in their order"
+    assert min(places) > 0
+
+
+@pytest.mark.parametrize("use", [
+    "def f():\n    later()", "class C:\n    def f(self):\n        return [later() for _ in self]", "x = later",
+    "class C:\n    class D:\n        async def f(self):\n            await later()", "class C:\n    y = later()",
+])  # fmt: skip
+def test_a_name_from_below_is_found_wherever_it_is_used(use):
+    assert used_too_early(f"# == One ==\n{use}\n# == Two ==\ndef later():\n    pass\n") == [
+        "One: later"
+    ]
 
 
 def test_size_and_width():
@@ -3205,8 +3223,10 @@ class RawUpstream:
 
     def __init__(self, *plays):
         self.plays, self.requests, self.broken = list(plays), [], asyncio.Event()
+        self.connections = 0
 
     async def serve(self, reader, writer):
+        self.connections += 1
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             while not writer.is_closing():
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -4119,6 +4139,191 @@ def test_fuzz(tmp_path, caplog):
         for start in itertools.takewhile(lambda _: time.monotonic() < until, itertools.count()):
             seed(start)(case)()
         runner.run(here.__aexit__(None, None, None))
+
+
+# == JSON, events, and bytes that stay ============================================================
+
+JSON_CASES = [  # text -> the value, or None where it is refused
+    (b'{"a": 1}', {"a": 1}), (b'{"a": "\xc3\xa9\\u2028/"}', {"a": "é\u2028/"}), (b'{"a": 1, "a": 2}', {"a": 2}),
+    (b'{"a": 99999999999999999999999}', {"a": 99999999999999999999999}), (b'{"a": "\\ud800"}', {"a": "\ud800"}),
+    (b'{"a": 0.1, "b": 1e16, "c": -0}', {"a": 0.1, "b": 1e16, "c": 0}), (b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}", ...),
+    (b'{"a": NaN}', None), (b'{"a": 1e999}', None), (b'{"a": -Infinity}', None), (b'{"a": "\xff"}', None), (b"", None),
+    (b'\xef\xbb\xbf{}', None), (b"[1]", None), (b"1", None), (b'{"a": 01}', None), (b'{"a": ' + b"9" * 5000 + b"}", None),
+    (b'{"a": ' + b"[" * 100_000, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "value"), JSON_CASES, ids=range(len(JSON_CASES)))
+def test_json_is_read_alike_with_and_without_the_fast_library(raw, value):
+    if value is None:
+        with pytest.raises(ValueError):
+            ampproxy.parse_object(raw)
+        return
+    got = ampproxy.parse_object(raw)
+    assert got == (json.loads(raw) if value is ... else value)
+    assert ampproxy.parse_object(ampproxy.write_json(got)) == got
+    assert b": " not in ampproxy.write_json(got)
+
+
+SPELLINGS = {  # of the same events
+    "lf": lambda raw: raw, "crlf": lambda raw: raw.replace(b"\n", b"\r\n"), "cr": lambda raw: raw.replace(b"\n", b"\r"),
+    "no space": lambda raw: re.sub(rb"(?m)^(data|event): ", rb"\1:", raw),
+    "event behind": lambda raw: re.sub(rb"(event: .*)\n(data: .*)\n", rb"\2\n\1\n", raw),
+    "no event": lambda raw: re.sub(rb"event: .*\n", b"", raw), "id behind": lambda raw: re.sub(rb"(data: .*\n)", rb"\1id: 7\n", raw),
+    "two data lines": lambda raw: re.sub(rb'(data: .*?,) ?(".*\n)', rb"\1\ndata: \2", raw),
+    "comments": lambda raw: b": OPENROUTER PROCESSING\n\n" + raw.replace(b"\n\n", b"\n\n: still here\n\n", 2),
+    "a byte order mark": lambda raw: b"\xef\xbb\xbf" + raw, "retry": lambda raw: b"retry: 10\n\n" + raw,
+    "mixed": lambda raw: raw.replace(b"\n\n", b"\r\n\n", 1).replace(b"\n\n", b"\n\r\n", 2), "other fields": lambda raw: b"x: y\n" + raw,
+    "blank lines": lambda raw: b"\n\n\n" + raw.replace(b"\n\n", b"\n\n\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("name", SPELLINGS)
+@in_loop
+async def test_every_form_of_an_event_stream_passes_as_it_came(tmp_path, name, size):
+    whole = SPELLINGS[name](b"".join(events()))
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [whole[i : i + size] for i in range(0, len(whole), size)])
+        response = await w.ask("/v1/messages", STREAM)
+        ends = whole.rindex(b"message_stop") + len(b'message_stop"}')
+        assert response.bytes.startswith(whole[:ends])
+        assert not response.bytes[ends:].strip(b"\r\n :abcdefghijklmnopqrstuvwxyz_7")
+        assert len(w.claude.requests) == 1
+        row = w.server.ledger.requests[0]
+        assert (row["status"], row["input_tokens"], row["output_tokens"]) == (200, 11, 7)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@in_loop
+async def test_names_are_put_right_in_every_form(tmp_path, name):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, SSE, [SPELLINGS[name](b"".join(events("claude-opus-4-6-20260101")))])
+        response = await w.ask("/v1/messages", STREAM)
+        assert response.status == 200
+        assert b"20260101" not in response.bytes
+        lines = re.split(rb"\r\n|\r|\n", response.bytes)
+        start = next(
+            i
+            for i, line in enumerate(lines)
+            if b"message_start" in line and line.startswith(b"data")
+        )
+        data = b"\n".join(x[5:] for x in lines[start : start + 2] if x.startswith(b"data"))
+        assert json.loads(data)["message"]["model"] == "claude-opus-4-6"
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "text/plain",
+        "application/json",
+        "application/octet-stream",
+        "",
+        "text/event-stream; charset=utf-8",
+    ],
+)
+@in_loop
+async def test_a_stream_is_known_by_its_first_bytes(tmp_path, label):
+    async with world(tmp_path) as w:
+        w.claude.usual = (200, {"Content-Type": label} if label else {}, events())
+        response = await w.ask("/v1/messages", STREAM)
+        assert response.bytes == b"".join(events())
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        assert len(w.claude.requests) == 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_no_end_of_an_event_is_missed_between_two_pieces(cut):
+    async def runs(parts):
+        async def pieces():
+            for part in parts:
+                yield part
+
+        return [run async for run in ampproxy.whole_events(pieces())]
+
+    for end in (b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\r\n\n"):
+        whole = b"data: a" + end + b"data: b" + end
+        for at in range(1, len(whole), cut):
+            parts = [whole[:at], whole[at : at + cut], whole[at + cut :]]
+            got = asyncio.run(runs([part for part in parts if part]))
+            assert b"".join(got) == whole
+            assert not [run for run in got if ampproxy.event_end(run) != len(run) and run != b"\n"]
+
+
+@in_loop
+async def test_a_connection_is_kept_although_its_end_comes_late(tmp_path):
+    """The last event has passed on, and the upstream's own end comes a moment later."""
+    async with raw_world(tmp_path, [CHUNKED + chunk(WHOLE), b"0\r\n\r\n"]) as w:
+        for _ in range(5):
+            assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+            while w.server.net.retired:
+                await asyncio.sleep(0)
+        assert len(w.raw.requests) == 5
+        assert w.raw.connections == 1
+
+
+ODD_SPACING = b'{ "model" : "claude-opus-4-6",\n "messages":[ {"role":"user","content":"h\\u00e9"} ],"max_tokens":100.0 }'
+
+
+@in_loop
+async def test_where_nothing_has_to_change_the_clients_bytes_go_out(tmp_path):
+    async with key_world(tmp_path, "claude-api-key") as w:
+        assert (await w.ask("/v1/messages", ODD_SPACING)).status == 200
+        assert w.keyed.last.bytes == ODD_SPACING
+        await w.ask("/v1/messages", ODD_SPACING.replace(b"4-6", b"4-6(low)"))
+        assert w.keyed.body()["model"] == "claude-opus-4-6"
+        await w.ask(
+            "/v1/messages",
+            ODD_SPACING.replace(b', "max', b"").replace(
+                b'"max_tokens":100.0', b'"max_tokens":null'
+            ),
+        )
+        assert w.keyed.body()["max_tokens"] == 32000
+
+
+@settings(max_examples=200, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+@given(st.dictionaries(st.sampled_from(sorted({"model", "messages", "system", "input", "thinking", "betas", "instructions", "stop"})),
+                       st.recursive(st.none() | st.sampled_from(["claude-opus-4-6", "text", "", "gAAAA", "EqQB", "x:y"]),
+                                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+                                        ["type", "text", "content", "role", "id", "signature", "summary", "call_id", "tool_use_id"]),
+                                        inner | st.sampled_from(["system", "tool_use", "thinking", "reasoning", "tool_result"]), max_size=5),
+                                    max_leaves=20), max_size=6))  # fmt: skip
+def test_rules_change_nothing_in_place(body):
+    before = json.loads(json.dumps(body))
+    for name, rule in ampproxy.RULES.items():
+        with suppress(ampproxy.ProxyError):
+            sent = rule(body, ampproxy.Headers(), ampproxy.LOGINS[name])
+            again = rule(body, ampproxy.Headers(), ampproxy.LOGINS[name])
+            assert sent == again
+        assert body == before
+
+
+@linux
+@in_loop
+async def test_a_running_stream_holds_no_prompt(tmp_path):
+    """20 prompts of 10 MB, each with an answer that has begun and goes on."""
+
+    def rss():
+        return (
+            int(
+                re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{cli.process.pid}/status").read_text())[1]
+            )
+            >> 10
+        )
+
+    gate = asyncio.Event()
+    body = json.dumps(
+        {**STREAM, "messages": [{"role": "user", "content": "x" * 10_000_000}]}
+    ).encode()
+    async with running(tmp_path, (200, SSE, [FIRST, gate, WHOLE[len(FIRST) :]])) as cli:
+        before, streams = rss(), []
+        for _ in range(20):
+            streams.append(await cli.http.post("/v1/messages", data=body))
+            assert await streams[-1].content.readuntil(b"\n\n") == FIRST
+        assert rss() - before < 80
+        gate.set()
+        for stream in streams:
+            assert FIRST + await stream.content.read() == WHOLE
 
 
 # == Status and models =============================================================================
@@ -5301,6 +5506,33 @@ async def test_a_cut_chat_stream_with_an_empty_error_field_is_not_whole(tmp_path
         w.keyed.usual = (200, SSE, [chunk, chunk, "cut"])
         response = await w.ask("/v1/chat/completions", {**CHAT, "stream": True})
         assert "broke off" in data_of(response.bytes)[-1]["error"]["message"]
+
+
+OPEN_ENDS = {  # a stream, and whether its last event ends it at once or after a moment
+    "claude-api-key": (events, "at once"), "codex-api-key": (lambda: codex_events(output=[TEXT_ITEM]), "at once"),
+    "openai-compatibility": (completion_chunks, "at once"), "gemini-api-key": (content_chunks, "a moment"),
+    "chat without [DONE]": (lambda: completion_chunks()[:-1], "a moment"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPEN_ENDS)
+@in_loop
+async def test_an_answer_is_over_with_its_last_event(tmp_path, monkeypatch, name):
+    """Although the provider keeps the connection open; and nothing behind it is passed on."""
+    monkeypatch.setattr(ampproxy, "SETTLE_WAIT", 0.2)
+    kind = name if name in KINDS else "openai-compatibility"
+    stream, when = OPEN_ENDS[name][0](), OPEN_ENDS[name][1]
+    async with key_world(tmp_path, kind) as w:
+        never = asyncio.Event()
+        late = [b'data: {"late": 1}\n\n'] if when == "at once" else []
+        w.keyed.usual = (200, SSE, [b"".join([*stream, *late]), never])
+        path, body = asked_as(kind, stream=True)
+        began = time.monotonic()
+        response = await w.ask(path, body)
+        assert response.bytes == b"".join(stream)
+        assert time.monotonic() - began < 5
+        assert not [a for a in w.server.pool.accounts.values() if a.in_flight or a.rests]
+        assert w.server.ledger.requests[0]["output_tokens"] in (3, 7)
 
 
 @pytest.mark.parametrize(("entry", "path"), [
