@@ -49,6 +49,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import ctypes
 import dataclasses
 import difflib
 import fnmatch
@@ -267,6 +268,12 @@ def unpack_gzip(raw: bytes) -> bytes | None:
     if not unpacker.eof or unpacker.unused_data.strip(b"\0"):
         return None
     return plain
+
+
+def give_back_memory() -> None:
+    """Freed memory to the system: glibc keeps what large prompts took, unless it is told."""
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # -- What may be shown to a person --
@@ -3688,6 +3695,9 @@ PROBES = {  # answered without a key (clients.md)
 }
 
 
+LARGE, TIDY_AFTER = 1 << 20, 0.5  # a body of more bytes; then memory is given back, in seconds
+
+
 class Server:
     def __init__(self, live: Live, net: Net, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
@@ -3695,6 +3705,7 @@ class Server:
         self.ampcode = Ampcode(live, net, clock)
         self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
         self.ledger = Ledger(self.pool)
+        self.tidying: asyncio.TimerHandle | None = None
 
     # -- One request --
 
@@ -3745,6 +3756,7 @@ class Server:
 
     async def model_call(self, call: Call, key: str) -> web.StreamResponse:
         await call.read()
+        large = len(call.raw) > LARGE
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
         with Delivery(call, keepalive, idle) as delivery:
@@ -3757,6 +3769,9 @@ class Server:
                 call.trouble = f"{call.trouble}; {error.problem.message}".removeprefix("; ")
                 await delivery.end(delivery.response, error.problem)
                 return delivery.response
+            finally:
+                if large and self.tidying is None:
+                    self.tidying = delivery.loop.call_later(TIDY_AFTER, self.tidy)
 
     async def management(
         self, request: Request, key: str, model_path: bool, upgrades: bool
@@ -3808,6 +3823,10 @@ class Server:
         return write_json(body)
 
     # -- The process --
+
+    def tidy(self) -> None:
+        self.tidying = None
+        give_back_memory()
 
     def tick(self) -> None:
         """Once a second: changed files, tokens that are due."""
