@@ -71,7 +71,6 @@ import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -79,7 +78,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -234,7 +233,6 @@ DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|[smh]?)")
 UNITS = {"ms": 0.001, "s": 1, "m": MINUTE, "h": HOUR, "": 1}
 
 
-@functools.lru_cache(256)
 def duration(text: str) -> float:
     """Seconds of 2h, 1h30m, 500ms, 3.5s or a bare number; 0 for what has none of these."""
     parts = DURATION.findall(text[:64])
@@ -558,7 +556,7 @@ def any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 @functools.lru_cache(4096)
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a short name fits one of the patterns, in any case of letters."""
+    """Whether a name fits one of the patterns, in any case of letters.  Callers cut long ones."""
     return bool(patterns) and any_of(patterns).match(name) is not None
 
 
@@ -1053,8 +1051,12 @@ def net_words(error: BaseException) -> str:
 
 
 @functools.lru_cache(256)
-def as_url(url: str) -> URL:
+def short_url(url: str) -> URL:
     return URL(url, encoded=True)
+
+
+def as_url(url: str) -> URL:
+    return short_url(url) if len(url) < 300 else URL(url, encoded=True)
 
 
 class Net:
@@ -1094,32 +1096,29 @@ class Net:
             return None
         return given if "://" in given else f"http://{given}"
 
-    @asynccontextmanager
-    async def ask(self, method: str, url: str, idle: float, **more: Any) -> AsyncIterator[Upstream]:
-        """An answer whose headers were read, within `idle` seconds; 0 is any time.
+    async def ask(self, method: str, url: str, idle: float, **more: Any) -> Upstream:
+        """An answer whose headers have come, within `idle` seconds; 0 is any time.
 
-        It is closed on the way out: one that was read to its end has given its connection back by
-        then.  ProxyError 502 when none comes.
+        Whoever asks releases it in the end.  ProxyError 502 when none comes.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
         more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
         try:
             async with asyncio.timeout(idle or None):
-                response = await self.session.request(method, as_url(url), **more)
+                return await self.session.request(method, as_url(url), **more)
         except NET_ERRORS as error:
             host = as_url(url).host or "an empty upstream-url"
             raise fault(502, f"{host} cannot be reached: {net_words(error)}") from None
-        more.clear()  # the body has been sent: its memory is free while the answer runs
-        try:
-            yield response
-        finally:
-            if response not in self.retired:
-                response.close()
 
-    def retire(self, response: Upstream) -> None:
-        """Its answer is over.  If the upstream ends it, too, the connection can be used again."""
-        if not response.content.at_eof():
+    def release(self, response: Upstream, over: bool = False) -> None:
+        """Close its connection, unless all was read: then it is in the pool again already.
+
+        `over`: the answer is, though the upstream may not have ended it; that gets a second.
+        """
+        if over and not response.content.at_eof():
             self.retired[response] = asyncio.create_task(self.await_end(response))
+        else:
+            response.close()
 
     async def await_end(self, response: Upstream) -> None:
         try:
@@ -1134,10 +1133,13 @@ class Net:
     async def ask_json(self, method: str, url: str, headers: Json, data: Any) -> tuple[int, Json]:
         """Status and answer; {"error": words} for an answer that is no JSON object."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}", **headers}
-        async with self.ask(method, url, 30, headers=headers, data=data) as response:
+        response = await self.ask(method, url, 30, headers=headers, data=data)
+        try:
             async with asyncio.timeout(30):
                 raw = await response.read()
-            status = response.status
+        finally:
+            self.release(response)
+        status = response.status
         try:
             return status, parse_object(unpack_gzip(raw) or raw)
         except ValueError:
@@ -1870,10 +1872,10 @@ class Dialect:
     comment: bytes  # the line that keeps a silent stream alive; b"" where clients break on it
     marks: tuple[bytes, ...]  # one is in every event that must be looked at
     model_key: str  # where an answer names its model...
-    model_mark: bytes  # ...and the mark of events that do, where these are all of them
+    model_marks: tuple[bytes, ...]  # ...and what is in events that do, where many of them do
     short_ends: bool  # its last events are small: of a long run only the end is searched
     ending: Callable[[Json], str]  # of an event: "over", "whole" when the end may come, or ""
-    usage: Callable[[Json], tuple[float, float]]  # input and output tokens, 0 where it has none
+    usage: Callable[[Json], tuple[float, float]]  # input and output tokens, of what `holder` finds
     cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
 
 
@@ -1963,28 +1965,34 @@ def holder(event: Json) -> Json:
     return as_dict(event.get("message")) or as_dict(event.get("response")) or event
 
 
-def added(usage: Json, *names: str) -> float:
-    return sum(number(usage.get(name)) for name in names)
+def added(usage: Any, *names: str) -> float:
+    """The sum of these figures, as far as they are there."""
+    total = 0.0
+    if isinstance(usage, dict):
+        for name in names:
+            if name in usage:
+                total += number(usage[name])
+    return total
 
 
-def anthropic_usage(event: Json) -> tuple[float, float]:
-    usage = as_dict(holder(event).get("usage"))
+def anthropic_usage(inside: Json) -> tuple[float, float]:
+    usage = inside.get("usage")
     cache = ("cache_read_input_tokens", "cache_creation_input_tokens")
     return added(usage, "input_tokens", *cache), added(usage, "output_tokens")
 
 
-def chat_usage(event: Json) -> tuple[float, float]:
-    usage = as_dict(event.get("usage"))
+def chat_usage(inside: Json) -> tuple[float, float]:
+    usage = inside.get("usage")
     return added(usage, "prompt_tokens"), added(usage, "completion_tokens")
 
 
-def responses_usage(event: Json) -> tuple[float, float]:
-    usage = as_dict(holder(event).get("usage"))
+def responses_usage(inside: Json) -> tuple[float, float]:
+    usage = inside.get("usage")
     return added(usage, "input_tokens"), added(usage, "output_tokens")
 
 
-def gemini_usage(event: Json) -> tuple[float, float]:
-    usage = as_dict(event.get("usageMetadata"))
+def gemini_usage(inside: Json) -> tuple[float, float]:
+    usage = inside.get("usageMetadata")
     read = added(usage, "promptTokenCount", "toolUsePromptTokenCount")
     return read, added(usage, "candidatesTokenCount", "thoughtsTokenCount")
 
@@ -1996,7 +2004,7 @@ ANTHROPIC = Dialect(
     comment=b": keep-alive\n\n",
     marks=(b"message_stop", b'"message_delta"', b'"error"'),
     model_key="model",
-    model_mark=b"",  # message_start, the first event, alone
+    model_marks=(),  # message_start, the first event, alone
     short_ends=True,
     ending=anthropic_ending,
     usage=anthropic_usage,
@@ -2009,7 +2017,7 @@ CHAT_COMPLETIONS = Dialect(
     comment=b": keep-alive\n",
     marks=(b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"usage":', b'"error"'),
     model_key="model",
-    model_mark=b'"model"',
+    model_marks=(b'"model"',),
     short_ends=True,
     ending=chat_ending,
     usage=chat_usage,
@@ -2021,7 +2029,7 @@ RESPONSES = Dialect(
     comment=b": keep-alive\n",
     marks=(b'"response"', b"response.output_item.done", b'"error"'),
     model_key="model",
-    model_mark=b"",  # they all have a "response"
+    model_marks=(),  # they all have a "response"
     short_ends=False,
     ending=responses_ending,
     usage=responses_usage,
@@ -2033,7 +2041,7 @@ GEMINI = Dialect(
     comment=b"",  # Google's SDKs raise, or drop the event behind it (clients.md)
     marks=(b'"finishReason"', b'"blockReason"', b'"usageMetadata"', b'"error"'),
     model_key="modelVersion",
-    model_mark=b'"modelVersion"',
+    model_marks=(b'"modelVersion"',),
     short_ends=False,
     ending=gemini_ending,
     usage=gemini_usage,
@@ -2266,7 +2274,8 @@ def check_origin(request: Request, config: Json, browser_path: bool) -> None:
     browses = browser_path and headers.get("Sec-Fetch-Mode") == "navigate"
     site = headers.get("Sec-Fetch-Site", "")
     keyed = bool(config["api-keys"])
-    reason = refuse_strangers(host, origin, site, browses, config["host"], keyed)
+    told = (host[:300], origin[:300], site[:20])
+    reason = refuse_strangers(*told, browses, config["host"], keyed)
     if reason:
         raise fault(403, reason)
 
@@ -2349,21 +2358,22 @@ class Call:
         """An answer has begun: nobody else will be asked, and the prompt's memory is free."""
         self.raw, self.body = b"", {}
 
-    def count(self, usage: tuple[float, float]) -> None:
-        """Figures may come more than once and grow: the largest is right."""
+    def count(self, read: float, written: float) -> None:
+        """Tokens.  Figures may come more than once and grow: the largest is right."""
         if self.verb != "count_tokens":
-            for name, figure in zip(("input_tokens", "output_tokens"), usage, strict=True):
-                self.tokens[name] = max(self.tokens[name], int(figure))
+            tokens = self.tokens
+            tokens["input_tokens"] = max(tokens["input_tokens"], int(read))
+            tokens["output_tokens"] = max(tokens["output_tokens"], int(written))
 
     def marks(self) -> dict[str, str]:
         """The headers that say who answers."""
         told = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        return {f"x-ampproxy-{k}": header_value(v) for k, v in told.items() if v}
+        return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in told.items() if v}
 
 
 @functools.lru_cache(1024)
 def header_value(text: str) -> str:
-    return re.sub(r"[^ -~]", "?", text[:200])
+    return re.sub(r"[^ -~]", "?", text)
 
 
 async def read_body(request: Request) -> bytes:
@@ -2399,15 +2409,21 @@ BUDGETS = {
 WAYS_KEPT = 1000  # names of models whose ways are remembered
 
 
-@functools.lru_cache(1024)
 def split_model(model: str) -> tuple[str, str]:
     """A model's name, and its suffix: a level, a budget, or "" for words that nobody knows."""
+    return split_short(model) if len(model) < 300 else split_any(model)
+
+
+def split_any(model: str) -> tuple[str, str]:
     found = SUFFIX.fullmatch(model)
     if not found:
         return model, ""
     name, word = found[1] or found[3], (found[2] or found[4] or "").lower()
     known = word in BUDGETS or word == "auto" or re.fullmatch("[0-9]{1,9}", word)
     return name, word if known else ""
+
+
+split_short = functools.lru_cache(1024)(split_any)
 
 
 @functools.lru_cache(1024)
@@ -2617,13 +2633,11 @@ class Delivery:
     def __init__(self, call: Call, keepalive: float, idle: float) -> None:
         self.call, self.request = call, call.request
         self.response: web.StreamResponse | None = None
-        self.begun = False  # an event has gone out: nobody else can answer any more
         self.problem: Problem | None = None  # what broke the answer off after that
         self.keepalive = keepalive if call.streams and call.dialect.comment else 0
         self.idle = idle
         self.upstream: Upstream | None = None  # that is being read
         self.writing = False
-        self.lock = asyncio.Lock()  # the head is written once
         self.loop = asyncio.get_running_loop()
         self.moved = self.commented = self.loop.time()  # when the last piece came or went
         self.comments: set[asyncio.Task[None]] = set()
@@ -2682,13 +2696,11 @@ class Delivery:
     # -- What the client gets --
 
     async def start(self, status: int, reason: str | None, headers: Headers) -> web.StreamResponse:
-        """The response; its head goes out with the first call, whatever the later ones say."""
-        async with self.lock:
-            if self.response is None:
-                response = StreamResponse(status=status, reason=reason, headers=headers)
-                await response.prepare(self.request)
-                self.response = response
-            return self.response
+        """The response; its head is that of the first call, whatever the later ones say."""
+        if self.response is None:
+            self.response = StreamResponse(status=status, reason=reason, headers=headers)
+            await self.response.prepare(self.request)  # which waits for nothing
+        return self.response
 
     async def stream(
         self, upstream: Upstream, headers: Headers, first: bytes, rest: AsyncIterator[bytes]
@@ -2697,11 +2709,14 @@ class Delivery:
         response = self.response
         if response is None:
             response = await self.start(upstream.status, upstream.reason, headers)
-        self.begun = True
-        await self.write(response, first)
+        if first:
+            await self.write(response, first)
         try:
-            async for data in rest:
-                await self.write(response, data)
+            async for data in rest:  # as in `write`, for each event
+                self.writing = True
+                await response.write(data)
+                self.writing = False
+                self.moved = self.loop.time()
         except ProxyError as error:
             self.problem = error.problem
         if self.problem:
@@ -2730,19 +2745,29 @@ def is_dead(upstream: Upstream) -> bool:
     return connection is not None and (transport is None or transport.is_closing())
 
 
-async def pieces_of(upstream: Upstream, delivery: Delivery) -> AsyncGenerator[bytes]:
-    """What arrives, as it arrives; ProxyError 502 when it breaks off or falls silent."""
-    content = upstream.content
-    delivery.upstream = upstream
-    delivery.moved = delivery.loop.time()
-    try:
-        while data := await content.readany():
-            delivery.moved = delivery.loop.time()
-            yield data
-    except (RuntimeError, *NET_ERRORS) as error:
-        raise fault(502, f"the upstream broke off: {net_words(error)}") from None
-    finally:
-        delivery.upstream = None
+class Pieces:
+    """What arrives from an upstream, as it arrives; ProxyError 502 when that breaks off."""
+
+    def __init__(self, upstream: Upstream, delivery: Delivery) -> None:
+        self.content, self.delivery = upstream.content, delivery
+        self.unread = b""  # was looked at, and comes once more
+        delivery.upstream, delivery.moved = upstream, delivery.loop.time()
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self.unread:
+            data, self.unread = self.unread, b""
+            return data
+        try:
+            data = await self.content.readany()
+        except (RuntimeError, *NET_ERRORS) as error:
+            raise fault(502, f"the upstream broke off: {net_words(error)}") from None
+        if not data:
+            raise StopAsyncIteration
+        self.delivery.moved = self.delivery.loop.time()
+        return data
 
 
 @dataclass
@@ -2759,7 +2784,7 @@ NO_EVENTS = (b"{", b"[", b"<", b'"')  # JSON, or a page; a stream begins with a 
 
 
 async def begin_answer(
-    call: Call, pieces: AsyncIterator[bytes], folds: bool, settle: Callable[[], None]
+    call: Call, pieces: Pieces, folds: bool, settle: Callable[[], None]
 ) -> Answer:
     """Read until success is certain; ProxyError otherwise.
 
@@ -2771,20 +2796,13 @@ async def begin_answer(
         first += data
         if first.lstrip(BLANK) or len(first) > LONG_RUN:
             break
-    whole = chained(first, pieces)
+    pieces.unread = first
     if first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS):
-        return Answer(False, await whole_answer(call, whole), whole)
-    events = checked_events(call, whole_events(whole), settle, folds=folds)
+        return Answer(False, await whole_answer(call, pieces), pieces)
+    events = checked_events(call, whole_events(pieces), settle)
     if folds:
-        return Answer(False, await folded(events), whole)
+        return Answer(False, await folded(call, events), pieces)
     return Answer(True, await anext(events), events)
-
-
-async def chained(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    if first:
-        yield first
-    async for data in rest:
-        yield data
 
 
 # -- In one piece --
@@ -2803,18 +2821,22 @@ async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
         answer = parse_object(raw)
     except ValueError:
         raise no_whole_answer(call) from None
-    if has_error(answer):
+    if has_error(answer, answer):
         raise ProxyError(failure(call, answer))
-    call.count(call.dialect.usage(answer))
+    call.count(*call.dialect.usage(answer))
     return renamed(raw, answer, answer, call) or raw
 
 
-async def folded(events: AsyncIterator[bytes]) -> bytes:
+async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
     """The answer that a stream of Responses tells in its last event."""
     last = b""
     async for run in events:
         last = split_events(run)[-1]
-    return write_json(holder(parse_object(event_data(last))))
+    event = parse_object(event_data(last))
+    inside = holder(event)
+    if has_error(event, inside):
+        raise ProxyError(failure(call, event))
+    return write_json(inside)
 
 
 def no_whole_answer(call: Call) -> ProxyError:
@@ -2864,11 +2886,7 @@ class Looked(NamedTuple):
 
 
 async def checked_events(
-    call: Call,
-    runs: AsyncIterator[bytes],
-    settle: Callable[[], None],
-    told: bool = False,
-    folds: bool = False,
+    call: Call, runs: AsyncIterator[bytes], settle: Callable[[], None], told: bool = False
 ) -> AsyncIterator[bytes]:
     """Runs of events, ready for the client; the first one has an event that proves success.
 
@@ -2885,14 +2903,13 @@ async def checked_events(
                 yield run
                 continue
             for raw in split_events(run):
-                if told and not is_notable(raw, marks, False):
-                    held.append(raw)
-                    continue
-                looked = look_at(call, raw, items, told, folds)
+                looked = Looked(raw)
+                if not told or is_notable(raw, marks, False):
+                    looked = look_at(call, raw, items, told)
                 held.append(looked.raw)
                 told, ending = told or looked.tells, looked.ending or ending
-                if looked.renames and call.dialect.model_mark not in marks:
-                    marks += (call.dialect.model_mark,)
+                if looked.renames:
+                    marks = call.dialect.marks + call.dialect.model_marks
                 if ending == "over":
                     break
             if told:
@@ -2922,7 +2939,7 @@ def is_notable(run: bytes, marks: tuple[bytes, ...], short_ends: bool) -> bool:
     return False
 
 
-def look_at(call: Call, raw: bytes, items: Items, late: bool, folds: bool) -> Looked:
+def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     """One event.  ProxyError for garbage or an error before the client has got anything."""
     data = event_data(raw).strip()
     if not late:
@@ -2940,15 +2957,15 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool, folds: bool) -> Lo
             return Looked(raw)
         raise no_whole_answer(call) from None
     kind, inside = event.get("type"), holder(event)
-    if has_error(event):
+    if has_error(event, inside):
         told_as_it_is = not call.dialect.cuts_errors and (
             kind == "response.failed" or call.dialect is not RESPONSES
         )
-        if late and told_as_it_is and not folds:
+        if late and told_as_it_is:
             return Looked(raw, "over")
         raise ProxyError(failure(call, event))
     if b'"usage' in data:
-        call.count(call.dialect.usage(event))
+        call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
     if kind == "response.output_item.done":
         index = event.get("output_index")
@@ -2968,11 +2985,11 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool, folds: bool) -> Lo
 # -- Errors --
 
 
-def has_error(event: Json) -> bool:
-    """Whether an event, or a whole answer, is an error."""
+def has_error(event: Json, inside: Json) -> bool:
+    """Whether an event, or a whole answer, is an error; `inside`: what `holder` finds."""
     if event.get("type") == "error":
         return True
-    error = holder(event).get("error") or event.get("error")
+    error = inside.get("error") or event.get("error")
     return isinstance(error, dict) or (isinstance(error, str) and "choices" not in event)
 
 
@@ -3027,7 +3044,7 @@ async def refusal(
     """What an answer with another status than 200 means."""
     raw, answer = b"", Json()
     with suppress(ProxyError):
-        async for data in pieces_of(upstream, delivery):
+        async for data in Pieces(upstream, delivery):
             raw += data
             if len(raw) > ERROR_LIMIT:
                 break
@@ -3070,17 +3087,24 @@ HOP_HEADERS = (  # RFC 9110, 7.6.1, what the HTTP library writes itself, and COR
 )
 
 
+@functools.lru_cache(256)
+def hop_names(connection: str) -> frozenset[str]:
+    """The headers that a Connection header keeps from travelling on."""
+    return frozenset(name.strip().lower() for name in connection.split(","))
+
+
+@functools.lru_cache(1024)
+def is_hop_header(name: str) -> bool:
+    return matches(name, HOP_HEADERS)
+
+
 def passing(headers: Any, *without: str) -> Headers:
     """Headers that travel on: not the hop's own, not those that Connection names, nor `without`."""
     kept = Headers()
-    named = {
-        name.strip().lower()
-        for value in headers.getall("Connection", ())
-        for name in value.split(",")
-    }
+    named = hop_names(",".join(headers.getall("Connection", ()))[:1000])
     for name, value in headers.items():
         lower = name.lower()
-        if lower not in named and lower not in without and not matches(lower, HOP_HEADERS):
+        if lower not in named and lower not in without and not is_hop_header(lower[:100]):
             kept.add(name, value)
     return kept
 
@@ -3124,7 +3148,7 @@ class Forwarder:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
         call.wanted, call.effort = split_model(call.model)
         ways, notes = self.chooser.ways(call.wanted, call.effort, call.verb)
-        problem = self.unserved(call, notes)
+        problem: Problem | None = None
         deadline = self.clock.monotonic() + self.live.config["max-retry-interval"]
         for way in ways:
             call.route = way.route
@@ -3135,6 +3159,7 @@ class Forwarder:
             problem = outcome
             if verdict(problem).then == "stop":
                 raise ProxyError(problem)
+        problem = problem or self.unserved(call, notes)
         allowed = ("always",) if ways else ("always", "unserved")
         if not call.amp or self.live.config["ampcode"]["fallback"] not in allowed:
             raise ProxyError(problem)
@@ -3227,30 +3252,35 @@ class Forwarder:
         delivery: Delivery,
     ) -> web.StreamResponse | Problem:
         """One request to a provider, and its answer to the client."""
-        sent: Any = {
-            "headers": account_headers(prepared, account, token),
-            "data": prepared.body,
-            "auto_decompress": True,
-        }
+        headers = account_headers(prepared, account, token)
+        upstream, over = None, False
         try:
-            async with self.net.ask("POST", prepared.url, delivery.idle, **sent) as upstream:
-                windows = quota_of(upstream.headers)
-                account.quota = windows or account.quota
-                if upstream.status != 200:
-                    now = self.clock.time()
-                    return await refusal(call, upstream, windows, now, delivery)
-                pieces = pieces_of(upstream, delivery)
-                async with aclosing(pieces):
-                    answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
-                    self.pool.answered(account, way.model, began)
-                    call.let_go()
-                    prepared.body = sent["data"] = b""
-                    response = await deliver(delivery, upstream, answer, prepared.folds)
-                    self.net.retire(upstream)
+            upstream = await self.net.ask(
+                "POST",
+                prepared.url,
+                delivery.idle,
+                headers=headers,
+                data=prepared.body,
+                auto_decompress=True,
+            )
+            windows = quota_of(upstream.headers)
+            account.quota = windows or account.quota
+            if upstream.status != 200:
+                return await refusal(call, upstream, windows, self.clock.time(), delivery)
+            pieces = Pieces(upstream, delivery)
+            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
+            self.pool.answered(account, way.model, began)
+            call.let_go()
+            prepared.body = b""
+            response = await deliver(delivery, upstream, answer, prepared.folds)
+            over = True
         except ProxyError as error:
             return error.problem
         finally:
             account.counts.update(call.tokens)
+            delivery.upstream = None
+            if upstream:
+                self.net.release(upstream, over)
         if delivery.problem:
             call.trouble = delivery.problem.message
             self.pool.rest(account, delivery.problem, way.model)
@@ -3282,11 +3312,7 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     provider = row.provider
     call.provider = row.name
     call.served_model = provider.names.get(way.model, way.model)
-    headers = Headers(provider.headers)
-    given = passing(call.request.headers)
-    for name in given:
-        if matches(name.lower(), provider.passes):
-            headers[name] = ",".join(given.getall(name))
+    headers = client_headers(call.request.headers, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
     streams = call.streams
@@ -3312,6 +3338,18 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
         address_of(call, provider),
         folds=only_streams and not streams,
     )
+
+
+def client_headers(given: Any, provider: Provider) -> Headers:
+    """The provider's own, and those of the client that may travel on; the client's win."""
+    headers, seen = Headers(provider.headers), set()
+    named = hop_names(",".join(given.getall("Connection", ()))[:1000])
+    for name, value in given.items():
+        lower = name.lower()[:100]
+        if matches(lower, provider.passes) and lower not in named and not is_hop_header(lower):
+            headers[name] = f"{headers[name]},{value}" if lower in seen else value
+            seen.add(lower)
+    return headers
 
 
 def worded(call: Call, body: Json) -> bytes:
@@ -3348,11 +3386,10 @@ def joined(base: str, path: str) -> str:
 
 
 def address_of(call: Call, provider: Provider) -> str:
-    path = provider.paths[call.verb]
-    if "{model}" in path:
-        path = path.replace("{model}", quote(call.served_model, "", None, "replace"))
-    query = "?alt=sse" if call.verb == "streamGenerateContent" else ""
-    return joined(provider.base_url, path) + query
+    address = joined(provider.base_url, provider.paths[call.verb])
+    if "{model}" in address:
+        address = address.replace("{model}", quote(call.served_model, "", None, "replace"))
+    return address + ("?alt=sse" if call.verb == "streamGenerateContent" else "")
 
 
 def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
@@ -3455,15 +3492,21 @@ class Ampcode:
             headers["Accept-Encoding"] = "identity"
         data = request.content if request.body_exists else None
         url = self.address(request)
-        async with self.net.ask(request.method, url, 0, headers=headers, data=data) as upstream:
+        upstream = await self.net.ask(request.method, url, 0, headers=headers, data=data)
+        try:
             return await passed(request, upstream, passing(upstream.headers), bool(edits))
+        finally:
+            self.net.release(upstream)
 
     async def pay(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
         """A model call that nobody here answers, as it came; streams end as the dialect says."""
-        request = call.request
+        request, idle = call.request, delivery.idle
         headers = self.headers(request, key)
-        more: Any = {"headers": headers, "data": call.raw}
-        async with self.net.ask("POST", self.address(request), delivery.idle, **more) as upstream:
+        url = self.address(request)
+        upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
+        over = False
+        try:
+            call.let_go()
             headers = passing(upstream.headers)
             headers.update(call.marks())
             streams = upstream.content_type == "text/event-stream"
@@ -3472,14 +3515,13 @@ class Ampcode:
                 raise fault(status, f"ampcode.com answered {upstream.status} without a stream")
             if not streams or "Content-Encoding" in headers:
                 return await passed(request, upstream, headers, False, delivery)
-            pieces = pieces_of(upstream, delivery)
-            async with aclosing(pieces):
-                events = checked_events(call, whole_events(pieces), delivery.settle, told=True)
-                first = await anext(events, b"")
-                call.let_go()
-                more["data"] = None
-                response = await delivery.stream(upstream, headers, first, events)
-                self.net.retire(upstream)
+            runs = whole_events(Pieces(upstream, delivery))
+            events = checked_events(call, runs, delivery.settle, told=True)
+            response = await delivery.stream(upstream, headers, b"", events)
+            over = True
+        finally:
+            delivery.upstream = None
+            self.net.release(upstream, over)
         if delivery.problem:
             call.trouble = f"{call.trouble}; {delivery.problem.message}"
         return response
@@ -3491,7 +3533,7 @@ class Ampcode:
         options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
         try:
             upstream = await self.net.sockets.ws_connect(
-                URL(self.address(request), encoded=True),
+                as_url(self.address(request)),
                 headers=self.headers(request, key),
                 protocols=asked,
                 proxy=self.net.proxy(self.base()),
