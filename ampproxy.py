@@ -2092,12 +2092,12 @@ def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
 
 def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
     """Messages or blocks without what Claude refuses; the list itself where nothing had to go."""
-    kept = []
+    kept, same = [], True
     for block in blocks:
         clean = cleaned_block(block, depth) if isinstance(block, dict) else block
-        if clean is not None:
+        same = same and clean is block
+        if clean is not None or block is None:
             kept.append(clean)
-    same = len(kept) == len(blocks) and all(map(lambda a, b: a is b, kept, blocks))
     return blocks if same else kept
 
 
@@ -2148,15 +2148,15 @@ def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
     told, items = split_system(body.get("input"))
     told.insert(0, body.get("instructions"))
     words = "\n\n".join(text for text in told if text and isinstance(text, str))
-    return {
-        "parallel_tool_calls": True,
-        **kept,
+    kept |= {
         "input": items,
         "instructions": words or "You are a helpful assistant.",
         "store": False,
         "stream": True,
         "include": ["reasoning.encrypted_content"],
     }
+    kept.setdefault("parallel_tool_calls", True)
+    return kept
 
 
 def split_system(given: Any) -> tuple[list[Any], list[Any]]:
@@ -2257,7 +2257,7 @@ def refuse_strangers(
 
     `bound`: the address that is listened on; `browses`: it only follows a link to ampcode.com.
     """
-    name = re.sub(r":\d{1,5}$", "", host).strip("[]")
+    name = re.sub(r":\d+$", "", host).strip("[]")
     if not keyed and not is_loopback(name) and name != bound.lower():
         return f"Host {host[:100]!r} is not an address of this proxy"
     foreign = re.match("https?://|null", origin) and origin.partition("://")[2] != host
