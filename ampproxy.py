@@ -116,6 +116,7 @@ Upstream = aiohttp.ClientResponse
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEVER = float("inf")
 BODY_LIMIT = 64 << 20  # bytes of a request, and of what is collected of an answer
+LARGE = 1 << 20  # bytes: what is more is copied as rarely as can be
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 
 log = logging.getLogger("ampproxy")
@@ -199,6 +200,19 @@ def write_json(value: Any) -> bytes:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return text.encode(errors="backslashreplace")  # half a surrogate pair stays an escape
+
+
+def spliced(raw: bytes | bytearray, old: Json, new: Json) -> list[Any]:
+    """The JSON of `new` in pieces: what it shares with `old` is cut out of `raw`, not copied."""
+    if not msgspec:
+        return [write_json(new)]
+    parts = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    pieces: list[Any] = []
+    for name, value in new.items():
+        shared = name in old and old[name] is value
+        written = memoryview(parts[name]) if shared else write_json(value)
+        pieces += [b"," if pieces else b"{", write_json(name), b":", written]
+    return [*pieces, b"}"]
 
 
 def as_dict(value: Any) -> Json:
@@ -1569,13 +1583,14 @@ class Pool:
         for row in self.live.rows:
             for key in row.keys:
                 made = ApiKey(row, key)
-                account = keys.setdefault(made.id, self.accounts.get(made.id, made))
-                account.row = row
+                place = f"{row.id} {made.id}"
+                keys[place] = self.accounts.get(place, made)
+                keys[place].row = row
         logins = {i: a for i, a in self.accounts.items() if isinstance(a, Login)}
         self.accounts = keys | logins
         kinds = {row.id: row for row in self.live.rows if not row.keys}
-        for account in logins.values():
-            account.row = kinds.get(account.kind)
+        for login in logins.values():
+            login.row = kinds.get(login.kind)
         by_row: dict[str, list[Account]] = {}
         for account in self.accounts.values():
             if account.row and not account.disabled:
@@ -2319,7 +2334,8 @@ class Call:
         self.model = unquote(found["model"] or "")  # the name that the client gave
         self.wanted = self.effort = ""  # the same without its suffix, and the suffix
         self.thread = ""
-        self.raw, self.body = b"", Json()
+        self.raw: bytes | bytearray = b""
+        self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
         self.was_read = False
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
@@ -2376,18 +2392,23 @@ def header_value(text: str) -> str:
     return re.sub(r"[^ -~]", "?", text)
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body, put together once."""
+async def read_body(request: Request) -> bytes | bytearray:
+    """The whole body.  A large one is put where it will stay as it comes in."""
+    length = request.content_length or 0
+    large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
     try:
         while data := await request.content.readany():
-            pieces.append(data)
+            if large is None:
+                pieces.append(data)
+            else:
+                large[size : size + len(data)] = data
             size += len(data)
             if size > BODY_LIMIT:
                 raise fault(413, "The request body is larger than 64 MiB")
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(pieces) if large is None else large
 
 
 # == Who answers ===================================================================================
@@ -3133,9 +3154,18 @@ class Prepared:
 
     row: Row
     headers: Headers
-    body: bytes
+    body: list[Any]  # in pieces of bytes
     url: str
     folds: bool  # it only streams, and the client wants one piece
+
+    def data(self) -> Any:
+        """What aiohttp sends; large pieces are not put together."""
+        return self.body[0] if len(self.body) == 1 else in_pieces(self.body)
+
+
+async def in_pieces(pieces: list[Any]) -> AsyncIterator[Any]:
+    for piece in pieces:
+        yield piece
 
 
 class Forwarder:
@@ -3260,7 +3290,7 @@ class Forwarder:
                 prepared.url,
                 delivery.idle,
                 headers=headers,
-                data=prepared.body,
+                data=prepared.data(),
                 auto_decompress=True,
             )
             windows = quota_of(upstream.headers)
@@ -3271,7 +3301,7 @@ class Forwarder:
             answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
             self.pool.answered(account, way.model, began)
             call.let_go()
-            prepared.body = b""
+            prepared.body = []
             response = await deliver(delivery, upstream, answer, prepared.folds)
             over = True
         except ProxyError as error:
@@ -3331,13 +3361,10 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     if gone:
         body = {name: value for name, value in body.items() if name not in gone}
     headers["Accept"] = "text/event-stream" if streams or only_streams else "application/json"
-    return Prepared(
-        row,
-        headers,
-        worded(call, body),
-        address_of(call, provider),
-        folds=only_streams and not streams,
-    )
+    pieces = worded(call, body)
+    headers["Content-Length"] = str(sum(map(len, pieces)))
+    folds = only_streams and not streams
+    return Prepared(row, headers, pieces, address_of(call, provider), folds)
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
@@ -3352,27 +3379,30 @@ def client_headers(given: Any, provider: Provider) -> Headers:
     return headers
 
 
-def worded(call: Call, body: Json) -> bytes:
+def worded(call: Call, body: Json) -> list[Any]:
     """The client's own bytes where nothing had to change, else the body in JSON.
 
     Equality of dicts and lists short-cuts on identity, so what rules share costs nothing here.  A
     key that stands twice is read once, and the provider might read the other one.
     """
     if (body is call.body or body == call.body) and call.raw.count(b'"model"') < 2:
-        return call.raw
+        return [call.raw]
     try:
-        return write_json(body)
+        if len(call.raw) > LARGE:
+            return spliced(call.raw, call.body, body)
+        return [write_json(body)]
     except ValueError as error:
         raise fault(400, f"The request body cannot be sent on: {explain(error)}") from None
 
 
 def forget_reasoning(prepared: Prepared) -> bool:
     """Whether there was any: then the next try goes without it."""
-    body = parse_object(prepared.body)
+    body = parse_object(b"".join(prepared.body))
     changed = without_reasoning(body)
     if changed is body:
         return False
-    prepared.body = write_json(changed)
+    prepared.body = [write_json(changed)]
+    prepared.headers["Content-Length"] = str(len(prepared.body[0]))
     return True
 
 
@@ -3737,7 +3767,7 @@ PROBES = {  # answered without a key (clients.md)
 }
 
 
-LARGE, TIDY_AFTER = 1 << 20, 0.5  # a body of more bytes; then memory is given back, in seconds
+TIDY_AFTER = 0.5  # seconds after a large body that memory is given back
 
 
 class Server:

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7", "pytest>=8", "anthropic>=0.70", "openai>=2",
-#                 "google-genai>=3", "hypothesis>=6"]
+# dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7", "msgspec>=0.19,<1", "uvloop>=0.21,<1; sys_platform != 'win32'",
+#                 "pytest>=8", "anthropic>=0.70", "openai>=2", "google-genai>=3", "hypothesis>=6"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
 
@@ -4279,6 +4279,29 @@ async def test_where_nothing_has_to_change_the_clients_bytes_go_out(tmp_path):
             ),
         )
         assert w.keyed.body()["max_tokens"] == 32000
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_what_is_spliced_is_what_was_meant(spaced):
+    old = {
+        "model": "a",
+        "messages": [{"x": "é\u2028", "n": [1, 2.5, None]}],
+        "gone": 1,
+        "é": {"y": "z"},
+    }
+    new = {
+        "model": "b",
+        **{k: v for k, v in old.items() if k not in ("model", "gone")},
+        "system": [{"text": "t"}],
+    }
+    raw = json.dumps(old, indent=1 if spaced else None, ensure_ascii=spaced).encode()
+    for form in (raw, bytearray(raw)):
+        pieces = ampproxy.spliced(form, old, new)
+        assert json.loads(b"".join(pieces)) == new
+        if ampproxy.msgspec:
+            assert raw[raw.index(b"[") : raw.rindex(b"]") + 1] in [bytes(p) for p in pieces], (
+                "as it came"
+            )
 
 
 @settings(max_examples=200, deadline=None, database=None, suppress_health_check=[*HealthCheck])
