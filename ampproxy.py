@@ -595,6 +595,7 @@ class Value:
 @dataclass(frozen=True)
 class ListOf:
     member: Rule
+    default: tuple[Any, ...] = ()
     lone: bool = False  # a member alone stands for a list of one
     expected: str = "a list"
 
@@ -610,18 +611,18 @@ class Table:
 
 
 Rule = Value | ListOf | Table
-REGEX_HINT = "a text (in quotes, if it looks like something else)"
+TEXT_HINT = "a text (in quotes, if it looks like something else)"
 
 
-def text(default: str = "") -> Value:
-    return Value(default, REGEX_HINT, lambda value: isinstance(value, str))
+def text_key(default: str = "") -> Value:
+    return Value(default, TEXT_HINT, lambda value: isinstance(value, str))
 
 
-def switch(default: bool) -> Value:
+def switch_key(default: bool) -> Value:
     return Value(default, "true or false", lambda value: isinstance(value, bool))
 
 
-def whole(default: int, low: int, high: int) -> Value:
+def whole_key(default: int, low: int, high: int) -> Value:
     return Value(
         default,
         f"a whole number from {low} to {high:g}",
@@ -629,7 +630,7 @@ def whole(default: int, low: int, high: int) -> Value:
     )
 
 
-def amount(default: float) -> Value:
+def amount_key(default: float) -> Value:
     return Value(
         default,
         "a number from 0 to 1e+09",
@@ -637,11 +638,11 @@ def amount(default: float) -> Value:
     )
 
 
-def choice(*words: str) -> Value:
+def choice_key(*words: str) -> Value:
     return Value(words[0], f"one of {', '.join(words)}", lambda value: value in words)
 
 
-def span(default: str) -> Value:
+def span_key(default: str) -> Value:
     """A length of time."""
     pattern = re.compile(r"\d{1,9}|(\d{1,9}[smh])+")
     expected = "a length of time such as 2h, 30m or 90"
@@ -658,17 +659,17 @@ def is_address(value: Any) -> bool:
     return value == "" or (url.scheme in ("http", "https") and bool(url.host))
 
 
-def address(default: str = "") -> Value:
+def address_key(default: str = "") -> Value:
     return Value(default, "an address that begins with http:// or https://", is_address)
 
 
-MODEL = Table({"name": text(), "alias": text()}, needs=("name",), or_text=True)
+MODEL = Table({"name": text_key(), "alias": text_key()}, needs=("name",), or_text=True)
 MAPPING = Table(
-    {"from": text(), "to": ListOf(text(), lone=True), "regex": switch(False)},
+    {"from": text_key(), "to": ListOf(text_key(), lone=True), "regex": switch_key(False)},
     needs=("from", "to"),
 )
 CLIENT_KEYS = Table(
-    {"upstream-api-key": text(), "api-keys": ListOf(text())},
+    {"upstream-api-key": text_key(), "api-keys": ListOf(text_key())},
     needs=("upstream-api-key", "api-keys"),
 )
 
@@ -676,21 +677,21 @@ CLIENT_KEYS = Table(
 def rule_of(name: str, default: Any) -> Rule:
     """The rule of a provider row's field: what it may be follows from what it is."""
     if name == "models":
-        return ListOf(MODEL)
+        return ListOf(MODEL, default)
     if name.endswith("_port"):
-        return whole(default, 0, 65535)
+        return whole_key(default, 0, 65535)
     if name.endswith("_url"):
-        return address(default)
+        return address_key(default)
     match default:
         case bool():
-            return switch(default)
+            return switch_key(default)
         case int():
-            return whole(default, 0, 1_000_000_000)
+            return whole_key(default, 0, 1_000_000_000)
         case str():
-            return text(default)
+            return text_key(default)
         case tuple():
-            return ListOf(text())
-    return Table({key: text(value) for key, value in default.items()}, others=text())
+            return ListOf(text_key(), default)
+    return Table({key: text_key(value) for key, value in default.items()}, others=text_key())
 
 
 def row_rule(row: Provider, more: dict[str, Rule], needs: tuple[str, ...] = ()) -> Table:
@@ -704,47 +705,47 @@ def key_rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     for name, row in API_KEYS.items():
         if name == "openai-compatibility":
-            entries = ListOf(Table({"api-key": text()}, needs=("api-key",)))
-            named: dict[str, Rule] = {"name": text(), "api-key-entries": entries}
+            entries = ListOf(Table({"api-key": text_key()}, needs=("api-key",)))
+            named: dict[str, Rule] = {"name": text_key(), "api-key-entries": entries}
             rules[name] = ListOf(row_rule(row, named, ("name", "base-url")))
         else:
-            rules[name] = ListOf(row_rule(row, {"api-key": text()}, ("api-key",)))
+            rules[name] = ListOf(row_rule(row, {"api-key": text_key()}, ("api-key",)))
     return rules
 
 
 KEYS = Table(
     {
-        "host": text("127.0.0.1"),
-        "port": whole(8317, 0, 65535),
-        "auth-dir": text("~/.ampproxy"),
-        "api-keys": ListOf(text()),
-        "debug": switch(False),
-        "logging-to-file": switch(False),
-        "proxy-url": address(),
-        "request-retry": whole(3, 1, 100),
-        "max-retry-interval": amount(30.0),
-        "max-cooldown": amount(1800.0),
+        "host": text_key("127.0.0.1"),
+        "port": whole_key(8317, 0, 65535),
+        "auth-dir": text_key("~/.ampproxy"),
+        "api-keys": ListOf(text_key()),
+        "debug": switch_key(False),
+        "logging-to-file": switch_key(False),
+        "proxy-url": address_key(),
+        "request-retry": whole_key(3, 1, 100),
+        "max-retry-interval": amount_key(30.0),
+        "max-cooldown": amount_key(1800.0),
         "routing": Table(
             {
-                "strategy": choice("least-connections", "round-robin", "fill-first"),
-                "session-affinity-ttl": span("2h"),
+                "strategy": choice_key("least-connections", "round-robin", "fill-first"),
+                "session-affinity-ttl": span_key("2h"),
             }
         ),
         "streaming": Table(
             {
-                "keepalive-seconds": amount(15.0),
-                "idle-timeout-seconds": amount(300.0),
+                "keepalive-seconds": amount_key(15.0),
+                "idle-timeout-seconds": amount_key(300.0),
             }
         ),
         "ampcode": Table(
             {
-                "upstream-url": address("https://ampcode.com"),
-                "upstream-api-key": text(),
+                "upstream-url": address_key("https://ampcode.com"),
+                "upstream-api-key": text_key(),
                 "upstream-api-keys": ListOf(CLIENT_KEYS),
-                "restrict-management-to-localhost": switch(False),
-                "fallback": choice("always", "unserved", "never"),
-                "client-inference": switch(True),
-                "force-model-mappings": switch(False),
+                "restrict-management-to-localhost": switch_key(False),
+                "fallback": choice_key("always", "unserved", "never"),
+                "client-inference": switch_key(True),
+                "force-model-mappings": switch_key(False),
                 "model-mappings": ListOf(MAPPING),
             }
         ),
@@ -758,7 +759,7 @@ def default_of(rule: Rule) -> Any:
     if isinstance(rule, Table):
         return {name: default_of(inner) for name, inner in rule.keys.items()}
     if isinstance(rule, ListOf):
-        return []
+        return [*rule.default]
     return rule.default
 
 
@@ -905,8 +906,8 @@ def overlaid(row: Provider, given: Json) -> Provider:
         value = given.get(one.name.replace("_", "-"), "")
         if one.name == "base_url":
             value = value or row.base_url
-        if one.name == "models" or isinstance(getattr(row, one.name), tuple):
-            value = tuple(value) or getattr(row, one.name)
+        if isinstance(getattr(row, one.name), tuple):
+            value = tuple(value)
         changes[one.name] = value
     changes["name"] = given.get("name") or row.name
     return Provider(**changes)
@@ -3146,12 +3147,14 @@ NOT_ASKED = {  # fields that a helper call must not have
 }
 AMP_HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 Pay = Callable[[Call, str, Delivery], Awaitable[web.StreamResponse]]  # Ampcode.pay
+Outcome = web.StreamResponse | Problem  # what the client gets, or why it got nothing from here
 
 
 @dataclass
 class Prepared:
     """A call as one provider is asked: all but the account's own headers."""
 
+    way: Way
     row: Row
     headers: Headers
     body: list[Any]  # in pieces of bytes
@@ -3183,7 +3186,7 @@ class Forwarder:
         for way in ways:
             call.route = way.route
             until = deadline if way is ways[-1] else 0
-            outcome = await self.try_way(call, way, until, delivery)
+            outcome = await self.try_way(way, until, delivery)
             if isinstance(outcome, web.StreamResponse):
                 return outcome
             problem = outcome
@@ -3210,10 +3213,9 @@ class Forwarder:
             return ""
         return f", model-mappings: [{{from: {call.wanted[:100]}, to: {target}}}]"
 
-    async def try_way(
-        self, call: Call, way: Way, until: float, delivery: Delivery
-    ) -> web.StreamResponse | Problem:
+    async def try_way(self, way: Way, until: float, delivery: Delivery) -> Outcome:
         """Ask the accounts of a way, and wait until then for one to wake up."""
+        call = delivery.call
         problem: Problem | None = None
         tried: set[Account] = set()
         prepared: Prepared | None = None
@@ -3224,7 +3226,7 @@ class Forwarder:
                 break
             if prepared is None or prepared.row is not account.row:
                 prepared = prepare(call, way, account.row)
-            outcome = await self.try_account(call, way, account, prepared, delivery)
+            outcome = await self.try_account(account, prepared, delivery)
             if isinstance(outcome, web.StreamResponse):
                 return outcome
             problem = outcome
@@ -3238,14 +3240,14 @@ class Forwarder:
         return self.pool.nobody(way.rows, way.model)
 
     async def try_account(
-        self, call: Call, way: Way, account: Account, prepared: Prepared, delivery: Delivery
-    ) -> web.StreamResponse | Problem:
+        self, account: Account, prepared: Prepared, delivery: Delivery
+    ) -> Outcome:
         """Ask one account, as often as the error and request-retry allow."""
         config = self.live.config
         most = {"again": config["request-retry"], "wait": config["request-retry"] + 1}
         longest = max(RETRY_PAUSE, min(SHORT_WAIT, config["max-retry-interval"]))
         tries, refused = 0, ""
-        call.account = account.label
+        delivery.call.account = account.label
         with account.leased():
             while True:
                 began = self.clock.monotonic()
@@ -3253,7 +3255,7 @@ class Forwarder:
                     token = await self.pool.bearer(account, refused)
                 except ProxyError as error:
                     return error.problem
-                outcome = await self.exchange(call, way, account, prepared, token, began, delivery)
+                outcome = await self.exchange(account, prepared, token, began, delivery)
                 if isinstance(outcome, web.StreamResponse):
                     return outcome
                 tries += 1
@@ -3268,38 +3270,30 @@ class Forwarder:
                 else:
                     newer = isinstance(account, Login) and token != account.access_token
                     if outcome.status != 401 or not newer:
-                        self.pool.rest(account, outcome, way.model)
+                        self.pool.rest(account, outcome, prepared.way.model)
                     return outcome
 
     async def exchange(
-        self,
-        call: Call,
-        way: Way,
-        account: Account,
-        prepared: Prepared,
-        token: str,
-        began: float,
-        delivery: Delivery,
-    ) -> web.StreamResponse | Problem:
+        self, account: Account, prepared: Prepared, token: str, began: float, delivery: Delivery
+    ) -> Outcome:
         """One request to a provider, and its answer to the client."""
-        headers = account_headers(prepared, account, token)
+        call, model = delivery.call, prepared.way.model
+        sent: Any = {"headers": account_headers(prepared, account, token), "data": prepared.data()}
         upstream, over = None, False
         try:
             upstream = await self.net.ask(
-                "POST",
-                prepared.url,
-                delivery.idle,
-                headers=headers,
-                data=prepared.data(),
-                auto_decompress=True,
+                "POST", prepared.url, delivery.idle, auto_decompress=True, **sent
             )
+            sent.clear()
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
             if upstream.status != 200:
                 return await refusal(call, upstream, windows, self.clock.time(), delivery)
             pieces = Pieces(upstream, delivery)
             answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
-            self.pool.answered(account, way.model, began)
+            if delivery.response and not answer.events:  # a comment has gone out
+                raise fault(502, f"{call.provider} sent no stream")
+            self.pool.answered(account, model, began)
             call.let_go()
             prepared.body = []
             response = await deliver(delivery, upstream, answer, prepared.folds)
@@ -3313,7 +3307,7 @@ class Forwarder:
                 self.net.release(upstream, over)
         if delivery.problem:
             call.trouble = delivery.problem.message
-            self.pool.rest(account, delivery.problem, way.model)
+            self.pool.rest(account, delivery.problem, model)
         return response
 
 
@@ -3328,8 +3322,6 @@ async def deliver(
         if upstream.content_type != "text/event-stream":
             headers["Content-Type"] = "text/event-stream"
         return await delivery.stream(upstream, headers, answer.first, answer.rest)
-    if delivery.response:
-        raise fault(502, f"{call.provider} sent no stream")
     if folds:
         headers["Content-Type"] = "application/json"
     return web.Response(
@@ -3364,7 +3356,7 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     pieces = worded(call, body)
     headers["Content-Length"] = str(sum(map(len, pieces)))
     folds = only_streams and not streams
-    return Prepared(row, headers, pieces, address_of(call, provider), folds)
+    return Prepared(way, row, headers, pieces, address_of(call, provider), folds)
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
