@@ -52,6 +52,7 @@ import base64
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -62,7 +63,9 @@ import logging
 import os
 import re
 import secrets
+import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -138,6 +141,9 @@ class Problem:
     windows: frozenset[str] = frozenset()  # quota windows that its headers call full
     body: bytes = b""  # its error, worded in the client's dialect
     headers: Headers = field(default_factory=Headers)  # of its answer, that a client may see
+
+
+LOCAL = "@local"  # the code of a shortage of this machine: files, memory, disk, network
 
 
 class ProxyError(Exception):
@@ -270,6 +276,23 @@ def parse_time(value: Any) -> float:
         return 0.0
 
 
+FILE_LIMIT = 4 << 20  # bytes of a file that a person or a program wrote for us
+
+
+def read_file(path: Path) -> bytes:
+    """A regular file, without a byte order mark; ValueError for another kind, and a large one.
+
+    Opened without waiting: a FIFO would never answer.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        raw = file.read(FILE_LIMIT + 1)
+    if len(raw) > FILE_LIMIT:
+        raise ValueError("it is larger than 4 MiB")
+    return raw.removeprefix(b"\xef\xbb\xbf")
+
+
 def unpack_gzip(raw: bytes) -> bytes | None:
     """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
     unpacker = zlib.decompressobj(31)
@@ -318,7 +341,7 @@ def printable(text: str) -> str:
     """Without what steers a terminal, or turns the direction of what is written."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def redact(text: str) -> str:
@@ -773,7 +796,7 @@ class ConfigFile:
         self.path = path
         self.warnings: list[str] = []
         try:
-            self.loader: Any = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
+            self.loader: Any = yaml.SafeLoader(read_file(path).decode())
             node = self.loader.get_single_node()
             if running and (node is None or not node.value or node.tag.endswith(":null")):
                 raise ValueError("it is empty")
@@ -971,6 +994,7 @@ class Live:
 
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
+    path = path.resolve()  # the target of a link, not the link
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(OSError):  # somebody else's directory, that we may write to
         path.parent.chmod(0o700)
@@ -986,10 +1010,17 @@ def save_token(path: Path, token: Json) -> None:
 
 
 def read_token(path: Path) -> Json:
-    token = parse_object(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+    token = parse_object(read_file(path))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
     return token
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Remove what a crash in the middle of save_token left."""
+    with suppress(OSError):
+        for path in folder.glob(".*.json.*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
@@ -1053,6 +1084,25 @@ NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
 )
 
 
+LOCAL_ERRORS = {  # shortages of this machine, and of its way out: nobody's fault
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOBUFS,
+    errno.ENOSPC,
+    errno.EADDRNOTAVAIL,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}
+
+
+def is_local(error: BaseException) -> bool:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return True
+    return isinstance(error, OSError) and error.errno in LOCAL_ERRORS
+
+
 def net_words(error: BaseException) -> str:
     """What went wrong, in our words: a library's may hold headers, keys and pieces of a body."""
     for kind, words in NET_WORDS:
@@ -1074,13 +1124,39 @@ def as_url(url: str) -> URL:
     return short_url(url) if len(url) < 300 else URL(url, encoded=True)
 
 
+def has_bytes(transport: Any) -> bool:
+    """Whether the other side has sent something, or has hung up, that was not read yet."""
+    try:
+        number = transport.get_extra_info("socket").fileno()
+        waiting = select.poll()  # not select(): that ends at file 1,024
+        waiting.register(number, select.POLLIN)
+    except (AttributeError, OSError, ValueError):  # Windows has no poll
+        return False
+    return bool(waiting.poll(0))
+
+
+class Connector(aiohttp.TCPConnector):
+    """Gives out no kept connection on which anything came after the end of its answer.
+
+    aiohttp takes what comes there for the next answer, and so would give it to the next client.
+    """
+
+    async def connect(self, *args: Any, **more: Any) -> Any:
+        while True:
+            connection = await super().connect(*args, **more)
+            protocol = connection.protocol
+            if protocol is None or not (protocol.should_close or has_bytes(protocol.transport)):
+                return connection
+            connection.close()
+
+
 class Net:
     def __init__(self, live: Live) -> None:
         self.live = live
         self.retired: dict[Upstream, asyncio.Task[None]] = {}
         # aiohttp's own look into the environment is slow, and reads ~/.netrc, too.
         self.proxies = {k: v for k, v in urllib.request.getproxies().items() if v}
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=20)
+        connector = Connector(limit=0, keepalive_timeout=20)
         options: Any = {
             "connector": connector,
             "cookie_jar": aiohttp.DummyCookieJar(),
@@ -1123,7 +1199,10 @@ class Net:
                 return await self.session.request(method, as_url(url), **more)
         except NET_ERRORS as error:
             host = as_url(url).host or "an empty upstream-url"
-            raise fault(502, f"{host} cannot be reached: {net_words(error)}") from None
+            problem = Problem(502, f"{host} cannot be reached: {net_words(error)}")
+            if is_local(error):
+                problem.codes = frozenset({LOCAL})
+            raise ProxyError(problem) from None
 
     def release(self, response: Upstream, over: bool = False) -> None:
         """Close its connection, unless all was read: then it is in the pool again already.
@@ -1176,6 +1255,95 @@ def error_text(answer: Json, *keys: str) -> str:
     parts = error_parts(answer)
     told = [str(parts[key])[:300] for key in keys or ERROR_KEYS if parts.get(key)]
     return ": ".join(dict.fromkeys(words for words in told if words != "error"))[:300]
+
+
+HEAD_LIMIT, HEAD_WAIT = 65536, 30  # bytes and seconds of a client's head
+TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
+
+
+class Connection(web.RequestHandler):
+    """One client's connection, with the limits of a head that aiohttp does not have."""
+
+    listener: Listener | None = None
+    body: Any = None  # of the request whose head came last
+    head_size = 0
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.expect_head(transport)
+        if self.listener:
+            self.listener.welcome(self, transport)
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self.head_came()
+        self.known()
+        super().connection_lost(error)
+
+    def expect_head(self, transport: Any) -> None:
+        if self.head_timer is None:
+            self.head_timer = self._loop.call_later(HEAD_WAIT, transport.abort)
+
+    def head_came(self) -> None:
+        self.head_size = 0
+        if self.head_timer:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def known(self) -> None:
+        """It has shown a key, or needs none."""
+        if self.listener:
+            self.listener.strangers.pop(self, None)
+
+    def data_received(self, data: bytes) -> None:
+        heads = self._request_count
+        is_head = self.body is None or self.body.is_eof()
+        super().data_received(data)
+        if self._request_count != heads:
+            self.head_came()
+            self.body = self._messages[-1][1]
+        elif is_head and not self._upgraded and self.transport:
+            self.expect_head(self.transport)
+            self.head_size += len(data)
+            if self.head_size > HEAD_LIMIT:
+                self.transport.write(TOO_LARGE)
+                self.transport.close()
+
+
+class Listener(web.Server):
+    """Makes the connections, and bounds those of strangers: the oldest of too many goes."""
+
+    def __init__(self, handler: Any, most_strangers: int = 1024, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self.strangers: dict[Connection, Any] = {}  # who has shown no key yet, the oldest first
+        self.most_strangers = most_strangers
+
+    def __call__(self) -> Connection:
+        connection = Connection(self, loop=self._loop, **self._kwargs)
+        connection.listener = self
+        return connection
+
+    def welcome(self, connection: Connection, transport: Any) -> None:
+        self.strangers[connection] = transport
+        if len(self.strangers) > self.most_strangers:
+            oldest = next(iter(self.strangers))
+            self.strangers.pop(oldest).abort()
+
+
+def raise_file_limit() -> int:
+    """As many open files as the system lets this process have; how many these are."""
+    try:
+        resource: Any = importlib.import_module("resource")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+        if soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return int(max(soft, most))
+    except (ImportError, OSError, ValueError):  # Windows, or it may not
+        return 256
+
+
+FILES = 65536
 
 
 @asynccontextmanager
@@ -1245,8 +1413,6 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
     found, redirect = await await_callback(provider, query, browser)
     if "error" in found:
         raise Failure(f"the login was refused: {error_text(found)}")
-    if not equal(found.get("state", ""), state):
-        raise Failure("the state of that callback belongs to another login: start again")
     form = {
         "grant_type": "authorization_code",
         "code": found["code"],
@@ -1272,12 +1438,20 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
 async def await_callback(
     provider: Provider, query: Json, browser: bool
 ) -> tuple[dict[str, str], str]:
-    """What the callback said, and the address that it was asked to come to."""
+    """What the callback said, and the address that it was asked to come to.
+
+    Any web page can call the callback: one with another state than ours is ignored.
+    """
     callback = asyncio.Future[dict[str, str]]()
 
     def take(text: str) -> bool:
         found = read_callback(text)
-        if found and not callback.done():
+        if not found:
+            say("That is no callback: it has neither a code nor an error. Still waiting.")
+        elif not equal(found.get("state", ""), query["state"]):
+            say("A callback whose state belongs to another login was ignored. Still waiting.")
+            found = {}
+        elif not callback.done():
             callback.set_result(found)
         return bool(found)
 
@@ -1287,11 +1461,11 @@ async def await_callback(
         return web.Response(text="The terminal says how the login went; you can close this page.\n")
 
     def paste(line: str) -> None:
-        if line.strip() and not take(line):
-            say("That is no callback: it has neither a code nor an error. Still waiting.")
+        if line.strip():
+            take(line)
 
     hint = f"end what holds it, or set providers.{provider.name}.callback-port"
-    async with listen(web.Server(handle), "127.0.0.1", provider.callback_port, hint) as port:
+    async with listen(Listener(handle), "127.0.0.1", provider.callback_port, hint) as port:
         redirect = f"http://localhost:{port}{provider.callback_path}"
         url = f"{provider.authorize_url}?{urlencode(query | {'redirect_uri': redirect})}"
         say(f"Open this address in a browser to sign in to {provider.name}:\n\n{url}\n")
@@ -1383,6 +1557,7 @@ def rest_rules() -> tuple[RestRule, ...]:
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
     retried = (408, 500, 502, 503, 504, 529)
     return (
+        RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
         RestRule(refused, some(), extra_usage, "", 0, "stop"),
         RestRule((401,), some(), (), "account", NEVER, "next"),
         RestRule((400,), some(), bad_key, "account", NEVER, "next"),
@@ -2296,6 +2471,22 @@ def check_origin(request: Request, config: Json, browser_path: bool) -> None:
         raise fault(403, reason)
 
 
+HANDSHAKE_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64 (RFC 6455, 4.1)
+
+
+def asks_for_socket(request: Request) -> bool:
+    """ProxyError 400 for a handshake that is none; a request with a body asks for no socket."""
+    headers = request.headers
+    words = [word.strip().lower() for word in headers.get("Connection", "").split(",")]
+    asked = headers.get("Upgrade", "").strip().lower() == "websocket" and "upgrade" in words
+    if not asked or request.method != "GET" or request.body_exists:
+        return False
+    version, key = headers.get("Sec-WebSocket-Version", ""), headers.get("Sec-WebSocket-Key", "")
+    if version not in ("13", "8", "7") or not HANDSHAKE_KEY.fullmatch(key):
+        raise fault(400, "this is no WebSocket handshake")
+    return True
+
+
 def client_key(request: Request, keys: list[str]) -> str:
     """The one of our keys that a client shows; ProxyError 401 where one is needed."""
     if not keys:
@@ -2843,10 +3034,11 @@ async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
         answer = parse_object(raw)
     except ValueError:
         raise no_whole_answer(call) from None
-    if has_error(answer, answer):
+    inside = holder(answer)
+    if has_error(answer, inside):
         raise ProxyError(failure(call, answer))
-    call.count(*call.dialect.usage(answer))
-    return renamed(raw, answer, answer, call) or raw
+    call.count(*call.dialect.usage(inside))
+    return renamed(raw, answer, inside, call) or raw
 
 
 async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
@@ -2938,7 +3130,7 @@ async def checked_events(
                 yield b"".join(held)
                 held = []
             if ending == "over":
-                return
+                break
             if ending:
                 settle()
     except ProxyError:
@@ -2971,13 +3163,15 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     if not data:
         return Looked(raw)  # a comment
     try:
-        event = parse_object(data)
+        event = parse_json(data)
     except ValueError:
         if event_end(raw) != len(raw):
             return Looked(b"")  # it was cut short
         if late:
             return Looked(raw)
         raise no_whole_answer(call) from None
+    if not isinstance(event, dict):
+        return Looked(raw)  # nobody knows what it means
     kind, inside = event.get("type"), holder(event)
     if has_error(event, inside):
         told_as_it_is = not call.dialect.cuts_errors and (
@@ -3040,9 +3234,10 @@ def failure(call: Call, answer: Json, status: int = 0) -> Problem:
     message = f"{call.provider} {how} {error_text(told, 'type', 'status')}"
     if not status:
         status = next((STATUSES[word] for word in words if word in STATUSES), 502)
+    status = status if status >= 400 else 502
     text = error_text(told)
     return Problem(
-        status if status >= 400 else 502,
+        status,
         message.rstrip(": "),
         retry_after=asked_delay(parts),
         text=text,
@@ -3353,6 +3548,9 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     if gone:
         body = {name: value for name, value in body.items() if name not in gone}
     headers["Accept"] = "text/event-stream" if streams or only_streams else "application/json"
+    for name, value in headers.items():
+        if not value.isprintable():
+            raise fault(400, f"{name} holds a character that cannot be sent in a header")
     pieces = worded(call, body)
     headers["Content-Length"] = str(sum(map(len, pieces)))
     folds = only_streams and not streams
@@ -3562,7 +3760,9 @@ class Ampcode:
                 **options,
             )
         except aiohttp.WSServerHandshakeError as error:
-            return web.Response(status=max(error.status, 400), text=f"{error.message}\n")
+            status = error.status if 400 <= error.status <= 599 else 502
+            words = f"ampcode.com refused the WebSocket: it answered {error.status}\n"
+            return web.Response(status=status, text=words)
         except NET_ERRORS as error:
             raise fault(502, f"ampcode.com cannot be reached: {net_words(error)}") from None
         client = web.WebSocketResponse(protocols=[upstream.protocol or ""], **options)
@@ -3603,6 +3803,8 @@ async def passed(
     delivery: Delivery | None = None,
 ) -> web.StreamResponse:
     """An answer of ampcode.com as it came, but for gzip that it does not label, and the flag."""
+    if not 200 <= upstream.status <= 599:
+        raise fault(502, f"ampcode.com answered {upstream.status}, which is no answer")
     first = await opened(upstream, headers, edits)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
     if delivery:
@@ -3770,6 +3972,7 @@ class Server:
         self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
         self.ledger = Ledger(self.pool)
         self.tidying: asyncio.TimerHandle | None = None
+        self.told = ""  # the last error of a tick: it is said once
 
     # -- One request --
 
@@ -3800,6 +4003,10 @@ class Server:
         config, path, method = self.live.config, request.rel_url.raw_path, request.method
         if not request.raw_path.startswith("/") or method == "CONNECT":
             raise fault(400, "only targets that begin with / are served, and no tunnels")
+        if method == "TRACE":
+            raise fault(405, "TRACE is not served")
+        if request.version not in ((1, 0), (1, 1)):
+            raise fault(505, "only HTTP 1.0 and 1.1 are served")
         browser_path = method in ("GET", "HEAD") and bool(BROWSER_PATHS.match(path))
         check_origin(request, config, browser_path)
         if call is None:
@@ -3809,9 +4016,11 @@ class Server:
                 location = {"Location": self.ampcode.address(request)}
                 return web.Response(status=302, headers=location)
         key = client_key(request, config["api-keys"])
+        if isinstance(request.protocol, Connection):
+            request.protocol.known()
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        upgrades = "Upgrade" in request.headers and web.WebSocketResponse().can_prepare(request).ok
+        upgrades = asks_for_socket(request)
         if call and upgrades:
             raise fault(426, "model calls are not served over WebSockets here: use POST")
         if call and method == "POST":
@@ -3899,21 +4108,27 @@ class Server:
                 set_up_log(self.live.config["debug"], self.live.warnings)
             self.pool.scan()
             self.pool.refresh_ahead()
+            self.told = ""
         except Exception as error:  # whatever is in the files: the next look comes
-            log.error("%s; what was read before stays in effect", explain(error))
+            words = explain(error)
+            if words != self.told:
+                log.error("%s; what was read before stays in effect", words)
+            self.told = words
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         """Take requests until the block ends; yields the port."""
+        sweep_drafts(self.live.auth_dir)
         self.pool.scan()
         loop = asyncio.get_running_loop()
-        server = web.Server(
+        server = Listener(
             self.handle,
+            raise_file_limit() // 4,
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
-            max_line_size=65536,
-            max_field_size=65536,
+            max_line_size=HEAD_LIMIT,
+            max_field_size=HEAD_LIMIT,
             request_factory=functools.partial(Request, loop=loop, client_max_size=BODY_LIMIT),
         )
         hint = "is ampproxy running already? --port takes another one"
