@@ -208,6 +208,28 @@ def write_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")  # half a surrogate pair stays an escape
 
 
+MOST_VALUES = 1_000_000  # in one body: each is a token at least, and no model takes as many
+SAMPLES, SAMPLE = 64, 1024  # looks into a body, and the bytes of each
+
+
+def has_too_many_values(raw: bytes | bytearray) -> bool:
+    """Whether reading it would take the time and memory of everybody else.
+
+    A body is looked into here and there; it is counted only where these look bad.
+    """
+    if len(raw) < 2 * MOST_VALUES:
+        return False
+    starts = [secrets.randbelow(len(raw) - SAMPLE) for _ in range(SAMPLES)]
+    seen = b"".join(raw[start : start + SAMPLE] for start in starts)
+    if count_values(seen) * len(raw) < MOST_VALUES / 2 * len(seen):
+        return False
+    return count_values(raw) > MOST_VALUES
+
+
+def count_values(raw: bytes | bytearray) -> int:
+    return raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+
+
 def spliced(raw: bytes | bytearray, old: Json, new: Json) -> list[Any]:
     """The JSON of `new` in pieces: what it shares with `old` is cut out of `raw`, not copied."""
     if not msgspec:
@@ -314,7 +336,7 @@ def give_back_memory() -> None:
 # -- What may be shown to a person --
 
 SECRET = re.compile(
-    r"(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,64}@[\w.-]+)"
+    r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
     r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}"
     r"|(?<=Bearer )\S+"
 )
@@ -1777,6 +1799,8 @@ class Pool:
             self.version += 1
 
     def of(self, rows: Iterable[Row]) -> list[Account]:
+        if self.bound and self.bound[0] != self.live.version:
+            self.bind()
         return [account for row in rows for account in self.by_row.get(row.id, ())]
 
     # -- Who is next --
@@ -2539,6 +2563,8 @@ class Call:
         """ProxyError 400 and 413 for a body that is none."""
         self.raw = await read_body(self.request)
         self.was_read = True
+        if has_too_many_values(self.raw):
+            raise fault(400, "The request body holds more than a million values")
         try:
             self.body = parse_object(self.raw)
         except ValueError as error:
@@ -2852,9 +2878,10 @@ class Delivery:
         self.upstream: Upstream | None = None  # that is being read
         self.writing = False
         self.loop = asyncio.get_running_loop()
-        self.moved = self.commented = self.loop.time()  # when the last piece came or went
+        self.moved = self.loop.time()  # when the last piece came or went
+        self.sent = self.moved  # when the last piece or comment went
         self.comments: set[asyncio.Task[None]] = set()
-        self.timer = self.loop.call_later(self.pause(), self.look)
+        self.timer = self.look_again()
 
     def __enter__(self) -> Delivery:
         return self
@@ -2867,8 +2894,14 @@ class Delivery:
 
     # -- The timer --
 
-    def pause(self) -> float:
-        return min(x for x in (self.keepalive, self.idle, LOOK_EVERY) if x)
+    def look_again(self) -> asyncio.TimerHandle:
+        """When the next comment is due, or the end; then it turns out whether it still is."""
+        due = self.moved + LOOK_EVERY
+        if self.keepalive:
+            due = min(due, self.sent + self.keepalive)
+        if self.idle:
+            due = min(due, self.moved + self.idle)
+        return self.loop.call_at(max(due, self.loop.time() + 0.01), self.look)
 
     def look(self) -> None:
         """A comment, the end of what stands still, or nothing."""
@@ -2877,20 +2910,19 @@ class Delivery:
         stands_still = self.idle and silent >= self.idle
         if stands_still or (self.upstream and is_dead(self.upstream)):
             self.break_off()
-        elif self.keepalive and now - max(self.moved, self.commented) >= self.keepalive:
-            self.commented = now
+        elif self.keepalive and now - self.sent >= self.keepalive:
+            self.sent = now
             if not self.writing:
                 task = self.loop.create_task(self.write_comment())
                 self.comments.add(task)
                 task.add_done_callback(self.comments.discard)
-        due = max(self.moved, self.commented) + self.pause()
-        self.timer = self.loop.call_at(max(due, now + 0.01), self.look)
+        self.timer = self.look_again()
 
     def settle(self) -> None:
         """All has been said: what still comes may take a moment, not the whole idle time."""
         self.idle = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
         self.timer.cancel()
-        self.timer = self.loop.call_later(self.pause(), self.look)
+        self.timer = self.look_again()
 
     def break_off(self) -> None:
         """Wake up who waits: for the client's socket, or for the upstream's next bytes."""
@@ -2929,7 +2961,7 @@ class Delivery:
                 self.writing = True
                 await response.write(data)
                 self.writing = False
-                self.moved = self.loop.time()
+                self.moved = self.sent = self.loop.time()
         except ProxyError as error:
             self.problem = error.problem
         if self.problem:
@@ -2940,7 +2972,7 @@ class Delivery:
         self.writing = True
         await response.write(data)
         self.writing = False
-        self.moved = self.loop.time()
+        self.moved = self.sent = self.loop.time()
 
     async def end(self, response: web.StreamResponse, problem: Problem) -> None:
         """Of a stream that broke off, as its dialect says it."""
@@ -3184,8 +3216,10 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
         call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
     if kind == "response.output_item.done":
-        index = event.get("output_index")
-        items.found[index if isinstance(index, int) else len(items.found)] = event.get("item")
+        index = event.get("output_index", len(items.found))
+        if type(index) is not int:
+            raise no_whole_answer(call)
+        items.found[index] = event.get("item")
         items.grow(call, len(raw))
     filled = ending == "over" and bool(items.found) and not inside.get("output")
     new = renamed(data, event, inside, call)
@@ -3234,7 +3268,7 @@ def failure(call: Call, answer: Json, status: int = 0) -> Problem:
     message = f"{call.provider} {how} {error_text(told, 'type', 'status')}"
     if not status:
         status = next((STATUSES[word] for word in words if word in STATUSES), 502)
-    status = status if status >= 400 else 502
+    status = status if 400 <= status <= 599 else 502
     text = error_text(told)
     return Problem(
         status,
@@ -3255,16 +3289,20 @@ REFUSAL_HEADERS = (
 )
 
 
+ERROR_LIMIT, ERROR_WAIT = 1 << 20, 10  # bytes and seconds of an error's body that are read
+
+
 async def refusal(
     call: Call, upstream: Upstream, windows: list[Window], now: float, delivery: Delivery
 ) -> Problem:
     """What an answer with another status than 200 means."""
     raw, answer = b"", Json()
-    with suppress(ProxyError):
-        async for data in Pieces(upstream, delivery):
-            raw += data
-            if len(raw) > ERROR_LIMIT:
-                break
+    with suppress(ProxyError, TimeoutError):
+        async with asyncio.timeout(ERROR_WAIT):
+            async for data in Pieces(upstream, delivery):
+                raw += data
+                if len(raw) > ERROR_LIMIT:
+                    break
     raw = (unpack_gzip(raw) or raw).strip()
     with suppress(ValueError):
         answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
@@ -3282,9 +3320,6 @@ async def refusal(
     if isinstance(answer.get("error"), dict):
         problem.body = raw.removeprefix(b"[").removesuffix(b"]")  # the provider's own words
     return problem
-
-
-ERROR_LIMIT = 1 << 20  # bytes of an error that are read
 
 
 HOP_HEADERS = (  # RFC 9110, 7.6.1, what the HTTP library writes itself, and CORS
@@ -3651,11 +3686,12 @@ def quota_of(headers: Any) -> list[Window]:
 SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
 # The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
 FLAG = re.compile(
-    rb"(?:,|(\[))\s{0,99}\{[^{}]{0,999}"
-    rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,999}\}(?(1)\s{0,99},?)'
+    rb"(?:,|(\[))\s{0,99}\{[^{}]{0,99}"
+    rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
 GZIP = b"\x1f\x8b"
+UPLOAD_WAIT = 600  # seconds for a body to go up and the head of its answer to come
 
 
 class Ampcode:
@@ -3712,9 +3748,11 @@ class Ampcode:
             headers["Accept-Encoding"] = "identity"
         data = request.content if request.body_exists else None
         url = self.address(request)
-        upstream = await self.net.ask(request.method, url, 0, headers=headers, data=data)
+        idle = self.live.config["streaming"]["idle-timeout-seconds"]
+        wait = idle if data is None else idle and max(idle, UPLOAD_WAIT)
+        upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
         try:
-            return await passed(request, upstream, passing(upstream.headers), bool(edits))
+            return await passed(request, upstream, passing(upstream.headers), idle, bool(edits))
         finally:
             self.net.release(upstream)
 
@@ -3734,7 +3772,7 @@ class Ampcode:
                 status = max(upstream.status, 400)
                 raise fault(status, f"ampcode.com answered {upstream.status} without a stream")
             if not streams or "Content-Encoding" in headers:
-                return await passed(request, upstream, headers, False, delivery)
+                return await passed(request, upstream, headers, idle, delivery=delivery)
             runs = whole_events(Pieces(upstream, delivery))
             events = checked_events(call, runs, delivery.settle, told=True)
             response = await delivery.stream(upstream, headers, b"", events)
@@ -3799,7 +3837,8 @@ async def passed(
     request: Request,
     upstream: Upstream,
     headers: Headers,
-    edits: bool,
+    idle: float,
+    edits: bool = False,
     delivery: Delivery | None = None,
 ) -> web.StreamResponse:
     """An answer of ampcode.com as it came, but for gzip that it does not label, and the flag."""
@@ -3813,9 +3852,9 @@ async def passed(
         await response.prepare(request)
     try:
         if first:
-            await response.write(first)
+            await write_within(idle, request, response, first)
         async for data in upstream.content.iter_any():
-            await response.write(data)
+            await write_within(idle, request, response, data)
             if delivery:
                 delivery.moved = delivery.loop.time()
     except (ConnectionResetError, asyncio.CancelledError):
@@ -3827,6 +3866,19 @@ async def passed(
             request.transport.abort()
         return web.Response(status=502)
     return response
+
+
+async def write_within(
+    idle: float, request: Request, response: web.StreamResponse, data: bytes
+) -> None:
+    """Cut a client that takes nothing for so many seconds; its upstream would wait as long."""
+    try:
+        async with asyncio.timeout(idle or None):
+            await response.write(data)
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()
+        raise ConnectionResetError from None
 
 
 async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:

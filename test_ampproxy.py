@@ -819,14 +819,17 @@ def test_lines_that_are_no_callback(line):
 class Cli:
     """The program as a process of its own, in an empty home."""
 
-    def __init__(self, tmp_path, *args, **env):
+    def __init__(self, tmp_path, *args, files=0, script=(str(SCRIPT),), **env):
         path = {
             "PATH": os.environ["PATH"],
             "HOME": str(tmp_path),
             "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": str(HERE),
             **env,
         }
-        command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "config.yaml"), *args]
+        command = [sys.executable, *script, "--config", str(tmp_path / "config.yaml"), *args]
+        if files:
+            command = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *command]
         self.process = subprocess.Popen(command, env=path, cwd=tmp_path, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -3246,6 +3249,7 @@ class RawUpstream:
     def __init__(self, *plays):
         self.plays, self.requests, self.broken = list(plays), [], asyncio.Event()
         self.connections = 0
+        self.after, self.played = None, asyncio.Event()  # set when the part `after` is reached
 
     async def serve(self, reader, writer):
         self.connections += 1
@@ -3256,6 +3260,8 @@ class RawUpstream:
                 body = await reader.readexactly(int(length[1]) if length else 0)
                 self.requests.append((head, body))
                 for part in self.plays.pop(0) if len(self.plays) > 1 else self.plays[0]:
+                    if part is self.after:
+                        self.played.set()
                     await self.play(writer, part)
         self.broken.set()
         writer.close()
@@ -3601,7 +3607,7 @@ async def test_two_thousand_idle_connections(tmp_path, many_files):
 
 
 @asynccontextmanager
-async def running(tmp_path, usual, **token):
+async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), **token):
     """The program as a process of its own, ready, with one account; its Claude and its address."""
     fake, port = FakeUpstream(usual), free_port()
     async with fake.open():
@@ -3612,7 +3618,7 @@ async def running(tmp_path, usual, **token):
                   "ampcode": {"upstream-url": fake.url}, "request-retry": 1,
                   "max-cooldown": 1, "max-retry-interval": 1}  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-        with Cli(tmp_path) as cli:
+        with Cli(tmp_path, files=files, script=script) as cli:
             await cli.until(f"http://127.0.0.1:{port}", "stderr")
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as cli.http:
                 cli.http.connector._limit, cli.port, cli.claude = 0, port, fake
@@ -5625,6 +5631,566 @@ async def test_a_gemini_stream_is_of_events_whether_asked_for_or_not(tmp_path):
         assert response.bytes == b"".join(content_chunks())
         assert response.headers["Content-Type"].startswith("text/event-stream")
         assert w.keyed.last.query_string == "alt=sse"
+
+
+# == Nobody gets what is not his ===================================================================
+
+A, B, STRAY = (
+    {"id": name, "model": "claude-opus-4-6", "content": []} for name in ("a", "b", "stray")
+)
+
+
+def as_answer(value):
+    return plain(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("when", ["at once", "later", "garbage later"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads"])
+@in_loop
+async def test_a_second_answer_is_nobodys(tmp_path, path, when):
+    """On a kept connection: not the next client's, and none is one behind from then on."""
+    gate, out = asyncio.Event(), asyncio.Event()
+    stray = b"garbage" if "garbage" in when else as_answer(STRAY)
+    first = [as_answer(A) + stray] if when == "at once" else [as_answer(A), gate, stray, out]
+    async with raw_world(tmp_path, first, [as_answer(B)]) as w:
+        w.raw.after = out
+        assert (await w.ask_json(path, ASK))[1] == A
+        gate.set()
+        if when != "at once":
+            await w.raw.played.wait()
+        for _ in range(3):
+            assert (await w.ask_json(path, ASK))[1] == B
+        out.set()
+        assert w.raw.connections == 2
+        assert len(w.raw.requests) == 4
+        assert resting(w) == {}
+
+
+NONSENSE = {  # what an upstream sends that is no answer, with something secret in it
+    "garbage": b"bodysecret \x00\xff\r\n\r\n", "half a head": b"HTTP/1.1 200 OK\r\nSet-Cookie: a=cookiesecret\r\nX: ",
+    "a bad header": b"HTTP/1.1 200 OK\r\nSet-Cookie: a=cookiesecret\r\nbad header\r\n\r\n",
+    "a bad length": b"HTTP/1.1 200 OK\r\nSet-Cookie: a=cookiesecret\r\nContent-Length: bodysecret\r\n\r\n",
+    "a bad chunk": b"HTTP/1.1 200 OK\r\nSet-Cookie: a=cookiesecret\r\nTransfer-Encoding: chunked\r\n\r\nbodysecret\r\n",
+    "bad gzip": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nSet-Cookie: cookiesecret\r\nContent-Length: 10\r\n\r\nbodysecret",
+    "another protocol": b"HTTP/1.1 101 Switching\r\nSet-Cookie: cookiesecret\r\nUpgrade: bodysecret\r\nConnection: upgrade\r\n\r\n",
+    "status 000": b"HTTP/1.1 000 bodysecret\r\nContent-Length: 0\r\n\r\n", "status 099": b"HTTP/1.1 099 bodysecret\r\nContent-Length: 0\r\n\r\n",
+    "status 999": b"HTTP/1.1 999 bodysecret\r\nContent-Length: 0\r\n\r\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/messages",
+        "/api/threads",
+        "/api/internal?getUserInfo",
+        "/api/provider/anthropic/v1/messages",
+    ],
+)
+@in_loop
+async def test_what_went_wrong_is_said_in_our_words(tmp_path, monkeypatch, caplog, path, name):
+    monkeypatch.setenv("AMP_API_KEY", "sgamp_keysecret")
+    caplog.set_level(logging.DEBUG)
+    async with raw_world(tmp_path, [NONSENSE[name], "close"]) as w:
+        mark = "&" if "?" in path else "?"
+        response = await w.ask(
+            f"{path}{mark}key=querysecret", ASK, headers={"Cookie": "cookiesecret"}
+        )
+        passes = name == "bad gzip" and path != "/v1/messages"  # ampcode.com's own, as it came
+        assert response.status == 502 or passes
+        told = (
+            caplog.text if passes else caplog.text + str(response.headers) + response.bytes.decode()
+        )
+        told += (await w.ask("/status", method="GET")).bytes.decode()
+        for word in (
+            "querysecret",
+            "cookiesecret",
+            "bodysecret",
+            "keysecret",
+            "sk-ant",
+            "Traceback",
+        ):
+            assert word not in told, word
+
+
+STEERING = "x\x1b[2J\x9b\u2028\u202e\u202a\ud800\r"
+
+
+@in_loop
+async def test_nothing_steers_the_terminal(tmp_path, capfd):
+    async with world(tmp_path, tokens=()) as w:
+        ampproxy.set_up_log(True, ())
+        path = token_file(w.auth)
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "email": STEERING, "plan": STEERING})
+        )
+        w.server.tick()
+        await w.ask("/v1/messages", {**ASK, "model": f"claude-{STEERING}"})
+        w.claude.usual = said(403, STEERING)
+        await w.ask("/v1/messages", ASK)
+        with Cli(tmp_path, "accounts") as cli:
+            code, listed, _ = await cli.end()
+        assert code == 0
+        w.write(port=w.port)
+        with Cli(tmp_path, "status", "--json") as cli:
+            code, out, err = await cli.end()
+        assert (code, err) == (0, "")
+        for line in [*listed.split("\n"), *capfd.readouterr().err.split("\n"), *out.split("\n")]:
+            assert line.isprintable(), repr(line)
+        assert "\\ud800" in listed
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET", b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nX-A: "]
+)
+@in_loop
+async def test_a_head_has_its_time(tmp_path, monkeypatch, sent):
+    monkeypatch.setattr(ampproxy, "HEAD_WAIT", 0.2)
+    async with world(tmp_path) as w:
+        reader, writer = await connect_and_send(w.port, sent)
+        assert await reader.read() == b"", "cut"
+        reader, writer = await connect_and_send(w.port, HEALTH)
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        await reader.readuntil(b"}")
+        await asyncio.sleep(0.3)  # a kept connection may wait
+        writer.write(HEALTH[:20])
+        with suppress(ConnectionError):
+            assert await reader.read() == b"", "but half a head on it may not"
+        writer.close()
+
+
+@in_loop
+async def test_a_slow_body_is_no_slow_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "HEAD_WAIT", 0.2)
+    body = json.dumps(ASK).encode()
+    async with world(tmp_path) as w:
+        reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body[:10]))
+        await asyncio.sleep(0.4)
+        writer.write(body[10:])
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"X-A: " + b"a" * 65000 + b"\r\n",
+        b"X-%d: a\r\n",
+        b"a" * 70000,
+        b"X-A: " + b"a" * 8000 + b"\r\n",
+    ],
+)
+@pytest.mark.parametrize("keys", [[], ["k"]])
+@in_loop
+async def test_a_head_has_its_size(tmp_path, line, keys):
+    async with world(tmp_path, **{"api-keys": keys}) as w:
+        reader, writer = await connect_and_send(
+            w.port, b"GET /api/x HTTP/1.1\r\nHost: localhost\r\n"
+        )
+        with suppress(ConnectionError):
+            for number in range(200_000 // len(line) * 10):
+                writer.write(line % number if b"%d" in line else line)
+                await writer.drain()
+                if writer.is_closing():
+                    break
+        with suppress(ConnectionError):
+            assert int((await reader.readline())[9:12] or 431) in (400, 431)
+        writer.transport.abort()
+        assert not w.amp.requests
+
+
+@linux
+@in_loop
+async def test_half_heads_of_strangers_stop_nobody(tmp_path):
+    """400 of them, where 256 files may be open."""
+    async with running(tmp_path, answer_json(message()), files=256) as cli:
+        assert await cli.ask() == (200, "local")
+        idle = []
+        for _ in range(400):
+            idle.append(
+                await connect_and_send(
+                    cli.port, b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nX-A: "
+                )
+            )
+        for _ in range(5):
+            assert await cli.ask() == (200, "local")
+            assert await status_of(cli.port, HEALTH) == 200
+        async with cli.http.get("/status") as answer:
+            account = (await answer.json())["accounts"][0]
+        assert (account["state"], account["errors"]) == ("ready", 0)
+        for _, writer in idle:
+            writer.transport.abort()
+
+
+@pytest.mark.parametrize("number", [24, 23, 12, 105, 28, 101, 113])
+def test_a_shortage_of_this_machine_is_nobodys_fault(number):
+    assert ampproxy.is_local(OSError(number, os.strerror(number)))
+    assert not ampproxy.is_local(ConnectionRefusedError(111, "refused"))
+
+
+@in_loop
+async def test_a_name_that_is_not_known_rests_nobody(tmp_path):
+    async with world(tmp_path, claude={"base-url": "http://claude.invalid"}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, "its name is not known" in body["error"]["message"]) == (502, True)
+        assert resting(w) == {}
+        w.reload()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/threads", PATH])
+@in_loop
+async def test_a_client_that_takes_nothing_is_cut(tmp_path, path):
+    async with world(tmp_path, streaming={"idle-timeout-seconds": 0.5}) as w:
+        w.claude.usual = w.amp.usual = Fountain()
+        body = json.dumps(
+            {**STREAM, "model": "claude-opus-4-6" if path != PATH else "nobody"}
+        ).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.port, limit=1)
+        writer.write(post(path, len(body), body))
+        await reader.readexactly(1)
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            while True:
+                await asyncio.sleep(0.6)  # it takes a little each time, and then nothing
+                await reader.readexactly(1 << 30)
+        assert not [a for a in w.server.pool.accounts.values() if a.in_flight]
+
+
+@in_loop
+async def test_an_error_that_drips_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "ERROR_WAIT", 0.2)
+    head = b"HTTP/1.1 400 Bad\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    never = asyncio.Event()
+    async with raw_world(tmp_path, [head, never]) as w:
+        assert (await w.ask("/v1/messages", ASK)).status == 400
+        never.set()
+
+
+def patterns_and_ways():
+    """(pattern, how it is used) of each regular expression in the program."""
+    tree, found, names = ast.parse(SCRIPT.read_text()), set(), {}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func) == "re.compile"
+        ):
+            with suppress(ValueError):
+                names[node.targets[0].id] = eval(ast.unparse(node.value.args[0]), vars(ampproxy))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner, way = ast.unparse(node.func.value), node.func.attr
+            if owner == "re" and way != "compile" and isinstance(node.args[0], ast.Constant):
+                found.add((node.args[0].value, way))
+            elif owner in names:
+                found.add((names[owner], way))
+    assert {pattern for pattern, _ in found} >= set(names.values()), "each is used somewhere"
+    return sorted(found, key=str)
+
+
+HOSTILE = ["a", ".", "1", "(", "(a", " ", "@", "-low", "gpt-", "a@", "//", "\\", '{"name":"thread-actors-tui",', "[{", "\r", "\n\r", "data:", "x=",
+           "sk-", "Bearer ", "/v1", "/v1beta", "1h2m", ":", "#", "?", "code=", "x-codex-a-", "\t", ",", "127.", "é", "\x00", "${a", "1.", "/api/provider/"]  # fmt: skip
+
+
+PATTERNS = patterns_and_ways()
+
+
+@pytest.mark.parametrize(("pattern", "way"), PATTERNS, ids=range(len(PATTERNS)))
+def test_no_pattern_stands_still(pattern, way):
+    """1 MB of whatever takes 50 ms, on a machine that adds up a million bytes in 5."""
+    began = time.process_time()
+    sum(b"x" * 1_000_000)
+    most = 10 * max(0.005, time.process_time() - began)
+    ways = {"sub": functools.partial(re.sub, pattern, lambda found: ""), "findall": functools.partial(re.findall, pattern),
+            "finditer": functools.partial(re.findall, pattern)}  # fmt: skip
+    use = ways.get(way) or getattr(re.compile(pattern), way)
+    for piece in HOSTILE:
+        text = (piece * (1_000_000 // len(piece)))[:1_000_000]
+        text = text.encode() if isinstance(pattern, bytes) else text
+        many = way in ("sub", "findall", "finditer")  # each match takes its time, all by itself
+        for size in (1000, 10_000, 100_000 if many else 1_000_000):  # what is no line fails at once
+            began = time.process_time()
+            use(text[:size])
+            took, bound = time.process_time() - began, max(most, 0.05) * max(size / 1_000_000, 0.05)
+            assert took < bound * (20 if many else 1), (pattern, way, piece, size)
+
+
+@pytest.mark.parametrize(
+    "delay", ["." * 32_000, "1" * 32_000, "1h" * 16_000, "9" * 400 + "h", "1." * 16_000]
+)
+@in_loop
+async def test_an_odd_delay_is_read_at_once(tmp_path, delay):
+    error = {
+        "error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": delay}]}
+    }
+    async with key_world(tmp_path, "gemini-api-key", config={"max-retry-interval": 0}) as w:
+        w.keyed.usual = answer_json(error, 429)
+        began = time.monotonic()
+        assert (await w.ask(models_path("gemini-2.5-pro"), CONTENTS)).status == 429
+        assert time.monotonic() - began < 1
+        assert (
+            max(rest.wakes for a in w.server.pool.accounts.values() for rest in a.rests.values())
+            <= 5000 + 1800
+        )
+
+
+@in_loop
+async def test_the_flag_again_and_again(tmp_path):
+    async with world(tmp_path) as w:
+        w.amp.usual = (
+            200,
+            {"Content-Type": "application/json"},
+            [b'[1,{"name":"thread-actors-tui",' * 8000],
+        )
+        began = time.monotonic()
+        assert (await w.ask("/api/internal?getUserInfo", {})).status == 200
+        assert time.monotonic() - began < 1
+
+
+@linux
+@pytest.mark.parametrize("status", [400, 404, 429])
+@in_loop
+async def test_refused_prompts_are_not_kept(tmp_path, status):
+    """30 prompts of 10 MB, with the collector switched off."""
+    code = "import gc, sys; gc.disable(); import ampproxy; sys.exit(ampproxy.main(sys.argv[1:]))"
+    body = json.dumps({**ASK, "messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
+    async with running(tmp_path, said(status, "model: x"), script=["-c", code]) as cli:
+        before = None
+        for number in range(31):
+            model = f"claude-{number}" if status == 404 else "claude-opus-4-6"
+            data = body.replace(b"claude-opus-4-6", model.encode())
+            async with cli.http.post("/v1/messages", data=data) as answer:
+                assert answer.status == status, await answer.text()
+            rss = (
+                int(
+                    re.search(
+                        r"VmRSS:\s*(\d+)", Path(f"/proc/{cli.process.pid}/status").read_text()
+                    )[1]
+                )
+                >> 10
+            )
+            before = before or rss
+        assert rss - before < 60
+
+
+@pytest.mark.parametrize("beta", ["a\x00b", "a\x08b", "a\x7fb"])
+@in_loop
+async def test_what_no_header_can_hold_is_a_400(tmp_path, beta):
+    async with world(tmp_path) as w:
+        status, body, _ = await w.ask_json("/v1/messages", {**ASK, "betas": [beta]})
+        assert (status, "cannot be sent in a header" in body["error"]["message"]) == (400, True)
+        assert not w.claude.requests
+        assert resting(w) == {}
+        w.reload(claude={"headers": {"X-A": beta}})
+        assert (await w.ask("/v1/messages", ASK)).status == 400
+        assert resting(w) == {}
+
+
+@in_loop
+async def test_comments_before_the_first_event_keep_the_client_waiting_with_comments(tmp_path):
+    beats = [asyncio.Event() for _ in range(8)]
+    parts = [part for beat in beats for part in (beat, b": OPENROUTER PROCESSING\n\n")]
+    async with key_world(
+        tmp_path, "openai-compatibility", config={"streaming": {"keepalive-seconds": 0.1}}
+    ) as w:
+        w.keyed.usual = (200, SSE, [*parts, *completion_chunks()])
+        path, body = asked_as("openai-compatibility", stream=True)
+        asked = asyncio.create_task(w.http.post(w.url + path, json=body))
+        for beat in beats[:5]:  # each comes before the proxy's own is due
+            beat.set()
+            await asyncio.sleep(0.05)
+        response = await asked
+        assert await response.content.readuntil(b"\n") == b": keep-alive\n"
+        for beat in beats:
+            beat.set()
+        rest = await response.content.read()
+        assert rest.endswith(b"".join(completion_chunks()))
+
+
+@pytest.mark.parametrize("index", ["0", [1], None, 1.5, True, {"a": 1}])
+@pytest.mark.parametrize("stream", [True, False])
+@in_loop
+async def test_an_item_at_an_odd_index(tmp_path, index, stream):
+    odd = event("response.output_item.done", output_index=index, item=TEXT_ITEM)
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, SSE, [odd, codex_events()[4]])
+        status, body, _ = await w.ask_json(CODEX, {**QUESTION, "stream": stream})
+        assert (status, body["error"]["message"]) == (502, "codex sent no whole answer")
+        w.codex.usual = (200, SSE, [*codex_events()[:3], odd])
+        if stream:
+            assert data_of((await w.ask(CODEX, QUESTION)).bytes)[-1]["type"] == "response.failed"
+
+
+@in_loop
+async def test_items_without_an_end_are_not_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "BODY_LIMIT", 100_000)
+    item = event("response.output_item.done", item={**TEXT_ITEM, "x": "y" * 10_000})
+    async with codex_world(tmp_path, **{"request-retry": 1}) as w:
+        w.codex.usual = (200, SSE, [item] * 30)
+        last = data_of((await w.ask(CODEX, QUESTION)).bytes)
+        assert len(last) < 12
+        assert last[-1]["type"] == "response.failed"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "large", "link to nothing"])
+@in_loop
+async def test_what_is_no_file_is_named_and_left_alone(tmp_path, caplog, kind):
+    async with world(tmp_path) as w:
+        odd = w.auth / "aaa.json"
+        if kind == "fifo":
+            os.mkfifo(odd)
+        elif kind == "directory":
+            odd.mkdir()
+        elif kind == "large":
+            odd.write_bytes(b" " * 20_000_000)
+        else:
+            odd.symlink_to(tmp_path / "nowhere")
+        began = time.monotonic()
+        w.server.tick()
+        w.server.tick()
+        assert time.monotonic() - began < 2
+        assert caplog.text.count(str(odd)) == (kind != "link to nothing"), "once"
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@in_loop
+async def test_a_link_is_followed_and_its_target_written(tmp_path):
+    async with world(tmp_path, tokens=()) as w:
+        real = token_file(tmp_path / "elsewhere", expired="2020-01-01T00:00:00Z")
+        (w.auth).mkdir()
+        link = w.auth / "claude-fred.json"
+        link.symlink_to(real)
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert link.is_symlink()
+        assert json.loads(real.read_text())["refresh_token"] == "sk-ant-ort-new"
+
+
+@in_loop
+async def test_drafts_of_a_crash_are_swept(tmp_path):
+    auth = tmp_path / "auth"
+    auth.mkdir()
+    (auth / ".claude-a@b.c.json.0a1b2c3d.tmp").write_text("{half")
+    (auth / ".other").write_text("mine")
+    async with world(tmp_path):
+        assert sorted(path.name for path in auth.iterdir()) == [
+            ".other",
+            "claude-fred@example.com.json",
+        ]
+
+
+def test_a_config_of_20_mb_is_refused_with_a_sentence(tmp_path):
+    (tmp_path / "config.yaml").write_text("#" * 20_000_000)
+    with pytest.raises(ampproxy.Failure, match="larger than 4 MiB"):
+        ampproxy.Live(tmp_path / "config.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ampproxy.Failure, match="no regular file"):
+        ampproxy.Live(tmp_path / "pipe.yaml")
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"1,", b'"",', b"[[1]],"])
+@in_loop
+async def test_too_many_values_keep_nobody_waiting(tmp_path, piece):
+    raw = (
+        b'{"model": "claude-opus-4-6", "messages": [' + piece * (30_000_000 // len(piece)) + b"1]}"
+    )
+    async with world(tmp_path) as w:
+        asked, began, longest = (
+            asyncio.create_task(w.ask_json("/v1/messages", raw)),
+            time.monotonic(),
+            0,
+        )
+        while not asked.done():
+            await asyncio.sleep(0)
+            longest, began = max(longest, time.monotonic() - began), time.monotonic()
+        status, body, _ = await asked
+        assert (status, "million values" in body["error"]["message"]) == (400, True)
+        assert longest < 0.5
+        raw = json.dumps(
+            {**ASK, "messages": [{"role": "user", "content": "a, b [c] " * 300_000}]}
+        ).encode()
+        assert (await w.ask("/v1/messages", raw)).status == 200, "a text may have as many commas"
+
+
+@pytest.mark.parametrize("headers", [
+    b"Upgrade: \xff\r\nConnection: Upgrade", b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: \xff\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: \xff", b"Upgrade: websocket\r\nConnection: Upgrade",
+    b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 99\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+])  # fmt: skip
+@in_loop
+async def test_handshakes_that_are_none(tmp_path, headers):
+    async with world(tmp_path) as w:
+        got = await raw_exchange(
+            w.port, b"GET /actors/x HTTP/1.1\r\nHost: localhost\r\n" + headers + b"\r\n\r\n"
+        )
+        assert re.match(rb"HTTP/1\.[01] (400|200) ", got)
+        assert b" 400 " in got.split(b"\r\n")[0] or b"\xff" in headers.split(b"\r\n")[0]
+
+
+@in_loop
+async def test_only_a_get_without_a_body_upgrades(tmp_path):
+    shake = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    async with world(tmp_path) as w:
+        assert await status_of(w.port, post("/api/x", 4, b"body", shake)) == 200
+        assert (w.amp.last.method, w.amp.last.bytes, "Upgrade" in w.amp.last.headers) == (
+            "POST",
+            b"body",
+            False,
+        )
+        sent = post("/api/y", 4, b"body", shake).replace(b"POST", b"GET")
+        assert await status_of(w.port, sent) == 200
+        assert (w.amp.last.method, w.amp.last.bytes) == ("GET", b"body")
+
+
+@pytest.mark.parametrize(("line", "statuses"), [
+    (b"TRACE /api/x HTTP/1.1", {405}), (b"GET /api/x", {400, 505}), (b"GET /api/x HTTP/0.9", {400, 505}),
+    (b"GET /api/x HTTP/2.0", {400, 505}), (b"GET /api/x HTTP/1.2", {400, 505}), (b"GET /api/x HTTP/3.0", {400, 505}),
+])  # fmt: skip
+@in_loop
+async def test_methods_and_versions_that_are_not_served(tmp_path, line, statuses):
+    async with world(tmp_path, ampcode={"upstream-api-key": "sgamp_up"}) as w:
+        got = await raw_exchange(w.port, line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert int(got[9:12]) in statuses
+        assert not w.amp.requests
+
+
+EVENT_PIECES = [b"data: ", b"data:", b"event: message_start\n", b"\n", b"\n\n", b"\r\n", b"\r", b": c", b"{", b"}", b'{"type":"ping"}', b"[DONE]", b"id: 1",
+                b'{"type":"message_stop"}', b'{"type":"error","error":{"message":"x"}}', b'{"model":"m","choices":[{"finish_reason":"stop"}]}', b"\xef\xbb\xbf",
+                b'{"type":"response.completed","response":{"output":null,"usage":null}}', b"\xff", b'{"candidates":[{"finishReason":5}]}', b"null", b"retry: x",
+                b'{"type":"response.output_item.done","output_index":"x"}', b'{"usage":[1],"message":{"usage":{"input_tokens":"9"}}}', b'"error"']  # fmt: skip
+
+
+def test_fuzz_of_event_streams(tmp_path):
+    """Whatever comes in whatever pieces: an answer in the dialect, no 500, no hang; for 3 seconds, or 60."""
+    seconds = 60 if os.environ.get("AMPPROXY_FUZZ") else 3
+    streams = st.lists(
+        st.lists(st.sampled_from(EVENT_PIECES), max_size=6).map(b"".join), max_size=6
+    )
+
+    async def one(w, kind, parts):
+        w.keyed.usual = (200, SSE, [part for part in parts if part])
+        w.clock.now += 10_000
+        path, body = asked_as(kind, stream=True)
+        async with asyncio.timeout(10):
+            with suppress(aiohttp.ClientPayloadError):  # a Gemini stream's error
+                assert (await w.ask(path, body)).status in (200, 400, 404, 413, 429, 502, 503, 529)
+
+    def fuzz(kind, until):
+        with asyncio.Runner() as runner:
+            here = key_world(
+                tmp_path / kind, kind, config={"request-retry": 1, "max-retry-interval": 0}
+            )
+            w = runner.run(here.__aenter__())
+            quick = settings(max_examples=25, deadline=None, database=None, suppress_health_check=[*HealthCheck])  # fmt: skip
+            case = quick(given(streams)(lambda parts: runner.run(one(w, kind, parts))))
+            for start in itertools.takewhile(lambda _: time.monotonic() < until, itertools.count()):
+                seed(start)(case)()
+            runner.run(here.__aexit__(None, None, None))
+
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        fuzz(kind, time.monotonic() + seconds / len(KINDS))
 
 
 # == Models ========================================================================================
