@@ -689,7 +689,7 @@ def choice_key(*words: str) -> Value:
 
 def span_key(default: str) -> Value:
     """A length of time."""
-    pattern = re.compile(r"\d{1,9}|(\d{1,9}[smh])+")
+    pattern = re.compile(r"\d{1,9}|(\d{1,9}[smh]){1,9}")
     expected = "a length of time such as 2h, 30m or 90"
     return Value(default, expected, lambda value: bool(pattern.fullmatch(str(value))))
 
@@ -2434,7 +2434,7 @@ KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
 MODEL_PATH = re.compile(
     r"(?P<amp>/api/provider/[^/]+)?"
-    r"(?:/v1(?:beta1?(?:/publishers/google)?)?)*"
+    r"(?:/v1(?:beta1?(?:/publishers/google)?)?){0,3}"
     r"/(?P<end>messages(/count_tokens)?|chat/completions|responses(/compact)?"
     r"|models/(?P<model>[^/:]+):(?P<verb>\w+))"
 )
@@ -2802,7 +2802,7 @@ class Chooser:
 
 # -- Lists of models, in the shapes of the dialects --
 
-LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?)*/models")
+LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?){0,3}/models")
 
 
 def models_for_gemini(owners: dict[str, str]) -> Json:

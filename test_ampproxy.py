@@ -6869,7 +6869,9 @@ class Plan:
     events: int = 1
     size: int = 40  # of the padding in each event
     rate: int = 0  # events a second; 0 is as fast as they are taken
-    kind: str = "sse"  # or json, or 429: that once for this seed, then sse
+    # or json; or 429 or garbage: that once for this seed, then sse; or sse with something odd: stray
+    # (a second answer behind it), drip (the head byte by byte), early (before the body is there)
+    kind: str = "sse"
 
     @classmethod
     def read(cls, text):
@@ -6939,10 +6941,13 @@ class FakeProvider(asyncio.Protocol):
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.head)
             self.left = int(length[1]) if length else 0
             self.asked, self.head, data = self.head, b"", body
+            if b",early" in self.asked:
+                self.answer(self.asked)
         self.left -= len(data)
         if self.left <= 0:
             asked, self.asked = self.asked, None
-            self.answer(asked)
+            if b",early" not in asked:
+                self.answer(asked)
 
     def answer(self, asked):
         found = re.search(rb"(?i)\r\nx-stainless-bench: *(\S+)", asked)
@@ -6952,9 +6957,14 @@ class FakeProvider(asyncio.Protocol):
             error = {"type": "rate_limit_error", "message": "slow down"}
             body = json.dumps({"type": "error", "error": error}).encode()
             return self.send(body, "429 Too Many Requests\r\nRetry-After: 1")
+        if plan and plan.kind == "garbage" and plan.seed not in self.refused:
+            self.refused.add(plan.seed)
+            self.transport.write(b"HTTP/1.1 200 OK\r\nX: \x00garbage\r\n")
+            return self.transport.close()
         if plan is None or plan.kind == "json":
             return self.send(plan.json() if plan else json.dumps(self.state()).encode())
-        self.pieces = (self.paced if plan.rate else self.batches)(plan)
+        kind = self.dripping if plan.kind == "drip" else self.paced if plan.rate else self.batches
+        self.pieces = kind(plan)
         return self.pump()
 
     def state(self):
@@ -6978,7 +6988,15 @@ class FakeProvider(asyncio.Protocol):
             if len(piece) >= step:
                 yield b"".join(piece)
                 piece = []
-        yield b"".join([*piece, http_chunk(last), b"0\r\n\r\n"])
+        stray = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}" if plan.kind == "stray" else b""
+        yield b"".join([*piece, http_chunk(last), b"0\r\n\r\n", stray])
+
+    def dripping(self, plan):
+        for i in range(len(self.HEAD)):
+            yield self.HEAD[i : i + 1]
+            self.timer = asyncio.get_running_loop().call_later(0.002, self.pump)
+            yield b""
+        yield b"".join(self.batches(plan))[len(self.HEAD) :]
 
     def paced(self, plan):
         first, last = plan.frame()
@@ -7566,12 +7584,13 @@ class Soak(Bench):
         """A client that asks for this and that, and leaves in the middle of one answer in ten."""
         dice = random.Random(seed)
         wire = await Wire.open(self.processes["ampproxy"].port)
-        kinds = {"sse": 60, "slow": 10, "json": 10, "large": 8, "leave": 10, "429": 2}
+        kinds = {"sse": 50, "slow": 10, "json": 10, "large": 8, "leave": 10, "429": 2, "garbage": 3, "stray": 6, "drip": 2, "early": 3}  # fmt: skip
         while time.monotonic() < ends:
             kind = dice.choices([*kinds], [*kinds.values()])[0]
             plan = {"sse": {"events": dice.randint(1, 200)}, "slow": {"events": 20, "rate": 50},
                     "leave": {"events": 500, "rate": 50}, "large": {"events": 20, "size": 4000}}.get(kind, {"kind": kind})  # fmt: skip
-            answer = wire.ask(self.plan(**plan), prompt(200_000 if kind == "large" else 200))
+            large = kind in ("large", "early")
+            answer = wire.ask(self.plan(**plan), prompt(200_000 if large else 200))
             if kind == "leave":
                 await asyncio.sleep(dice.random() / 2)
             else:
@@ -7606,6 +7625,7 @@ class Soak(Bench):
         self.launch_watched()
         self.asked = 0
         await self.visitor(-1, time.monotonic() + 1)
+        await asyncio.sleep(1.5)  # what is over may take a second to end
         before, ends = await self.left(), time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             growth = group.create_task(self.watch(seconds))
