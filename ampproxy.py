@@ -2296,13 +2296,18 @@ def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
     """One list in the header; context-1m would be billed beside the plan and is dropped."""
     own = provider.headers.get("anthropic-beta", "")
     asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
-    betas = dict.fromkeys(re.findall(r"[^\s,]+", ",".join(map(str, asked))))
-    kept = [beta for beta in betas if not beta.startswith("context-1m")]
+    kept = beta_list(",".join(map(str, asked))[:2000])
     if kept:
-        headers["anthropic-beta"] = ",".join(kept)
+        headers["anthropic-beta"] = kept
     if "betas" in body:
         body = {name: value for name, value in body.items() if name != "betas"}
     return body
+
+
+@functools.lru_cache(256)
+def beta_list(asked: str) -> str:
+    betas = dict.fromkeys(re.findall(r"[^\s,]+", asked))
+    return ",".join(beta for beta in betas if not beta.startswith("context-1m"))
 
 
 def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
@@ -2557,7 +2562,7 @@ class Call:
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
         self.trouble = ""
-        self.tokens = Counter(input_tokens=0, output_tokens=0)
+        self.tokens = {"input_tokens": 0, "output_tokens": 0}
 
     async def read(self) -> None:
         """ProxyError 400 and 413 for a body that is none."""
@@ -3417,7 +3422,7 @@ class Forwarder:
             call.route = way.route
             until = deadline if way is ways[-1] else 0
             outcome = await self.try_way(way, until, delivery)
-            if isinstance(outcome, web.StreamResponse):
+            if not isinstance(outcome, Problem):
                 return outcome
             problem = outcome
             if verdict(problem).then == "stop":
@@ -3457,7 +3462,7 @@ class Forwarder:
             if prepared is None or prepared.row is not account.row:
                 prepared = prepare(call, way, account.row)
             outcome = await self.try_account(account, prepared, delivery)
-            if isinstance(outcome, web.StreamResponse):
+            if not isinstance(outcome, Problem):
                 return outcome
             problem = outcome
             then = verdict(problem).then
@@ -3486,7 +3491,7 @@ class Forwarder:
                 except ProxyError as error:
                     return error.problem
                 outcome = await self.exchange(account, prepared, token, began, delivery)
-                if isinstance(outcome, web.StreamResponse):
+                if not isinstance(outcome, Problem):
                     return outcome
                 tries += 1
                 then = verdict(outcome).then
@@ -3531,7 +3536,8 @@ class Forwarder:
         except ProxyError as error:
             return error.problem
         finally:
-            account.counts.update(call.tokens)
+            for name, figure in call.tokens.items():
+                account.counts[name] += figure
             delivery.upstream = None
             if upstream:
                 self.net.release(upstream, over)
@@ -3635,7 +3641,7 @@ def forget_reasoning(prepared: Prepared) -> bool:
 def joined(base: str, path: str) -> str:
     """An address with a path; a version part that both have stands there once."""
     base = base.rstrip("/")
-    if re.search(r"/(v\d\w*(/openai)?|backend-api/codex)$", base):
+    if re.search(r"/(v\d\w{0,9}(/openai)?|backend-api/codex)$", base):
         path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
     return base + path
 

@@ -4142,8 +4142,8 @@ def is_fault(record):
 
 
 def test_fuzz(tmp_path, caplog):
-    """No 500, no traceback, no hang: for 3 seconds, or with AMPPROXY_FUZZ=1 for 60."""
-    until, faults = time.monotonic() + (60 if os.environ.get("AMPPROXY_FUZZ") else 3), []
+    """No 500, no traceback, no hang: for 3 seconds, or as many as AMPPROXY_FUZZ says."""
+    until, faults = time.monotonic() + int(os.environ.get("AMPPROXY_FUZZ") or 3), []
 
     async def one(w, sent, whole):
         caplog.clear()
@@ -5898,10 +5898,10 @@ PATTERNS = patterns_and_ways()
 
 @pytest.mark.parametrize(("pattern", "way"), PATTERNS, ids=range(len(PATTERNS)))
 def test_no_pattern_stands_still(pattern, way):
-    """1 MB of whatever takes 50 ms, on a machine that adds up a million bytes in 5."""
+    """1 MB of whatever takes 50 ms, on a machine that adds up a million bytes in 2.5."""
     began = time.process_time()
     sum(b"x" * 1_000_000)
-    most = 10 * max(0.005, time.process_time() - began)
+    most = 20 * max(0.005, time.process_time() - began)
     ways = {"sub": functools.partial(re.sub, pattern, lambda found: ""), "findall": functools.partial(re.findall, pattern),
             "finditer": functools.partial(re.findall, pattern)}  # fmt: skip
     use = ways.get(way) or getattr(re.compile(pattern), way)
@@ -6162,8 +6162,8 @@ EVENT_PIECES = [b"data: ", b"data:", b"event: message_start\n", b"\n", b"\n\n", 
 
 
 def test_fuzz_of_event_streams(tmp_path):
-    """Whatever comes in whatever pieces: an answer in the dialect, no 500, no hang; for 3 seconds, or 60."""
-    seconds = 60 if os.environ.get("AMPPROXY_FUZZ") else 3
+    """Whatever comes in whatever pieces: an answer in the dialect, no 500, no hang; likewise."""
+    seconds = int(os.environ.get("AMPPROXY_FUZZ") or 3)
     streams = st.lists(
         st.lists(st.sampled_from(EVENT_PIECES), max_size=6).map(b"".join), max_size=6
     )
