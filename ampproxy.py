@@ -25,15 +25,15 @@ Common ground          errors, JSON, numbers and times, what may be shown to a p
 Provider table         one row a provider: addresses, paths, models, login, headers
 Configuration          the keys of config.yaml, reading and checking it, taking up a change
 Token files            one JSON file a login: read, saved whole, merged with others' edits
-The network            one session to the outside, outbound proxies, listening
+The network            sessions to the outside, outbound proxies, listening
 Signing in             OAuth with PKCE, the callback or what is pasted, the token endpoint
 Accounts               who may answer next, what an error means for that, refreshing tokens
 Server-sent events     runs of whole events out of whatever pieces arrive
 Dialects               paths, errors, ends and token counts of the four ways to word things
 Provider rules         what a login's backend asks of a request
-Who asks, and what     may this request be served, and which model call is it
+Who asks, and what     may this request be served, which model call is it, of which thread
 Who answers            suffixes and efforts, mappings, the ways to try, lists of models
-Answers on their way   an answer as an iterator of the client's bytes; comments, silence, ends
+Answers on their way   an answer as an iterator of the client's bytes; silence, ends, errors
 Forwarding             the story of one model call
 ampcode.com            everything else, as it came; the tunnel; paid calls
 Status                 what was served, and how the accounts stand
@@ -106,7 +106,7 @@ __version__ = "0.1.0"
 
 # == Common ground =================================================================================
 #
-# Errors, JSON, numbers and times, and what may be shown to a person.  Knows no provider.
+# Errors, JSON, numbers and times, files, and what may be shown to a person.
 #
 # There are two errors.  A Failure is one sentence for the person at the terminal.  A ProxyError is
 # for a client and carries a Problem: what went wrong as plain data.  Only a Problem is ever kept;
@@ -434,8 +434,8 @@ class Provider:
     # -- What it is sent --
     headers: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
-    drops: tuple[str, ...] = ()  # patterns of fields of a body that its backend refuses
-    identity: bool = False  # the first system block that a Claude login wants
+    drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
+    identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
 
@@ -1077,7 +1077,7 @@ def claims(token: Json) -> Json:
 
 # == The network ===================================================================================
 #
-# One session to the outside.  No cookie is kept, no redirect followed, no header added, nothing
+# The way out, and the way in.  No cookie is kept, no redirect followed, no header added, nothing
 # unpacked unless somebody asks for it.  Time limits are those of a head; bodies have their own.
 
 NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error)
@@ -1357,7 +1357,7 @@ def raise_file_limit() -> int:
     try:
         resource: Any = importlib.import_module("resource")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+        most = FILES if hard == resource.RLIM_INFINITY else hard
         if soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         return int(max(soft, most))
@@ -1365,7 +1365,7 @@ def raise_file_limit() -> int:
         return 256
 
 
-FILES = 65536
+FILES, STRANGERS = 65536, 4096  # open files where there is no limit; strangers at the most
 
 
 @asynccontextmanager
@@ -1541,14 +1541,15 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
 
 # == Accounts ======================================================================================
 #
-# Who may answer next, with which token, and what an error means for that.  Knows no dialect, and no
-# time but that of the clock it is given, so that a test can live through a day in a second.
+# Who may answer next, with which token, and what an error means for that.  Knows no dialect.  Rests
+# and tokens live by the clock that it is given, so that a test can live a day in a second.
 #
 # A thread stays with its account while that can answer; the prompt cache is worth it.  A new one
-# goes to an account that is not nearly spent, of the highest priority, with the fewest running
-# requests and recent threads.
+# goes to an account that is not nearly spent, of the highest priority, and then as routing.strategy
+# says: with the fewest running requests and recent threads, in turn, or the first.
 #
-# To add a rule about errors, add a row to RESTS.
+# To add a rule about errors, add a row to rest_rules.  A time that the error itself names comes
+# before the row's, and the configuration's max-cooldown cuts both.
 
 SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
 RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
@@ -1761,6 +1762,8 @@ class Pool:
             token = read_token(path)
         except (OSError, ValueError) as error:
             log.error("%s is no token file: %s", path, explain(error))
+            if is_local(error):
+                self.stamps[path] = None  # it may be one in a second
             return
         account = self.accounts.get(path)
         if not isinstance(account, Login):
@@ -1956,7 +1959,8 @@ class Pool:
         except ProxyError as error:
             self.refresh_failed(account, error.problem)
         except NET_ERRORS as error:
-            self.refresh_failed(account, Problem(503, net_words(error)))
+            codes = frozenset({LOCAL}) if is_local(error) else frozenset[str]()
+            self.refresh_failed(account, Problem(503, net_words(error), codes=codes))
         finally:
             account.refreshing = None
 
@@ -1971,7 +1975,8 @@ class Pool:
             log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
 
     def refresh_failed(self, account: Login, problem: Problem) -> None:
-        account.retry_at = self.clock.monotonic() + REFRESH_PAUSE
+        pause = 1 if LOCAL in problem.codes else REFRESH_PAUSE
+        account.retry_at = self.clock.monotonic() + pause
         self.read(account.path)
         if not account.retry_at:
             return  # a newer token was there
@@ -2077,6 +2082,9 @@ def with_data(event: bytes, data: bytes) -> bytes:
 # errors look like, which events matter, where an answer ends, how tokens are counted.
 #
 # An event that has none of a dialect's `marks` passes unread.
+#
+# To add a dialect, add a row here, its paths to MODEL_PATH and DIALECTS, what it calls an effort to
+# with_effort, and its verbs to the providers' paths and to VERBS.
 
 
 @dataclass(frozen=True)
@@ -2432,7 +2440,8 @@ RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
 # == Who asks, and what ============================================================================
 #
 # A request before its body is read: may it be served (design.md, "Security"), and is it a model
-# call?  Then the call itself: what is known of it, and what comes to be known on its way.
+# call?  Then the call itself: what is known of it, its thread (the session that a header or the
+# body names), and what comes to be known on its way.
 
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
@@ -2862,7 +2871,7 @@ TOLD_AFTER = {  # events that say nothing yet: the answer may still become an er
 }
 LONG_RUN, LAST_PART = 16384, 2048  # bytes; see Dialect.short_ends
 SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answer ends
-LOOK_EVERY = 15  # seconds, at most, between two looks at a connection that may have died silently
+LOOK_EVERY = 15  # seconds between looks whether a connection died silently; not for comments
 
 
 class StreamResponse(web.StreamResponse):
@@ -2901,12 +2910,13 @@ class Delivery:
 
     def look_again(self) -> asyncio.TimerHandle:
         """When the next comment is due, or the end; then it turns out whether it still is."""
-        due = self.moved + LOOK_EVERY
+        now = self.loop.time()
+        due = now + LOOK_EVERY
         if self.keepalive:
             due = min(due, self.sent + self.keepalive)
-        if self.idle:
+        if self.idle and (self.upstream or self.writing):
             due = min(due, self.moved + self.idle)
-        return self.loop.call_at(max(due, self.loop.time() + 0.01), self.look)
+        return self.loop.call_at(max(due, now + 0.01), self.look)
 
     def look(self) -> None:
         """A comment, the end of what stands still, or nothing."""
@@ -2921,6 +2931,12 @@ class Delivery:
                 task = self.loop.create_task(self.write_comment())
                 self.comments.add(task)
                 task.add_done_callback(self.comments.discard)
+        self.timer = self.look_again()
+
+    def watch(self, upstream: Upstream) -> None:
+        """From now on its silence counts."""
+        self.upstream, self.moved = upstream, self.loop.time()
+        self.timer.cancel()
         self.timer = self.look_again()
 
     def settle(self) -> None:
@@ -3001,7 +3017,7 @@ class Pieces:
     def __init__(self, upstream: Upstream, delivery: Delivery) -> None:
         self.content, self.delivery = upstream.content, delivery
         self.unread = b""  # was looked at, and comes once more
-        delivery.upstream, delivery.moved = upstream, delivery.loop.time()
+        delivery.watch(upstream)
 
     def __aiter__(self) -> Pieces:
         return self
@@ -3470,7 +3486,9 @@ class Forwarder:
                 return problem
             if then != "wait" or self.clock.monotonic() >= until:
                 tried.add(account)
-        if problem and len(self.pool.of(way.rows)) <= 1:
+        accounts = self.pool.of(way.rows)
+        at_rest = any(account.resting(way.model) for account in accounts)
+        if problem and (len(accounts) <= 1 or not at_rest):
             return problem
         return self.pool.nobody(way.rows, way.model)
 
@@ -3758,6 +3776,7 @@ class Ampcode:
         wait = idle if data is None else idle and max(idle, UPLOAD_WAIT)
         upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
         try:
+            check_status(upstream)
             return await passed(request, upstream, passing(upstream.headers), idle, bool(edits))
         finally:
             self.net.release(upstream)
@@ -3770,14 +3789,17 @@ class Ampcode:
         upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
         over = False
         try:
+            check_status(upstream)
             call.let_go()
             headers = passing(upstream.headers)
             headers.update(call.marks())
             streams = upstream.content_type == "text/event-stream"
-            if delivery.response and not streams:  # a comment has gone out
-                status = max(upstream.status, 400)
-                raise fault(status, f"ampcode.com answered {upstream.status} without a stream")
             if not streams or "Content-Encoding" in headers:
+                delivery.keepalive = 0  # no comment in the middle of it
+                if delivery.response:  # one has gone out
+                    status = max(upstream.status, 400)
+                    raise fault(status, f"ampcode.com answered {upstream.status} without a stream")
+                delivery.watch(upstream)
                 return await passed(request, upstream, headers, idle, delivery=delivery)
             runs = whole_events(Pieces(upstream, delivery))
             events = checked_events(call, runs, delivery.settle, told=True)
@@ -3848,8 +3870,6 @@ async def passed(
     delivery: Delivery | None = None,
 ) -> web.StreamResponse:
     """An answer of ampcode.com as it came, but for gzip that it does not label, and the flag."""
-    if not 200 <= upstream.status <= 599:
-        raise fault(502, f"ampcode.com answered {upstream.status}, which is no answer")
     first = await opened(upstream, headers, edits)
     response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
     if delivery:
@@ -3872,6 +3892,12 @@ async def passed(
             request.transport.abort()
         return web.Response(status=502)
     return response
+
+
+def check_status(upstream: Upstream) -> None:
+    """ProxyError 502 for a 101 that nobody asked for, and for what is no status at all."""
+    if not 200 <= upstream.status <= 599:
+        raise fault(502, f"ampcode.com answered {upstream.status}, which is no answer")
 
 
 async def write_within(
@@ -4181,7 +4207,7 @@ class Server:
         loop = asyncio.get_running_loop()
         server = Listener(
             self.handle,
-            raise_file_limit() // 4,
+            min(raise_file_limit() // 4, STRANGERS),
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
@@ -4219,7 +4245,9 @@ VERBS = {  # what `route` asks for
     "responses": "responses",
     "gemini": "generateContent",
 }
-NAMES = {word: kind for kind in RULES for word in (kind, *LOGINS[kind].also)}  # for `login`
+NAMES = {  # for `login`
+    word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
+}
 
 
 async def serve(live: Live, args: Json) -> None:
@@ -4239,7 +4267,8 @@ async def serve(live: Live, args: Json) -> None:
 async def login(live: Live, args: Json) -> None:
     """Sign in to a provider; several logins are several accounts."""
     if not args["provider"]:
-        raise Failure(f"say which provider: ampproxy.py login {'|'.join(RULES)}")
+        kinds = "|".join(dict.fromkeys(NAMES.values()))
+        raise Failure(f"say which provider: ampproxy.py login {kinds}")
     kind = NAMES[args["provider"]]
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
     browser = "no_browser" not in args and not remote

@@ -2387,6 +2387,45 @@ async def test_after_a_comment_a_failure_is_an_error_event(tmp_path, paid):
         assert (len(w.claude.requests), len(w.amp.requests)) == (3, int(paid))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@in_loop
+async def test_no_comment_gets_into_what_is_no_stream(tmp_path, packed):
+    gate, whole = (
+        asyncio.Event(),
+        gzip.compress(b"".join(events())) if packed else b'{"a": "' + b"x" * 90 + b'"}',
+    )
+    kind = {**SSE, "Content-Encoding": "gzip"} if packed else {"Content-Type": "application/json"}
+    async with world(tmp_path, tokens=(), streaming={"keepalive-seconds": 0.05}) as w:
+        w.amp.usual = (200, kind, [whole[:30], gate, whole[30:]])
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            first = await response.content.readexactly(30)
+            await asyncio.sleep(0.2)  # some beats long
+            gate.set()
+            assert first + await response.content.read() == whole
+
+
+@in_loop
+async def test_a_timer_that_has_nothing_to_do_rests(tmp_path, monkeypatch):
+    """While an upstream thinks, it looks as often as its shortest time, and no more."""
+    monkeypatch.setattr(ampproxy, "LOOK_EVERY", 0.1)
+    looks, gate, look = [], asyncio.Event(), ampproxy.Delivery.look
+    monkeypatch.setattr(ampproxy.Delivery, "look", lambda self: (looks.append(1), look(self)))
+    async with world(tmp_path, streaming={"idle-timeout-seconds": 0.8}) as w:
+        w.claude.usual = held(gate, (200, SSE, events()))
+        asked = asyncio.create_task(w.ask("/v1/messages", STREAM))
+        await asyncio.sleep(0.6)
+        gate.set()
+        assert (await asked).status == 200
+        assert len(looks) < 9
+
+
+@in_loop
+async def test_of_several_accounts_that_do_not_rest_the_reason_is_told(tmp_path):
+    async with world(tmp_path, tokens=FRIENDS, claude={"base-url": "http://claude.invalid"}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, "its name is not known" in body["error"]["message"]) == (502, True)
+
+
 @in_loop
 async def test_after_a_comment_another_account_answers(tmp_path):
     gate = asyncio.Event()
@@ -5914,6 +5953,24 @@ def test_no_pattern_stands_still(pattern, way):
             use(text[:size])
             took, bound = time.process_time() - began, max(most, 0.05) * max(size / 1_000_000, 0.05)
             assert took < bound * (20 if many else 1), (pattern, way, piece, size)
+
+
+def test_fuzz_of_patterns():
+    """Mixtures of what is hostile, for 3 seconds, or as many as AMPPROXY_FUZZ says."""
+    until, dice = time.monotonic() + int(os.environ.get("AMPPROXY_FUZZ") or 3), random.Random(1)
+    while time.monotonic() < until:
+        pattern, way = dice.choice(PATTERNS)
+        piece = "".join(dice.choices(HOSTILE, k=dice.randint(1, 6)))
+        text = dice.choice(HOSTILE) + piece * (20_000 // len(piece)) + dice.choice(HOSTILE)
+        text = text.encode() if isinstance(pattern, bytes) else text
+        use = (
+            re.compile(pattern).search
+            if way in ("sub", "findall", "finditer")
+            else getattr(re.compile(pattern), way)
+        )
+        began = time.process_time()
+        use(text)
+        assert time.process_time() - began < 0.05, (pattern, way, piece)
 
 
 @pytest.mark.parametrize(
