@@ -2923,7 +2923,8 @@ class Delivery:
         now = self.loop.time()
         silent = now - self.moved
         stands_still = self.idle and silent >= self.idle
-        if stands_still or (self.upstream and is_dead(self.upstream)):
+        is_over = self.upstream and not self.writing and is_dead(self.upstream)
+        if stands_still or is_over:
             self.break_off()
         elif self.keepalive and now - self.sent >= self.keepalive:
             self.sent = now

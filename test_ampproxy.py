@@ -7645,6 +7645,9 @@ class Soak(Bench):
             plan = {"sse": {"events": dice.randint(1, 200)}, "slow": {"events": 20, "rate": 50},
                     "leave": {"events": 500, "rate": 50}, "large": {"events": 20, "size": 4000}}.get(kind, {"kind": kind})  # fmt: skip
             large = kind in ("large", "early")
+            if wire.transport.is_closing():
+                self.wrong.append(f"a connection was closed before {kind}")
+                wire = await Wire.open(self.processes["ampproxy"].port)
             answer = wire.ask(self.plan(**plan), prompt(200_000 if large else 200))
             if kind == "leave":
                 await asyncio.sleep(dice.random() / 2)
