@@ -1304,7 +1304,12 @@ class Connection(web.RequestHandler):
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
-            self.head_timer = self._loop.call_later(HEAD_WAIT, transport.abort)
+            self.head_timer = self._loop.call_later(HEAD_WAIT, self.too_slow, transport)
+
+    def too_slow(self, transport: Any) -> None:
+        self.head_timer = None
+        if self._current_request is None:  # else it is the next head, or none: it may wait
+            transport.abort()
 
     def head_came(self) -> None:
         self.head_size = 0
@@ -1324,7 +1329,7 @@ class Connection(web.RequestHandler):
         if self._request_count != heads:
             self.head_came()
             self.body = self._messages[-1][1]
-        elif is_head and not self._upgraded and self.transport:
+        elif data and is_head and not self._upgraded and self.transport:
             self.expect_head(self.transport)
             self.head_size += len(data)
             if self.head_size > HEAD_LIMIT:
