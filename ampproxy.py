@@ -28,8 +28,13 @@ Token files            one JSON file a login: read, saved whole, merged with oth
 The network            sessions to the outside, outbound proxies, listening
 Signing in             OAuth with PKCE, the callback or what is pasted, the token endpoint
 Accounts               who may answer next, what an error means for that, refreshing tokens
+The neutral form       what a request and an answer are in any dialect; histories put right
 Server-sent events     runs of whole events out of whatever pieces arrive
-Dialects               paths, errors, ends and token counts of the four ways to word things
+Anthropic Messages     ...
+Chat Completions       ... read and written: a request, the events of an answer, a whole one
+Responses              ...
+Gemini                 ...
+Dialects               the four of them: errors, ends, token counts, and the functions above
 Provider rules         what a login's backend asks of a request
 Who asks, and what     may this request be served, which model call is it, of which thread
 Who answers            suffixes and efforts, mappings, the ways to try, lists of models
@@ -86,7 +91,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlencode
 
 try:
@@ -435,6 +440,7 @@ class Provider:
     headers: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
     drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
+    hosted: tuple[str, ...] = ("web_search", "code_interpreter")  # OpenAI's own tools that it has
     identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
@@ -2003,6 +2009,835 @@ class Pool:
                 account.refreshing = asyncio.create_task(self.refresh(account, "", soon))
 
 
+# == The neutral form ==============================================================================
+#
+# What the four dialects have in common: an Ask is a request, a Reply an answer in the making.  Each
+# dialect reads its own words into them and writes them out again; so four readers and four writers
+# make sixteen pairs.  Nothing here knows a dialect.
+#
+# A history is put right before it is written: results behind their calls, nothing empty, no id
+# twice.  What a provider makes for itself alone (a seal: Claude's signatures, OpenAI's encrypted
+# reasoning, Google's thought signatures) travels through foreign clients in a mark of ours, and
+# goes back to its maker only.
+
+
+class Seal(NamedTuple):
+    """An opaque text of a provider about its own thoughts."""
+
+    maker: str  # dialect and family of models, such as anthropic/claude
+    data: str
+    redacted: bool = False  # it stands for thoughts that nobody may read
+
+
+class Source(NamedTuple):
+    """Where an answer has something from."""
+
+    url: str
+    title: str
+    quote: str = ""
+
+
+@dataclass
+class Text:
+    text: str = ""
+    cache: bool = False  # the client wants the prompt cached up to here
+    sources: list[Source] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)  # of an answer that is still being written
+    done: bool = False
+
+
+@dataclass
+class Thought:
+    text: str = ""
+    seal: Seal | None = None
+    pieces: list[str] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass
+class ToolCall:
+    id: str
+    name: str
+    text: str = ""  # its arguments: JSON, or the bare text of a free-text tool
+    namespace: str = ""
+    free: bool = False  # of a free-text tool
+    wrapped: bool = False  # ...whose text comes as the one argument of a function
+    pieces: list[str] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass
+class Media:
+    kind: str  # image, document or audio
+    mime: str = ""
+    data: str = ""  # in base64...
+    url: str = ""  # ...or where it is
+    name: str = ""
+    cache: bool = False
+
+
+@dataclass
+class ToolResult:
+    id: str
+    parts: list[Text | Media]
+    name: str = ""  # where a client names the tool and gives no id
+    failed: bool = False
+    cache: bool = False
+
+
+Part = Text | Thought | ToolCall | ToolResult | Media
+Block = Text | Thought | ToolCall | Media  # a part of an answer
+
+
+@dataclass
+class Turn:
+    role: str  # user, assistant or system
+    parts: list[Part]
+
+
+@dataclass
+class Tool:
+    name: str
+    description: str = ""
+    schema: Json = field(default_factory=dict)  # JSON Schema of its arguments
+    namespace: str = ""
+    free: bool = False  # it takes bare text, maybe by a grammar
+    grammar: str = ""
+    strict: bool = False
+    cache: bool = False
+
+
+@dataclass
+class Ask:
+    """A request of a client, whatever its dialect."""
+
+    turns: list[Turn] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
+    hosted: dict[str, Json] = field(default_factory=dict)  # web_search, code_execution: options
+    choice: str = ""  # auto, any, none, or tool: one of `allowed`
+    allowed: list[str] = field(default_factory=list)  # names of tools; empty: all
+    parallel: bool | None = None  # several calls at once
+    effort: str = ""  # a level, a budget in digits, auto, none; "": the client says nothing
+    limit: int = 0  # tokens of the answer; 0: the client says none
+    stops: list[str] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, top_k, seed, ...
+    schema: Json | None = None  # of a JSON answer; {}: any JSON
+    schema_name: str = "answer"
+    schema_strict: bool = False
+    verbosity: str = ""
+    cache_key: str = ""
+
+
+@dataclass
+class Usage:
+    """Tokens: `read` with what came from and went to a cache, `written` with thoughts."""
+
+    read: int = 0
+    cached: int = 0
+    cache_written: int = 0
+    written: int = 0
+    thought: int = 0
+
+    def update(self, **figures: Any) -> None:
+        """Figures may come more than once, grow, or be null: the largest is right."""
+        for name, figure in figures.items():
+            setattr(self, name, max(getattr(self, name), int(number(figure))))
+
+
+def text_of(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def digest(*texts: str) -> str:
+    """For ids that are made up: the same each time for the same history."""
+    joined = "\0".join(texts).encode(errors="replace")
+    return hashlib.sha256(joined).hexdigest()[:24]
+
+
+# -- Seals on their way through foreign clients --
+
+SEAL_MARK = "ampproxy"
+SEAL_MARK_64 = base64.b64encode(b"ampproxy:").decode().rstrip("=")[:11]
+
+
+def family_of(dialect: str, model: str) -> str:
+    """Who can read a seal again: another family of models refuses it."""
+    name = model.rpartition("/")[2].lower()
+    if dialect == "gemini":
+        return "gemini/claude" if "claude" in name else "gemini/gemini"
+    if dialect == "chat":
+        return "chat/" + re.split(r"[-:.]", name)[0]
+    return {"anthropic": "anthropic/claude"}.get(dialect, "responses/gpt")
+
+
+def seal_text(seal: Seal, dialect: str) -> str:
+    """A seal as a client of a dialect carries it: its own as it is, others with our mark."""
+    if dialect != "chat" and seal.maker.startswith(dialect + "/") and not seal.redacted:
+        return seal.data
+    flag = "redacted" if seal.redacted else ""
+    marked = f"{SEAL_MARK}:{seal.maker}:{flag}:{seal.data}"
+    if dialect == "gemini":  # its SDKs decode what stands there
+        return base64.b64encode(marked.encode()).decode()
+    return marked
+
+
+def read_seal(value: Any, own: str) -> Seal | None:
+    """`own`: who makes the seals in this dialect that have no mark of ours."""
+    if not isinstance(value, str) or not value:
+        return None
+    text = value
+    if text.startswith(SEAL_MARK_64):
+        with suppress(ValueError):
+            text = base64.b64decode(text).decode()
+    if not text.startswith(SEAL_MARK + ":"):
+        return Seal(own, value)
+    _, maker, flag, data = (text + ":::").split(":", 3)
+    return Seal(maker, data.removesuffix(":::"), flag == "redacted")
+
+
+# -- Tools: arguments, names --
+
+
+def arguments_of(call: ToolCall) -> Json:
+    """The arguments as an object; {} for what is none."""
+    if call.free:
+        return {"input": call.text}
+    with suppress(ValueError):
+        return as_dict(parse_json(call.text.encode()))
+    return {}
+
+
+def json_text(value: Any) -> str:
+    return write_json(value).decode()
+
+
+class NameRule(NamedTuple):
+    """How a provider wants a name or an id to look."""
+
+    bad: re.Pattern[str]  # what must not stand there
+    longest: int
+    first: str = ""  # what it must begin with, as a pattern
+
+
+WORD_NAME = NameRule(re.compile(r"[^a-zA-Z0-9_-]"), 64)
+GOOGLE_NAME = NameRule(re.compile(r"[^a-zA-Z0-9_.:-]"), 64, "[a-zA-Z_]")
+
+
+def fitted(name: str, rule: NameRule) -> str:
+    """A name by the rule; what had to change is told apart by a digest of the whole."""
+    clean = rule.bad.sub("_", name)
+    if rule.first and not re.match(rule.first, clean):
+        clean = "_" + clean
+    if clean == name and len(name) <= rule.longest:
+        return name
+    return f"{clean[: rule.longest - 9]}_{digest(name)[:8]}"
+
+
+class Names:
+    """What the tools of one request are called at the provider, and the way back."""
+
+    def __init__(self, ask: Ask, rule: NameRule) -> None:
+        self.rule = rule
+        self.there: dict[tuple[str, str], str] = {}
+        self.tools: dict[str, Tool] = {}
+        for tool in sorted(ask.tools, key=lambda tool: bool(tool.namespace)):
+            self.tools.setdefault(self.of(tool.name, tool.namespace), tool)
+
+    def of(self, name: str, namespace: str = "") -> str:
+        key = (name, namespace)
+        if key not in self.there:
+            whole = f"{namespace.rstrip('_')}__{name}" if namespace else name
+            wire = fitted(whole, self.rule)
+            if wire in self.there.values():
+                wire = fitted(f"{whole}\0{namespace}", self.rule)
+            self.there[key] = wire
+        return self.there[key]
+
+    def meant(self, wire: str) -> Tool:
+        """The tool that a call names; of one that was never declared, as it came."""
+        return self.tools.get(wire) or Tool(wire)
+
+
+@dataclass
+class Target:
+    """Whom a request is written for."""
+
+    model: str
+    maker: str  # see family_of
+    names: Names
+    max_tokens: int  # of an answer, for who must be told one
+    hosted: tuple[str, ...] = ()  # the tools of its own that may be asked for
+
+
+# -- Histories, put right --
+
+
+def repaired(turns: list[Turn]) -> list[Turn]:
+    """A history as every provider takes it; the given one stays as it is.
+
+    Each call has one result, in the turn behind it, in the order of the calls; whatever was said
+    in between comes behind them.  No text is blank, no two turns of one role follow each other.
+    """
+    merged = merge_turns(turns)
+    results = ResultsById(merged)
+    kept: list[Turn] = []
+    for turn in merged:
+        parts: list[Part] = [p for p in turn.parts if not isinstance(p, ToolResult)]
+        calls = [part for part in parts if isinstance(part, ToolCall)]
+        if parts:
+            kept.append(Turn(turn.role, parts))
+        if calls:
+            named, answers = results.take(calls)
+            renamed = {id(old): new for old, new in zip(calls, named, strict=True)}
+            kept[-1].parts = [renamed.get(id(part), part) for part in parts]
+            kept.append(Turn("user", list(answers)))
+    return merge_turns(kept)
+
+
+def merge_turns(turns: list[Turn]) -> list[Turn]:
+    merged: list[Turn] = []
+    for turn in turns:
+        parts = [part for part in turn.parts if not is_blank(part)]
+        if not parts:
+            continue
+        if merged and merged[-1].role == turn.role:
+            merged[-1].parts += parts
+        else:
+            merged.append(Turn(turn.role, parts))
+    return merged
+
+
+def is_blank(part: Part) -> bool:
+    return isinstance(part, Text) and not part.text.strip()
+
+
+class ResultsById:
+    """The results of a history, for its calls in their order.  Ids used twice are kept apart."""
+
+    def __init__(self, turns: list[Turn]) -> None:
+        self.by_id: dict[str, deque[ToolResult]] = {}
+        self.used: Counter[str] = Counter()
+        for turn in turns:
+            for part in turn.parts:
+                if isinstance(part, ToolResult):
+                    self.by_id.setdefault(part.id, deque()).append(part)
+
+    def take(self, calls: list[ToolCall]) -> tuple[list[ToolCall], list[ToolResult]]:
+        """The calls with ids that are theirs alone, and their results."""
+        named, answers = [], []
+        for call in calls:
+            waiting = self.by_id.get(call.id)
+            found = waiting.popleft() if waiting else None
+            self.used[call.id] += 1
+            again = f"_{self.used[call.id]}" if self.used[call.id] > 1 else ""
+            id = call.id + again
+            named.append(dataclasses.replace(call, id=id))
+            if found is None:
+                interrupted = Text("The call was interrupted: it has no result.")
+                found = ToolResult(id, [interrupted], failed=True)
+            answers.append(dataclasses.replace(found, id=id, name=call.name))
+        return named, answers
+
+
+def split_off_system(ask: Ask, in_place: bool) -> tuple[list[Text], list[Turn]]:
+    """The system's texts, and the other turns; `in_place`: those in the middle stay there.
+
+    Somebody has to say something: a request of system texts alone is the user's.
+    """
+    system: list[Text] = []
+    turns: list[Turn] = []
+    for turn in repaired(ask.turns):
+        if turn.role == "system" and not (in_place and turns):
+            system += [part for part in turn.parts if isinstance(part, Text)]
+        elif turns and turns[-1].role == turn.role:
+            turns[-1].parts += turn.parts
+        else:
+            turns.append(Turn(turn.role, [*turn.parts]))
+    if not turns and not system:
+        raise fault(400, "The request has no messages")
+    if not turns:
+        return [], [Turn("user", [*system])]
+    return system, turns
+
+
+def is_cut_off(turns: list[Turn], maker: str) -> bool:
+    """Whether the last step is one of a tool loop whose own thoughts did not come back.
+
+    Claude refuses to think on then (providers.md 1.3, 5.3).
+    """
+    if len(turns) < 2 or not isinstance(turns[-1].parts[0], ToolResult):
+        return False
+    first = turns[-2].parts[0]
+    return not (isinstance(first, Thought) and first.seal and first.seal.maker == maker)
+
+
+def usable_tools(ask: Ask) -> list[Tool]:
+    """The tools that may be called, each once."""
+    found: dict[tuple[str, str], Tool] = {}
+    for tool in ask.tools:
+        if not ask.allowed or tool.name in ask.allowed:
+            found.setdefault((tool.namespace, tool.name), tool)
+    return list(found.values())
+
+
+def described(tool: Tool) -> Tool:
+    """A free-text tool as a function with one text."""
+    if not tool.free:
+        return tool
+    text: Json = {"type": "string"}
+    if tool.grammar:
+        text["description"] = f"Text by this grammar:\n{tool.grammar}"
+    schema = {
+        "type": "object",
+        "properties": {"input": text},
+        "required": ["input"],
+        "additionalProperties": False,
+    }
+    return dataclasses.replace(tool, schema=schema)
+
+
+def data_url(media: Media) -> str:
+    return media.url or f"data:{media.mime or 'application/octet-stream'};base64,{media.data}"
+
+
+DATA_URL = re.compile(r"data:([^;,]{0,200})(?:;[^;,]{0,200}){0,9},")
+
+
+def media_from_url(kind: str, url: str, mime: str = "", name: str = "") -> Media:
+    """A picture, document or sound that a data URL holds, or an address names."""
+    found = DATA_URL.match(url[:3000])
+    if not found:
+        return Media(kind, mime, url=url, name=name)
+    return Media(kind, found[1] or mime, data=url[found.end() :], name=name)
+
+
+def cannot(what: str) -> ProxyError:
+    """A request that another dialect has no words for."""
+    return fault(400, f"{what} cannot be translated for the provider that serves this model")
+
+
+# -- JSON Schemas, as providers take them --
+
+GOOGLE_WORDS = {  # of Google's Schema; another one is a 400 there
+    *("type", "format", "title", "description", "nullable", "enum", "items", "minItems"),
+    *("maxItems", "properties", "required", "minProperties", "maxProperties", "minLength"),
+    *("maxLength", "pattern", "anyOf", "minimum", "maximum", "propertyOrdering"),
+}
+GOOGLE_FORMATS = ("enum", "date-time", "float", "double", "int32", "int64")
+DEEPEST_SCHEMA = 40
+
+
+class GoogleSchema:
+    """A JSON Schema in the words of Google's list: refs resolved, cycles cut (providers.md 5.1)."""
+
+    def __init__(self, root: Json) -> None:
+        self.root = root
+
+    def read(self, schema: Any, seen: tuple[str, ...] = ()) -> Json:
+        if not isinstance(schema, dict) or len(seen) > DEEPEST_SCHEMA:
+            return {"type": "object"} if schema is not True else {}
+        schema, seen = self.resolved(schema, (*seen, ""))
+        if schema is None:
+            return {"type": "object"}
+        schema = self.with_merged(schema)
+        kept = {name: value for name, value in schema.items() if name in GOOGLE_WORDS}
+        self.put_type(kept, schema)
+        self.put_enum(kept, schema)
+        self.put_inner(kept, schema, seen)
+        if kept.get("format") not in GOOGLE_FORMATS:
+            kept.pop("format", None)
+        return kept
+
+    def resolved(self, schema: Json, seen: tuple[str, ...]) -> tuple[Json | None, tuple[str, ...]]:
+        """Without a $ref; None for one that leads back to itself."""
+        for _ in range(DEEPEST_SCHEMA):
+            ref = schema.get("$ref")
+            if not isinstance(ref, str):
+                return schema, seen
+            if ref in seen:
+                return None, seen
+            seen = (*seen, ref)
+            target: Any = self.root
+            for step in ref.removeprefix("#").strip("/").split("/"):
+                if step:
+                    target = as_dict(target).get(
+                        unquote(step).replace("~1", "/").replace("~0", "~")
+                    )
+            rest = {name: value for name, value in schema.items() if name != "$ref"}
+            schema = {**as_dict(target), **rest}
+        return None, seen
+
+    def with_merged(self, schema: Json) -> Json:
+        """With the schemas of allOf laid into it, and a oneOf called anyOf."""
+        merged = {name: value for name, value in schema.items() if name not in ("allOf", "oneOf")}
+        if "oneOf" in schema:
+            merged["anyOf"] = as_list(merged.get("anyOf")) + as_list(schema["oneOf"])
+        for part in as_dicts(schema.get("allOf")):
+            whole = self.resolved(part, ())[0] or {}
+            for name, value in self.with_merged(whole).items():
+                if name == "properties":
+                    merged[name] = {**as_dict(merged.get(name)), **as_dict(value)}
+                elif name == "required":
+                    merged[name] = [*as_list(merged.get(name)), *as_list(value)]
+                else:
+                    merged.setdefault(name, value)
+        return merged
+
+    def put_type(self, kept: Json, schema: Json) -> None:
+        """One type; null is `nullable`; several are an anyOf."""
+        kinds = [kind for kind in as_list(schema.get("type")) if isinstance(kind, str)]
+        if isinstance(schema.get("type"), list):
+            kept.pop("type", None)
+            if "null" in kinds:
+                kept["nullable"] = True
+            others = [kind for kind in kinds if kind != "null"]
+            if len(others) == 1:
+                kept["type"] = others[0]
+            elif others and "anyOf" not in kept:
+                kept["anyOf"] = [{**schema, "type": kind} for kind in others]
+        if isinstance(kept.get("type"), str):
+            kept["type"] = kept["type"].lower()
+        if "type" not in kept and "properties" in kept:
+            kept["type"] = "object"
+        if "type" not in kept and ("items" in kept or "prefixItems" in schema):
+            kept["type"] = "array"
+
+    def put_enum(self, kept: Json, schema: Json) -> None:
+        """Google knows enums of texts, without an empty one."""
+        values = as_list(schema.get("enum"))
+        if "const" in schema:
+            values = [schema["const"]]
+        if None in values:
+            kept["nullable"] = True
+        texts = [v if isinstance(v, str) else json_text(v) for v in values if v not in (None, "")]
+        kept.pop("enum", None)
+        if texts:
+            kept["type"], kept["enum"] = "string", list(dict.fromkeys(texts))
+
+    def put_inner(self, kept: Json, schema: Json, seen: tuple[str, ...]) -> None:
+        if "properties" in kept:
+            properties = as_dict(kept["properties"])
+            kept["properties"] = {str(k): self.read(v, seen) for k, v in properties.items()}
+        required = [name for name in as_list(kept.pop("required", None)) if isinstance(name, str)]
+        known = [
+            name for name in dict.fromkeys(required) if name in as_dict(kept.get("properties"))
+        ]
+        if known:
+            kept["required"] = known
+        if kept.get("type") == "array":
+            items = kept.get("items", schema.get("prefixItems"))
+            choices = items if isinstance(items, list) else [items]
+            read = [self.read(item, seen) for item in choices if item is not None]
+            kept["items"] = one_or_any(read) if read else {"type": "string"}
+        elif "items" in kept:
+            del kept["items"]
+        if "anyOf" in kept:
+            self.put_any(kept, seen)
+
+    def put_any(self, kept: Json, seen: tuple[str, ...]) -> None:
+        branches = as_dicts(kept.pop("anyOf"))
+        if any(branch.get("type") == "null" for branch in branches):
+            kept["nullable"] = True
+        read = [self.read(branch, seen) for branch in branches if branch.get("type") != "null"]
+        if len(read) == 1:
+            kept |= {name: value for name, value in read[0].items() if name not in kept}
+        elif read:
+            kept["anyOf"] = read
+
+
+def one_or_any(schemas: list[Json]) -> Json:
+    different = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    return different[0] if len(different) == 1 else {"anyOf": different}
+
+
+def google_schema(schema: Json) -> Json:
+    return GoogleSchema(schema).read(schema)
+
+
+UNIONS = ("anyOf", "oneOf", "allOf")
+
+
+def object_schema(schema: Json) -> Json:
+    """A tool's schema whose root is an object without a union: Claude and OpenAI take no other."""
+    if not any(name in schema for name in UNIONS):
+        if schema.get("type") == "object" and "properties" in schema:
+            return schema
+        return {**schema, "type": "object", "properties": as_dict(schema.get("properties"))}
+    merged = {name: value for name, value in schema.items() if name not in UNIONS}
+    properties = {**as_dict(schema.get("properties"))}
+    required = list(as_list(schema.get("required")))
+    resolve = GoogleSchema(schema).resolved
+    for union in UNIONS:
+        branches = [resolve(branch, ())[0] or {} for branch in as_dicts(schema.get(union))]
+        wanted = [set(map(str, as_list(branch.get("required")))) for branch in branches]
+        for branch in branches:
+            for name, inner in as_dict(branch.get("properties")).items():
+                properties.setdefault(name, inner)
+        if wanted:
+            needed = set.union(*wanted) if union == "allOf" else set.intersection(*wanted)
+            required += sorted(needed - set(required))
+    merged |= {"type": "object", "properties": properties}
+    if required:
+        merged["required"] = required
+    return merged
+
+
+NOT_IN_ANSWERS = {  # words of a schema that Claude's JSON answers do not know
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength"),
+    *("maxLength", "maxItems", "uniqueItems", "minProperties", "maxProperties"),
+    *("patternProperties", "propertyNames", "$schema", "$id", "default", "examples"),
+}
+NAME_TABLES = ("properties", "$defs", "definitions")  # whose keys are names, not words
+
+
+def closed_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
+    """The schema of an answer as Claude takes it: every object closed, no limits of figures."""
+    if isinstance(schema, list):
+        return [closed_schema(item, depth - 1) for item in schema]
+    if not isinstance(schema, dict) or depth < 0:
+        return schema
+    closed: Json = {}
+    for name, value in schema.items():
+        if name in NAME_TABLES:
+            closed[name] = {k: closed_schema(v, depth - 1) for k, v in as_dict(value).items()}
+        elif name in ("enum", "const", "required"):
+            closed[name] = value
+        elif name not in NOT_IN_ANSWERS:
+            closed[name] = closed_schema(value, depth - 1)
+    if closed.get("type") == "object" or "properties" in closed:
+        closed["additionalProperties"] = False
+    return closed
+
+
+# -- An answer in the making --
+
+
+class Reply:
+    """The blocks of an answer, one after the other, whatever order their pieces come in.
+
+    A reader calls the verbs below (`say`, `think`, `seal`, `call`, ...).  One block is open at a
+    time; what comes of another one meanwhile waits behind it.  A writer is a Reply that also puts
+    the client's bytes into `out` when a block opens, grows and closes.
+    """
+
+    size = 0
+
+    def __init__(self, stops: list[str], model: str, maker: str, names: Names) -> None:
+        self.model, self.maker, self.names = model, maker, names
+        self.id, self.is_named = secrets.token_hex(12), False
+        self.created = int(time.time())
+        self.repeated: Json = {}  # of the request, in a Responses answer
+        self.tells_usage = False  # to a Chat client that asked for it, in a stream
+        self.blocks: list[Block] = []
+        self.opened_blocks = 0
+        self.current: Block | None = None  # the one that is open
+        self.latest: Block | None = None  # the one that was begun last
+        self.calls: dict[Any, ToolCall] = {}  # by what the provider tells them apart with
+        self.usage = Usage()
+        self.stop = ""  # why it ended, in the words of STOPS; "": nobody said
+        self.stop_text = ""  # the stop sequence that ended it
+        self.stops = stops
+        self.held = ""  # text that may be the beginning of a stop sequence
+        self.cut = False  # it was ended by a stop sequence that only we know
+        self.out: list[bytes] = []
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it says anything: then it is no failure any more."""
+        return bool(self.blocks or self.stop)
+
+    # -- What a reader calls --
+
+    def name(self, id: Any) -> None:
+        """The provider's own id of the answer; the first one counts."""
+        if id and isinstance(id, str) and not self.is_named:
+            self.id, self.is_named = id, True
+
+    def say(self, words: str) -> None:
+        if self.stops:
+            words = self.until_stop(words)
+        if words:
+            block = self.latest
+            if type(block) is not Text or block.done:
+                block = self.begin(Text())
+            self.add(block, words)
+
+    def think(self, words: str) -> None:
+        if words and not self.cut:
+            block = self.latest
+            if type(block) is not Thought or block.done:
+                block = self.begin(Thought())
+            self.add(block, words)
+
+    def seal(self, data: Any, redacted: bool = False) -> None:
+        """Of the thought that is open, else of one without words."""
+        if not data or not isinstance(data, str) or self.cut:
+            return
+        block, seal = self.latest, Seal(self.maker, data, redacted)
+        if type(block) is not Thought or block.done or redacted:
+            block = self.begin(Thought(seal=seal))
+        block.seal = seal
+        self.end(block)
+
+    def call(self, key: Any, id: str, name: str, free: bool = False) -> None:
+        """`key`: what the provider tells its calls apart with."""
+        tool = self.names.meant(name)
+        id = id or "call_" + digest(self.id, str(len(self.blocks)), name)
+        call = ToolCall(id, tool.name, namespace=tool.namespace, free=tool.free or free)
+        call.wrapped = tool.free and not free
+        self.calls[key] = call
+        if not self.cut:
+            self.begin(call)
+
+    def arguments(self, key: Any, words: str) -> None:
+        call = self.calls.get(key)
+        if call is not None and words and not call.done:
+            self.add(call, words)
+
+    def call_done(self, key: Any, whole: str = "") -> None:
+        """`whole`: the arguments, for where no piece of them came."""
+        call = self.calls.get(key)
+        if call is not None and not call.done:
+            if whole and not call.pieces:
+                self.add(call, whole)
+            self.end(call)
+
+    def cite(self, source: Source) -> None:
+        block = self.latest
+        if type(block) is not Text:
+            block = next((b for b in reversed(self.blocks) if isinstance(b, Text)), None)
+        if block is not None and source.url and source not in block.sources:
+            block.sources.append(source)
+            if block is self.current:
+                self.cited(block, source)
+
+    def show(self, media: Media) -> None:
+        if not self.cut:
+            self.begin(media)
+
+    def stopped(self, reason: str, text: str = "") -> None:
+        """Why it ends; nothing of what a provider says counts behind a stop sequence of ours."""
+        if reason and not self.cut:
+            self.stop, self.stop_text = reason, text
+
+    def finish(self) -> None:
+        """The answer is whole: what is open closes, and the end is written."""
+        if self.held:
+            words, self.held, self.stops = self.held, "", []
+            self.say(words)
+        for call in self.calls.values():
+            self.end(call)
+        if self.latest is not None:
+            self.end(self.latest)
+        has_calls = any(isinstance(block, ToolCall) for block in self.blocks)
+        if self.stop in ("", "end") and has_calls:
+            self.stop = "call"
+        self.stop = self.stop or "end"
+        self.ended()
+
+    # -- Order --
+
+    def begin(self, block: Any) -> Any:
+        latest = self.latest
+        if latest is not None and not isinstance(latest, ToolCall):
+            self.end(latest)
+        self.latest = block
+        self.blocks.append(block)
+        if self.current is None:
+            self.open_next()
+        return block
+
+    def add(self, block: Text | Thought | ToolCall, words: str) -> None:
+        self.size += len(words)
+        if self.size > BODY_LIMIT:
+            raise fault(413, "the provider sent no whole answer within 64 MiB")
+        block.pieces.append(words)
+        if block is self.current:
+            self.grew(block, words)
+
+    def end(self, block: Block) -> None:
+        if isinstance(block, Media) or block.done:
+            return
+        block.done = True
+        if isinstance(block, Thought) and block.seal is None and self.maker.startswith("chat/"):
+            block.seal = Seal(self.maker, "")  # such providers take their thoughts back as they are
+        if block is self.current:
+            self.close()
+
+    def open_next(self) -> None:
+        """The first block that waits; those that are whole already close at once."""
+        block: Block = self.blocks[self.opened_blocks]
+        self.current = block
+        self.opened_blocks += 1
+        self.opened(block)
+        if isinstance(block, Media):
+            self.close()
+            return
+        if block.pieces:
+            self.grew(block, "".join(block.pieces))
+        if block.done:
+            self.close()
+
+    def close(self) -> None:
+        block, self.current = self.current, None
+        if block is not None and not isinstance(block, Media):
+            block.text = "".join(block.pieces)
+            if isinstance(block, ToolCall) and block.wrapped:
+                with suppress(ValueError):
+                    block.text = text_of(parse_object(block.text.encode()).get("input"))
+            block.pieces = []
+        if block is not None:
+            self.closed(block)
+        if self.opened_blocks < len(self.blocks):
+            self.open_next()
+
+    def until_stop(self, words: str) -> str:
+        """What may be said: nothing from a stop sequence on, which this provider does not know."""
+        if self.cut:
+            return ""
+        text = self.held + words
+        places = [(text.find(stop), stop) for stop in self.stops if stop in text]
+        if places:
+            place, self.stop_text = min(places)
+            self.stop, self.cut, self.held = "sequence", True, ""
+            return text[:place]
+        keep = 0
+        for stop in self.stops:
+            for size in range(min(len(stop) - 1, len(text)), keep, -1):
+                if text.endswith(stop[:size]):
+                    keep = size
+                    break
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    # -- What a writer does --
+
+    def opened(self, block: Block) -> None: ...
+
+    def grew(self, block: Block, words: str) -> None: ...
+
+    def cited(self, block: Text, source: Source) -> None: ...
+
+    def closed(self, block: Block) -> None: ...
+
+    def ended(self) -> None: ...
+
+
+class Reader:
+    """Reads the events of one dialect into a Reply."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.reply = reply
+        self.over = False  # its last event has come
+
+    def read(self, event: Json) -> None:
+        raise NotImplementedError
+
+    def read_whole(self, answer: Json) -> None:
+        """An answer in one piece."""
+        raise NotImplementedError
+
+
 # == Server-sent events ============================================================================
 #
 # The HTML standard's event streams: lines end in LF, CRLF or CR, an event in an empty line, and
@@ -2081,6 +2916,2004 @@ def with_data(event: bytes, data: bytes) -> bytes:
     return b"\n".join(kept) + b"\n\n"
 
 
+def data_event(value: Json) -> bytes:
+    return b"data: %b\n\n" % write_json(value)
+
+
+# == Anthropic Messages ============================================================================
+#
+# Five functions, the same as in the other three dialects: a request read and written, the events
+# of an answer read and written, and an answer in one piece.
+#
+# Claude wants thoughts back with their signatures, results in front of a user's turn, at most four
+# cache marks, and max_tokens always (providers.md 1.3).
+
+ANTHROPIC_MAKER = "anthropic/claude"
+ANTHROPIC_STOPS = {
+    "end_turn": "end",
+    "tool_use": "call",
+    "max_tokens": "length",
+    "stop_sequence": "sequence",
+    "refusal": "refusal",
+    "pause_turn": "pause",
+    "model_context_window_exceeded": "context",
+}
+BILLING_LINE = "x-anthropic-billing-header"  # Claude Code's own, for Anthropic alone (clients.md)
+MOST_MARKS = 4  # of the prompt cache, in one request
+EPHEMERAL = {"type": "ephemeral"}
+
+
+def flip(table: dict[str, str]) -> dict[str, str]:
+    """The way back: of several words for one thing the first."""
+    return {value: key for key, value in reversed(table.items())}
+
+
+def read_anthropic_request(body: Json) -> Ask:
+    ask = Ask(limit=int(number(body.get("max_tokens"))))
+    ask.turns.append(Turn("system", without_billing(anthropic_parts(body.get("system")))))
+    for message in as_dicts(body.get("messages")):
+        role = text_of(message.get("role"))
+        parts = anthropic_parts(message.get("content"))
+        ask.turns.append(Turn(role if role in ("assistant", "system") else "user", parts))
+    read_anthropic_tools(ask, body)
+    ask.stops = [stop for stop in as_list(body.get("stop_sequences")) if isinstance(stop, str)]
+    ask.sampling = {k: body[k] for k in ("temperature", "top_p", "top_k") if k in body}
+    output = as_dict(body.get("output_config"))
+    wanted = as_dict(output.get("format")) or as_dict(body.get("output_format"))
+    if wanted.get("type") == "json_schema":
+        ask.schema, ask.schema_strict = as_dict(wanted.get("schema")), True
+    ask.effort = anthropic_effort(body)
+    if body.get("mcp_servers"):
+        raise cannot("mcp_servers")
+    return ask
+
+
+def without_billing(parts: list[Part]) -> list[Part]:
+    """Without Claude Code's billing line, which differs from turn to turn."""
+    kept: list[Part] = []
+    for part in parts:
+        if isinstance(part, Text) and part.text.startswith(BILLING_LINE):
+            part.text = part.text.partition("\n")[2]
+        kept.append(part)
+    return kept
+
+
+def anthropic_effort(body: Json) -> str:
+    thinking, level = (
+        as_dict(body.get("thinking")),
+        as_dict(body.get("output_config")).get("effort"),
+    )
+    match thinking.get("type"):
+        case "disabled":
+            return "none"
+        case "enabled":
+            return str(int(number(thinking.get("budget_tokens")))) or "auto"
+        case "adaptive" | "auto":
+            return text_of(level) or "auto"
+    return text_of(level)
+
+
+def anthropic_parts(content: Any) -> list[Part]:
+    if isinstance(content, str):
+        return [Text(content)]
+    parts: list[Part] = []
+    for block in as_dicts(content):
+        parts += anthropic_part(block)
+    return parts
+
+
+def anthropic_part(block: Json) -> list[Part]:
+    """A block; nothing for one that means something to Claude alone, such as a hosted tool's."""
+    cache = bool(block.get("cache_control"))
+    match block.get("type"):
+        case "text":
+            return [Text(text_of(block.get("text")), cache)]
+        case "image" | "document" as kind:
+            return anthropic_media(kind, block, cache)
+        case "thinking":
+            seal = read_seal(block.get("signature"), ANTHROPIC_MAKER)
+            return [Thought(text_of(block.get("thinking")), seal)]
+        case "redacted_thinking":
+            seal = read_seal(block.get("data"), ANTHROPIC_MAKER)
+            return [Thought("", seal and seal._replace(redacted=True))]
+        case "tool_use":
+            words = json_text(as_dict(block.get("input")))
+            return [ToolCall(text_of(block.get("id")), text_of(block.get("name")), words)]
+        case "tool_result":
+            inner = [
+                p for p in anthropic_parts(block.get("content")) if isinstance(p, Text | Media)
+            ]
+            failed = bool(block.get("is_error"))
+            id = text_of(block.get("tool_use_id"))
+            return [ToolResult(id, inner, failed=failed, cache=cache)]
+        case "search_result":
+            return anthropic_parts(block.get("content"))
+    return []
+
+
+def anthropic_media(kind: str, block: Json, cache: bool) -> list[Part]:
+    source, name = as_dict(block.get("source")), text_of(block.get("title"))
+    mime = text_of(source.get("media_type"))
+    match source.get("type"):
+        case "base64":
+            return [Media(kind, mime, text_of(source.get("data")), name=name, cache=cache)]
+        case "url":
+            return [Media(kind, mime, url=text_of(source.get("url")), name=name, cache=cache)]
+        case "text":
+            return [Text(text_of(source.get("data")), cache)]
+        case "content":
+            return anthropic_parts(source.get("content"))
+    raise cannot(f"A {kind} that was uploaded elsewhere")
+
+
+def read_anthropic_tools(ask: Ask, body: Json) -> None:
+    for tool in as_dicts(body.get("tools")):
+        kind = text_of(tool.get("type")) or "custom"
+        if kind.startswith("web_search"):
+            names = ("allowed_domains", "blocked_domains", "user_location")
+            ask.hosted["web_search"] = {name: tool[name] for name in names if tool.get(name)}
+        elif kind.startswith("code_execution"):
+            ask.hosted["code_execution"] = {}
+        elif kind != "custom":
+            log.debug("the tool %s is left out: only Claude has it", kind[:100])
+        else:
+            read = Tool(text_of(tool.get("name")), text_of(tool.get("description")))
+            read.schema = as_dict(tool.get("input_schema"))
+            read.strict, read.cache = bool(tool.get("strict")), bool(tool.get("cache_control"))
+            ask.tools.append(read)
+    choice = as_dict(body.get("tool_choice"))
+    ask.choice = text_of(choice.get("type"))
+    if ask.choice == "tool":
+        ask.allowed = [text_of(choice.get("name"))]
+    if "disable_parallel_tool_use" in choice:
+        ask.parallel = not choice["disable_parallel_tool_use"]
+
+
+def write_anthropic_request(ask: Ask, target: Target) -> Json:
+    system, turns = split_off_system(ask, in_place=False)
+    if turns and turns[0].role != "user":
+        turns.insert(0, Turn("user", [Text(".")]))  # the first turn is the user's there
+    body: Json = {"model": target.model, "stream": True}
+    body["max_tokens"] = ask.limit or target.max_tokens
+    messages = [anthropic_message(turn, target) for turn in turns]
+    body["messages"] = [message for message in messages if message["content"]]
+    blocks: list[Json] = [anthropic_text(part) for part in system]
+    if ask.schema == {}:
+        blocks.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
+    if blocks:
+        body["system"] = blocks
+    write_anthropic_tools(body, ask, target)
+    if ask.stops:
+        body["stop_sequences"] = ask.stops
+    body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p", "top_k")}
+    if ask.schema:
+        wanted = {"type": "json_schema", "schema": closed_schema(ask.schema)}
+        body["output_config"] = {"format": wanted}
+    if not sets_cache(ask):
+        put_cache_marks(body)
+    return body
+
+
+def anthropic_message(turn: Turn, target: Target) -> Json:
+    content = [block for part in turn.parts if (block := anthropic_block(part, target))]
+    return {"role": turn.role, "content": content}
+
+
+def anthropic_text(part: Text) -> Json:
+    block: Json = {"type": "text", "text": part.text}
+    if part.cache:
+        block["cache_control"] = EPHEMERAL
+    return block
+
+
+def anthropic_block(part: Part, target: Target) -> Json | None:
+    """A part of a history; None for thoughts that are not Claude's own."""
+    match part:
+        case Text():
+            return anthropic_text(part)
+        case Media():
+            return anthropic_source(part)
+        case Thought(seal=Seal(maker, data, redacted)) if maker == target.maker:
+            if redacted:
+                return {"type": "redacted_thinking", "data": data}
+            return {"type": "thinking", "thinking": part.text, "signature": data}
+        case ToolCall():
+            name = target.names.of(part.name, part.namespace)
+            id = fitted(part.id, WORD_NAME)
+            return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(part)}
+        case ToolResult():
+            inner = [block for p in part.parts if (block := anthropic_block(p, target))]
+            id = fitted(part.id, WORD_NAME)
+            result: Json = {"type": "tool_result", "tool_use_id": id, "content": inner}
+            if part.failed:
+                result["is_error"] = True
+            return marked_for_cache(result, part.cache)
+    return None
+
+
+def marked_for_cache(block: Json, cache: bool) -> Json:
+    return {**block, "cache_control": EPHEMERAL} if cache else block
+
+
+def anthropic_source(media: Media) -> Json:
+    if media.kind == "audio":
+        raise cannot("Sound")
+    if media.url:
+        source = {"type": "url", "url": media.url}
+    else:
+        mime = media.mime or ("image/png" if media.kind == "image" else "application/pdf")
+        source = {"type": "base64", "media_type": mime, "data": media.data}
+    block: Json = {"type": media.kind, "source": source}
+    if media.name and media.kind == "document":
+        block["title"] = media.name
+    return marked_for_cache(block, media.cache)
+
+
+def write_anthropic_tools(body: Json, ask: Ask, target: Target) -> None:
+    tools: list[Json] = []
+    for tool in map(described, usable_tools(ask)):
+        written: Json = {
+            "name": target.names.of(tool.name, tool.namespace),
+            "description": tool.description,
+            "input_schema": object_schema(tool.schema),
+        }
+        if tool.strict:
+            written["strict"] = True
+        tools.append(marked_for_cache(written, tool.cache))
+    if "web_search" in ask.hosted:
+        search = {"type": "web_search_20250305", "name": "web_search"}
+        tools.append({**search, **ask.hosted["web_search"]})
+    if "code_execution" in ask.hosted:
+        tools.append({"type": "code_execution_20250522", "name": "code_execution"})
+    if not tools:
+        return
+    body["tools"] = tools
+    choice: Json = {"type": ask.choice or "auto"}
+    if choice["type"] == "tool":
+        choice["name"] = tools[0]["name"]
+    if ask.parallel is False and choice["type"] != "none":
+        choice["disable_parallel_tool_use"] = True
+    if ask.choice or len(choice) > 1:
+        body["tool_choice"] = choice
+
+
+def sets_cache(ask: Ask) -> bool:
+    parts = [part for turn in ask.turns for part in turn.parts]
+    return any(getattr(part, "cache", False) for part in [*parts, *ask.tools])
+
+
+def put_cache_marks(body: Json) -> None:
+    """Where the client could set none: without them each turn is paid in full.
+
+    On the last tool, the last text of the system, and the last two turns of the user.
+    """
+    ends = [as_list(body.get("tools")), as_list(body.get("system"))]
+    users = [m["content"] for m in body["messages"] if m["role"] == "user"]
+    for blocks in (ends + users[-2:])[:MOST_MARKS]:
+        if blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
+            blocks[-1] = {**blocks[-1], "cache_control": EPHEMERAL}
+
+
+class AnthropicReader(Reader):
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self.whole_inputs: dict[Any, str] = {}  # of calls whose arguments stand in their start
+
+    def read(self, event: Json) -> None:
+        match event.get("type"):
+            case "content_block_delta":
+                self.delta(event.get("index"), as_dict(event.get("delta")))
+            case "content_block_start":
+                self.start(event.get("index"), as_dict(event.get("content_block")))
+            case "content_block_stop":
+                self.reply.call_done(
+                    event.get("index"), self.whole_inputs.pop(event.get("index"), "")
+                )
+            case "message_start":
+                told = as_dict(event.get("message"))
+                self.reply.name(told.get("id"))
+                self.count(told)
+            case "message_delta":
+                self.count(event)
+                self.stop(as_dict(event.get("delta")))
+            case "message_stop":
+                self.over = True
+
+    def delta(self, index: Any, delta: Json) -> None:
+        match delta.get("type"):
+            case "text_delta":
+                self.reply.say(text_of(delta.get("text")))
+            case "thinking_delta":
+                self.reply.think(text_of(delta.get("thinking")))
+            case "input_json_delta":
+                self.reply.arguments(index, text_of(delta.get("partial_json")))
+            case "signature_delta":
+                self.reply.seal(delta.get("signature"))
+            case "citations_delta":
+                self.cite(as_dict(delta.get("citation")))
+
+    def start(self, index: Any, block: Json) -> None:
+        match block.get("type"):
+            case "text":
+                self.reply.say(text_of(block.get("text")))
+                for citation in as_dicts(block.get("citations")):
+                    self.cite(citation)
+            case "thinking":
+                self.reply.think(text_of(block.get("thinking")))
+                self.reply.seal(block.get("signature"))
+            case "redacted_thinking":
+                self.reply.seal(block.get("data"), redacted=True)
+            case "tool_use":
+                self.reply.call(index, text_of(block.get("id")), text_of(block.get("name")))
+                self.whole_inputs[index] = json_text(as_dict(block.get("input")))
+
+    def cite(self, told: Json) -> None:
+        title = text_of(told.get("title")) or text_of(told.get("document_title"))
+        self.reply.cite(Source(text_of(told.get("url")), title, text_of(told.get("cited_text"))))
+
+    def count(self, told: Json) -> None:
+        usage = as_dict(told.get("usage"))
+        cached, made = (
+            usage.get("cache_read_input_tokens"),
+            usage.get("cache_creation_input_tokens"),
+        )
+        self.reply.usage.update(
+            read=number(usage.get("input_tokens")) + number(cached) + number(made),
+            cached=cached,
+            cache_written=made,
+            written=usage.get("output_tokens"),
+        )
+
+    def stop(self, told: Json) -> None:
+        reason = text_of(told.get("stop_reason"))
+        if reason:
+            self.reply.stopped(
+                ANTHROPIC_STOPS.get(reason, "end"), text_of(told.get("stop_sequence"))
+            )
+
+    def read_whole(self, answer: Json) -> None:
+        self.reply.name(answer.get("id"))
+        for index, block in enumerate(as_dicts(answer.get("content"))):
+            self.start(index, block)
+            self.reply.call_done(index, self.whole_inputs.pop(index, ""))
+        self.count(answer)
+        self.stop(answer)
+        self.over = True
+
+
+def anthropic_id(reply: Reply) -> str:
+    return reply.id if reply.id.startswith("msg_") else "msg_" + fitted(reply.id, WORD_NAME)
+
+
+def anthropic_usage_of(usage: Usage) -> Json:
+    return {
+        "input_tokens": max(0, usage.read - usage.cached - usage.cache_written),
+        "cache_creation_input_tokens": usage.cache_written,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.written,
+    }
+
+
+def anthropic_answer_block(block: Block) -> Json:
+    match block:
+        case Text():
+            written: Json = {"type": "text", "text": block.text}
+            if block.sources:
+                written["citations"] = [anthropic_citation(source) for source in block.sources]
+            return written
+        case Thought(seal=Seal(maker="anthropic/claude", redacted=True, data=data)):
+            return {"type": "redacted_thinking", "data": data}
+        case Thought():
+            signature = seal_text(block.seal, "anthropic") if block.seal else ""
+            return {"type": "thinking", "thinking": block.text, "signature": signature}
+        case ToolCall():
+            id = fitted(block.id, WORD_NAME)
+            return {"type": "tool_use", "id": id, "name": block.name, "input": arguments_of(block)}
+    return {}  # a picture: Claude makes none, and there is no place for one
+
+
+def anthropic_citation(source: Source) -> Json:
+    return {
+        "type": "web_search_result_location",
+        "url": source.url,
+        "title": source.title,
+        "cited_text": source.quote,
+        "encrypted_index": "",
+    }
+
+
+def anthropic_start(reply: Reply) -> Json:
+    return {
+        "id": anthropic_id(reply),
+        "type": "message",
+        "role": "assistant",
+        "model": reply.model,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": anthropic_usage_of(reply.usage),
+    }
+
+
+def anthropic_end(reply: Reply) -> Json:
+    reason = flip(ANTHROPIC_STOPS)[reply.stop]
+    return {"stop_reason": reason, "stop_sequence": reply.stop_text or None}
+
+
+def write_anthropic_answer(reply: Reply) -> Json:
+    content = [block for part in reply.blocks if (block := anthropic_answer_block(part))]
+    return {**anthropic_start(reply), "content": content, **anthropic_end(reply)}
+
+
+def named_event(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\n" % kind.encode() + data_event({"type": kind, **fields})
+
+
+class AnthropicWriter(Reply):
+    index = -1  # of the block that is open
+    begun = False
+    DELTA = (
+        b"event: content_block_delta\n"
+        b'data: {"type":"content_block_delta","index":%d,"delta":{"type":"%b","%b":%b}}\n\n'
+    )
+    WORDS: ClassVar[dict[type, tuple[bytes, bytes]]] = {
+        Text: (b"text_delta", b"text"),
+        Thought: (b"thinking_delta", b"thinking"),
+    }
+
+    def begin_message(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self.out.append(named_event("message_start", message=anthropic_start(self)))
+
+    def opened(self, block: Block) -> None:
+        self.begin_message()
+        if isinstance(block, Media):
+            return
+        self.index += 1
+        start = anthropic_answer_block(block)
+        if "signature" in start:
+            start["signature"] = ""  # it has a delta of its own
+        self.out.append(named_event("content_block_start", index=self.index, content_block=start))
+
+    def grew(self, block: Block, words: str) -> None:
+        kind, key = self.WORDS.get(type(block), (b"input_json_delta", b"partial_json"))
+        self.out.append(self.DELTA % (self.index, kind, key, write_json(words)))
+
+    def cited(self, block: Text, source: Source) -> None:
+        delta = {"type": "citations_delta", "citation": anthropic_citation(source)}
+        self.out.append(named_event("content_block_delta", index=self.index, delta=delta))
+
+    def closed(self, block: Block) -> None:
+        if isinstance(block, Media):
+            return
+        if isinstance(block, Thought) and block.seal:
+            whole = anthropic_answer_block(block)
+            if "signature" in whole:
+                delta = {"type": "signature_delta", "signature": whole["signature"]}
+                self.out.append(named_event("content_block_delta", index=self.index, delta=delta))
+        self.out.append(named_event("content_block_stop", index=self.index))
+
+    def ended(self) -> None:
+        self.begin_message()
+        usage = anthropic_usage_of(self.usage)
+        self.out.append(named_event("message_delta", delta=anthropic_end(self), usage=usage))
+        self.out.append(named_event("message_stop"))
+
+
+# == Chat Completions ==============================================================================
+#
+# OpenAI's older dialect, and that of all compatible providers.  A call comes in pieces that name
+# their index; usage comes behind the reason why the answer ended, then [DONE].
+#
+# It has no place for a seal but the one that OpenRouter made, reasoning_details.
+
+CHAT_STOPS = {
+    "stop": "end",
+    "tool_calls": "call",
+    "function_call": "call",
+    "length": "length",
+    "content_filter": "refusal",
+}
+CHAT_ENDS = {
+    "sequence": "stop",
+    "pause": "stop",
+    "context": "length",
+}  # without a word of their own
+CHAT_SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
+SOUND_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}
+
+
+def read_chat_request(body: Json) -> Ask:
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    ask = Ask(limit=int(number(limit)), cache_key=text_of(body.get("prompt_cache_key")))
+    for message in as_dicts(body.get("messages")):
+        ask.turns.append(chat_turn(message))
+    read_chat_tools(ask, body)
+    stop = body.get("stop")
+    ask.stops = [s for s in (stop if isinstance(stop, list) else [stop]) if s and text_of(s)]
+    ask.sampling = {k: body[k] for k in (*CHAT_SAMPLING, "top_k") if body.get(k) is not None}
+    ask.effort = chat_effort(body)
+    ask.verbosity = text_of(body.get("verbosity"))
+    if isinstance(body.get("parallel_tool_calls"), bool):
+        ask.parallel = body["parallel_tool_calls"]
+    wanted = as_dict(body.get("response_format"))
+    read_answer_schema(ask, text_of(wanted.get("type")), as_dict(wanted.get("json_schema")))
+    for name, plain in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
+        if body.get(name) not in (None, plain):
+            raise cannot(f"{name}: {str(body[name])[:50]}")
+    return ask
+
+
+def read_answer_schema(ask: Ask, kind: str, wanted: Json) -> None:
+    """A JSON answer, as both of OpenAI's dialects ask for it."""
+    if kind == "json_object":
+        ask.schema = {}
+    elif kind == "json_schema":
+        ask.schema = as_dict(wanted.get("schema"))
+        ask.schema_name = text_of(wanted.get("name")) or ask.schema_name
+        ask.schema_strict = bool(wanted.get("strict"))
+
+
+def chat_effort(body: Json) -> str:
+    told = as_dict(body.get("reasoning"))  # OpenRouter's form
+    if told.get("max_tokens"):
+        return str(int(number(told["max_tokens"])))
+    if told.get("enabled") is False:
+        return "none"
+    level = body.get("reasoning_effort") or told.get("effort")
+    return text_of(level) or ("auto" if told.get("enabled") else "")
+
+
+def chat_turn(message: Json) -> Turn:
+    role = message.get("role")
+    parts = chat_parts(message.get("content"))
+    if role in ("system", "developer"):
+        return Turn("system", parts)
+    if role in ("tool", "function"):
+        inner = [part for part in parts if isinstance(part, Text | Media)]
+        id, name = text_of(message.get("tool_call_id")), text_of(message.get("name"))
+        return Turn("user", [ToolResult(id or name, inner, name)])
+    if role != "assistant":
+        return Turn("user", parts)
+    thoughts = [part for part in chat_thoughts(message) if part.text or part.seal]
+    refused = [Text(text_of(message.get("refusal")))]
+    calls = [chat_call(call) for call in as_dicts(message.get("tool_calls"))]
+    if isinstance(message.get("function_call"), dict):
+        old = message["function_call"]
+        calls.append(chat_call({"id": old.get("name"), "function": old}))
+    return Turn("assistant", [*thoughts, *parts, *refused, *calls])
+
+
+def chat_thoughts(message: Json) -> list[Thought]:
+    """The thoughts of an earlier answer: in words, and the seals that came with them."""
+    words = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
+    details = as_dicts(message.get("reasoning_details"))
+    seals = [read_seal(detail.get("data"), "") for detail in details]
+    thoughts = [Thought("", seal) for seal in seals if seal and seal.maker]
+    if thoughts:
+        thoughts[0].text = words
+    return thoughts or [Thought(words)]
+
+
+def chat_call(call: Json) -> ToolCall:
+    custom, function = as_dict(call.get("custom")), as_dict(call.get("function"))
+    told = custom or function
+    words = told.get("input") if custom else told.get("arguments")
+    text = words if isinstance(words, str) else json_text(as_dict(words))
+    return ToolCall(text_of(call.get("id")), text_of(told.get("name")), text, free=bool(custom))
+
+
+def chat_parts(content: Any) -> list[Part]:
+    if isinstance(content, str):
+        return [Text(content)]
+    parts: list[Part] = []
+    for part in as_dicts(content):
+        cache = bool(part.get("cache_control"))
+        match part.get("type"):
+            case "text" | "input_text" | "output_text":
+                parts.append(Text(text_of(part.get("text")), cache))
+            case "refusal":
+                parts.append(Text(text_of(part.get("refusal"))))
+            case "image_url":
+                image = part.get("image_url")
+                url = image if isinstance(image, str) else as_dict(image).get("url")
+                parts.append(media_from_url("image", text_of(url)))
+            case "input_audio":
+                sound = as_dict(part.get("input_audio"))
+                mime = SOUND_TYPES.get(text_of(sound.get("format")), "audio/wav")
+                parts.append(Media("audio", mime, text_of(sound.get("data"))))
+            case "file":
+                parts.append(openai_file(as_dict(part.get("file"))))
+    return parts
+
+
+def openai_file(file: Json) -> Media:
+    """A document as both of OpenAI's dialects tell it."""
+    name, data = text_of(file.get("filename")), text_of(file.get("file_data"))
+    if file.get("file_url"):
+        return media_from_url("document", text_of(file["file_url"]), name=name)
+    if not data:
+        raise cannot("A file that was uploaded elsewhere")
+    if data.startswith("data:"):
+        return media_from_url("document", data, name=name)
+    return Media("document", "application/pdf", data, name=name)
+
+
+def read_chat_tools(ask: Ask, body: Json) -> None:
+    for tool in as_dicts(body.get("tools")):
+        told = as_dict(tool.get("function")) or as_dict(tool.get("custom"))
+        if not told:
+            log.debug("the tool %s is left out: it is hosted", text_of(tool.get("type"))[:100])
+            continue
+        read = Tool(text_of(told.get("name")), text_of(told.get("description")))
+        read.schema, read.strict = as_dict(told.get("parameters")), bool(told.get("strict"))
+        read.cache = bool(tool.get("cache_control") or told.get("cache_control"))
+        if "custom" in tool:
+            grammar = as_dict(as_dict(told.get("format")).get("grammar"))
+            read.free, read.grammar = True, text_of(grammar.get("definition"))
+        ask.tools.append(read)
+    for function in as_dicts(body.get("functions")):
+        read = Tool(text_of(function.get("name")), text_of(function.get("description")))
+        read.schema = as_dict(function.get("parameters"))
+        ask.tools.append(read)
+    if isinstance(body.get("web_search_options"), dict):
+        ask.hosted["web_search"] = {}
+    read_openai_choice(ask, body.get("tool_choice") or body.get("function_call"))
+
+
+OPENAI_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+
+
+def read_openai_choice(ask: Ask, choice: Any) -> None:
+    """Of both of OpenAI's dialects: a word, one tool, or the tools that are allowed."""
+    if isinstance(choice, str):
+        ask.choice = OPENAI_CHOICES.get(choice, "")
+        return
+    told = as_dict(choice)
+    some = as_dict(told.get("allowed_tools")) or (told if "tools" in told else {})
+    if some:
+        ask.choice = OPENAI_CHOICES.get(text_of(some.get("mode")), "auto")
+        ask.allowed = [openai_tool_name(tool) for tool in as_dicts(some.get("tools"))]
+    elif name := openai_tool_name(told):
+        ask.choice, ask.allowed = "tool", [name]
+
+
+def openai_tool_name(told: Json) -> str:
+    inner = as_dict(told.get("function")) or as_dict(told.get("custom")) or told
+    return text_of(inner.get("name"))
+
+
+def write_chat_request(ask: Ask, target: Target) -> Json:
+    system, turns = split_off_system(ask, in_place=False)
+    messages: list[Json] = []
+    if system:
+        messages.append({"role": "system", "content": "\n\n".join(part.text for part in system)})
+    for turn in turns:
+        if turn.role == "assistant":
+            messages += chat_answer_turn(turn, target)
+        else:
+            messages += chat_user_turn(turn)
+    body: Json = {"model": target.model, "messages": messages, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    if ask.limit:
+        body["max_tokens"] = ask.limit
+    if ask.stops:
+        body["stop"] = ask.stops[:4]
+    body |= {k: v for k, v in ask.sampling.items() if k in CHAT_SAMPLING}
+    write_chat_tools(body, ask, target)
+    if ask.schema == {}:
+        body["response_format"] = {"type": "json_object"}
+    elif ask.schema is not None:
+        wanted = {"name": ask.schema_name, "schema": ask.schema, "strict": ask.schema_strict}
+        body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+    return body
+
+
+def chat_answer_turn(turn: Turn, target: Target) -> list[Json]:
+    message: Json = {"role": "assistant", "content": None}
+    words = [part.text for part in turn.parts if isinstance(part, Text)]
+    if words:
+        message["content"] = "\n\n".join(words)
+    thoughts = [part for part in turn.parts if isinstance(part, Thought)]
+    own = [part.text for part in thoughts if part.seal and part.seal.maker == target.maker]
+    if own:
+        message["reasoning_content"] = "\n\n".join(own)
+    calls = [part for part in turn.parts if isinstance(part, ToolCall)]
+    if calls:
+        message["tool_calls"] = [chat_call_of(call, target) for call in calls]
+    return [message] if words or calls else []
+
+
+def chat_call_of(call: ToolCall, target: Target) -> Json:
+    name = target.names.of(call.name, call.namespace)
+    function = {"name": name, "arguments": json_text(arguments_of(call))}
+    return {"id": fitted(call.id, CHAT_ID), "type": "function", "function": function}
+
+
+CHAT_ID = WORD_NAME._replace(longest=40)  # OpenAI's own limit of tool_calls[].id
+
+
+def chat_user_turn(turn: Turn) -> list[Json]:
+    """Results first, a message each; their pictures stand behind them with what the user says."""
+    messages: list[Json] = []
+    parts: list[Text | Media] = []
+    for part in turn.parts:
+        if isinstance(part, ToolResult):
+            words = "\n".join(inner.text for inner in part.parts if isinstance(inner, Text))
+            id = fitted(part.id, CHAT_ID)
+            messages.append({"role": "tool", "tool_call_id": id, "content": words})
+            parts += [inner for inner in part.parts if isinstance(inner, Media)]
+        elif isinstance(part, Text | Media):
+            parts.append(part)
+    if parts:
+        messages.append({"role": "user", "content": chat_content(parts)})
+    return messages
+
+
+def chat_content(parts: list[Text | Media]) -> Any:
+    """A text alone is a text: some compatible providers take nothing else."""
+    if all(isinstance(part, Text) for part in parts):
+        return "\n\n".join(part.text for part in parts if isinstance(part, Text))
+    return [chat_part(part) for part in parts]
+
+
+def chat_part(part: Text | Media) -> Json:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    if part.kind == "image":
+        return {"type": "image_url", "image_url": {"url": data_url(part)}}
+    if part.url:
+        raise cannot(f"The address of a file of kind {part.kind}")
+    if part.kind == "audio":
+        kinds = {mime: name for name, mime in SOUND_TYPES.items()}
+        sound = {"data": part.data, "format": kinds.get(part.mime, "wav")}
+        return {"type": "input_audio", "input_audio": sound}
+    file = {"filename": part.name or "document.pdf", "file_data": data_url(part)}
+    return {"type": "file", "file": file}
+
+
+def write_chat_tools(body: Json, ask: Ask, target: Target) -> None:
+    tools: list[Json] = []
+    for tool in map(described, usable_tools(ask)):
+        name = target.names.of(tool.name, tool.namespace)
+        function: Json = {"name": name, "description": tool.description}
+        function["parameters"] = object_schema(tool.schema)
+        if tool.strict:
+            function["strict"] = True
+        tools.append({"type": "function", "function": function})
+    for name in ask.hosted:
+        log.debug("the tool %s is left out: a compatible provider has none", name)
+    if not tools:
+        return
+    body["tools"] = tools
+    if ask.choice == "tool":
+        only = tools[0]["function"]["name"]
+        body["tool_choice"] = {"type": "function", "function": {"name": only}}
+    elif ask.choice:
+        body["tool_choice"] = flip(OPENAI_CHOICES)[ask.choice]
+    if ask.parallel is not None:
+        body["parallel_tool_calls"] = ask.parallel
+
+
+class ChatReader(Reader):
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self.keys: dict[Any, Any] = {}  # index of a piece -> the key of its call
+        self.early: dict[Any, str] = {}  # arguments that came before the name of their tool
+
+    def read(self, event: Json) -> None:
+        reply = self.reply
+        if not reply.is_named:
+            reply.name(event.get("id"))
+        for choice in as_list(event.get("choices"))[:1]:
+            self.delta(as_dict(as_dict(choice).get("delta")))
+            self.choice(as_dict(choice))
+        if event.get("usage"):
+            self.count(as_dict(event["usage"]))
+
+    def choice(self, choice: Json) -> None:
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            self.reply.stopped(CHAT_STOPS.get(reason, "end"))
+        if choice.get("usage"):
+            self.count(as_dict(choice["usage"]))
+
+    def delta(self, delta: Json) -> None:
+        reply = self.reply
+        words = delta.get("reasoning_content") or delta.get("reasoning")
+        if words:
+            reply.think(text_of(words))
+        words = delta.get("content") or delta.get("refusal")
+        if isinstance(words, str):
+            reply.say(words)
+        elif words:
+            for part in chat_parts(words):
+                if isinstance(part, Text):
+                    reply.say(part.text)
+        if delta.get("tool_calls"):
+            for piece in as_dicts(delta["tool_calls"]):
+                self.piece(piece)
+        elif isinstance(delta.get("function_call"), dict):
+            self.piece({"index": 0, "function": delta["function_call"]})
+        for image in as_dicts(delta.get("images")):
+            reply.show(media_from_url("image", text_of(as_dict(image.get("image_url")).get("url"))))
+        for note in as_dicts(delta.get("annotations")):
+            told = as_dict(note.get("url_citation"))
+            reply.cite(Source(text_of(told.get("url")), text_of(told.get("title"))))
+
+    def piece(self, piece: Json) -> None:
+        """Of a call.  A new id begins a new one, even where a provider counts them all as 0."""
+        told = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
+        id, name = text_of(piece.get("id")), text_of(told.get("name"))
+        index = piece.get("index", id or len(self.keys) - 1)
+        words = told.get("arguments") or told.get("input")
+        text = words if isinstance(words, str) else json_text(words) if words else ""
+        key = self.keys.get(index)
+        known = self.reply.calls.get(key)
+        if name and (known is None or (id and id != known.id)):
+            key = self.keys[index] = (index, id, len(self.reply.calls))
+            self.reply.call(key, id, name, "custom" in piece)
+            text = self.early.pop(index, "") + text
+        elif known is None:
+            self.early[index] = self.early.get(index, "") + text
+        self.reply.arguments(key, text)
+
+    def count(self, usage: Json) -> None:
+        prompt = as_dict(usage.get("prompt_tokens_details"))
+        answer = as_dict(usage.get("completion_tokens_details"))
+        self.reply.usage.update(
+            read=usage.get("prompt_tokens"),
+            cached=prompt.get("cached_tokens"),
+            written=usage.get("completion_tokens"),
+            thought=answer.get("reasoning_tokens"),
+        )
+
+    def read_whole(self, answer: Json) -> None:
+        """A message has the same form as a delta."""
+        self.reply.name(answer.get("id"))
+        for choice in as_dicts(answer.get("choices"))[:1]:
+            self.delta(as_dict(choice.get("message")))
+            self.choice(choice)
+        self.count(as_dict(answer.get("usage")))
+        self.over = True
+
+
+def chat_id(reply: Reply) -> str:
+    return (
+        reply.id if reply.id.startswith("chatcmpl-") else "chatcmpl-" + fitted(reply.id, WORD_NAME)
+    )
+
+
+def chat_usage_of(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.read,
+        "completion_tokens": usage.written,
+        "total_tokens": usage.read + usage.written,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.thought},
+    }
+
+
+def chat_reason(reply: Reply) -> str:
+    return CHAT_ENDS.get(reply.stop) or flip(CHAT_STOPS)[reply.stop]
+
+
+def chat_answer_call(call: ToolCall) -> Json:
+    if call.free:
+        custom = {"name": call.name, "input": call.text}
+        return {"id": call.id, "type": "custom", "custom": custom}
+    function = {"name": call.name, "arguments": call.text or "{}"}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def chat_seal(thought: Thought) -> list[Json]:
+    if not thought.seal:
+        return []
+    data = seal_text(thought.seal, "chat")
+    return [{"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": 0}]
+
+
+def chat_citation(source: Source) -> Json:
+    told = {"url": source.url, "title": source.title, "start_index": 0, "end_index": 0}
+    return {"type": "url_citation", "url_citation": told}
+
+
+def chat_image(media: Media) -> Json:
+    return {"type": "image_url", "image_url": {"url": data_url(media)}}
+
+
+def chat_message(reply: Reply) -> Json:
+    texts = [block for block in reply.blocks if isinstance(block, Text)]
+    thoughts = [block for block in reply.blocks if isinstance(block, Thought)]
+    message: Json = {"role": "assistant", "content": "".join(text.text for text in texts) or None}
+    lists = {
+        "reasoning_details": [detail for thought in thoughts for detail in chat_seal(thought)],
+        "tool_calls": [chat_answer_call(b) for b in reply.blocks if isinstance(b, ToolCall)],
+        "images": [chat_image(block) for block in reply.blocks if isinstance(block, Media)],
+        "annotations": [chat_citation(source) for text in texts for source in text.sources],
+    }
+    words = "\n\n".join(thought.text for thought in thoughts if thought.text)
+    if words:
+        message["reasoning_content"] = words
+    return message | {name: value for name, value in lists.items() if value}
+
+
+def write_chat_answer(reply: Reply) -> Json:
+    choice = {"index": 0, "message": chat_message(reply), "logprobs": None}
+    return {
+        "id": chat_id(reply),
+        "object": "chat.completion",
+        "created": reply.created,
+        "model": reply.model,
+        "choices": [{**choice, "finish_reason": chat_reason(reply)}],
+        "usage": chat_usage_of(reply.usage),
+    }
+
+
+class ChatWriter(Reply):
+    begun = False
+    head = b""  # of a chunk, up to its delta
+    call_index = -1
+    WORDS: ClassVar[dict[type, bytes]] = {Text: b"content", Thought: b"reasoning_content"}
+    TAIL = b',"finish_reason":null}]}\n\n'
+
+    def chunk(self, choices: list[Json], **more: Any) -> Json:
+        names = {"id": chat_id(self), "object": "chat.completion.chunk", "created": self.created}
+        return {**names, "model": self.model, "choices": choices, **more}
+
+    def put(self, delta: Json, reason: str | None = None) -> None:
+        if not self.begun:
+            self.begun = True
+            start = write_json(self.chunk([])).removesuffix(b"]}")
+            self.head = b"data: " + start + b'{"index":0,"delta":'
+            delta = {"role": "assistant", "content": "", **delta}
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        self.out.append(data_event(self.chunk([choice])))
+
+    def opened(self, block: Block) -> None:
+        if isinstance(block, ToolCall) and not block.free:
+            self.call_index += 1
+            function = {"name": block.name, "arguments": ""}
+            call = {"index": self.call_index, "id": block.id, "type": "function"}
+            self.put({"tool_calls": [{**call, "function": function}]})
+        elif not self.begun:
+            self.put({})
+
+    def grew(self, block: Block, words: str) -> None:
+        text = write_json(words)
+        if not isinstance(block, ToolCall):
+            delta = b'{"%b":%b}' % (self.WORDS[type(block)], text)
+        elif block.free:
+            return
+        else:
+            told = (self.call_index, text)
+            delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % told
+        self.out.append(self.head + delta + self.TAIL)
+
+    def cited(self, block: Text, source: Source) -> None:
+        self.put({"annotations": [chat_citation(source)]})
+
+    def closed(self, block: Block) -> None:
+        if isinstance(block, Media):
+            self.put({"images": [chat_image(block)]})
+        elif isinstance(block, Thought) and block.seal:
+            self.put({"reasoning_details": chat_seal(block)})
+        elif isinstance(block, ToolCall) and block.free:
+            self.call_index += 1
+            self.put({"tool_calls": [{"index": self.call_index, **chat_answer_call(block)}]})
+        elif isinstance(block, ToolCall) and not block.text:
+            self.grew(block, "{}")
+
+    def ended(self) -> None:
+        self.put({}, chat_reason(self))
+        if self.tells_usage:
+            self.out.append(data_event(self.chunk([], usage=chat_usage_of(self.usage))))
+        self.out.append(b"data: [DONE]\n\n")
+
+
+# == Responses =====================================================================================
+#
+# OpenAI's newer dialect: a history is a list of items, an answer another one.  Every event carries
+# a sequence number, and the last one the whole answer again.
+#
+# Codex sends namespaces of functions, free-text tools and, for most models, its tools as an item
+# (clients.md, "Responses Lite").
+
+RESPONSES_MAKER = "responses/gpt"
+SEARCH_TYPES = ("web_search", "web_search_preview", "web_search_preview_2025_03_11")
+UNKEPT = ("previous_response_id", "conversation", "prompt", "background")  # nothing is kept here
+RESPONSE_STOPS = {"max_output_tokens": "length", "content_filter": "refusal"}
+
+
+def read_responses_request(body: Json) -> Ask:
+    for name in UNKEPT:
+        if body.get(name):
+            raise cannot(f"{name} (no answer is kept here)")
+    ask = Ask(limit=int(number(body.get("max_output_tokens"))))
+    ask.cache_key = text_of(body.get("prompt_cache_key"))
+    ask.turns.append(Turn("system", [Text(text_of(body.get("instructions")))]))
+    given = body.get("input")
+    if isinstance(given, str):
+        ask.turns.append(Turn("user", [Text(given)]))
+    read_responses_tools(ask, as_dicts(body.get("tools")), "")
+    for item in as_dicts(given):
+        read_responses_item(ask, item)
+    read_openai_choice(ask, body.get("tool_choice"))
+    ask.sampling = {k: body[k] for k in ("temperature", "top_p") if body.get(k) is not None}
+    ask.effort = text_of(as_dict(body.get("reasoning")).get("effort"))
+    if isinstance(body.get("parallel_tool_calls"), bool):
+        ask.parallel = body["parallel_tool_calls"]
+    text = as_dict(body.get("text"))
+    ask.verbosity = text_of(text.get("verbosity"))
+    wanted = as_dict(text.get("format"))
+    read_answer_schema(ask, text_of(wanted.get("type")), wanted)
+    return ask
+
+
+def read_responses_item(ask: Ask, item: Json) -> None:
+    kind = text_of(item.get("type")) or "message"
+    match kind:
+        case "message":
+            role = item.get("role")
+            role = "system" if role in ("system", "developer") else text_of(role)
+            parts = responses_parts(item.get("content"))
+            ask.turns.append(Turn(role if role in ("system", "assistant") else "user", parts))
+        case "function_call" | "custom_tool_call":
+            ask.turns.append(Turn("assistant", [responses_call(item)]))
+        case "function_call_output" | "custom_tool_call_output":
+            output = responses_parts(item.get("output"))
+            inner = [part for part in output if isinstance(part, Text | Media)]
+            ask.turns.append(Turn("user", [ToolResult(text_of(item.get("call_id")), inner)]))
+        case "reasoning":
+            words = [text_of(part.get("text")) for part in as_dicts(item.get("summary"))]
+            seal = read_seal(item.get("encrypted_content"), RESPONSES_MAKER)
+            ask.turns.append(Turn("assistant", [Thought("\n\n".join(words), seal)]))
+        case "additional_tools":
+            read_responses_tools(ask, as_dicts(item.get("tools")), "")
+        case "compaction_trigger" | "compaction" | "compaction_summary" | "item_reference":
+            raise cannot(f"An input item of type {kind}")
+
+
+def responses_call(item: Json) -> ToolCall:
+    free = item.get("type") == "custom_tool_call"
+    words = item.get("input") if free else item.get("arguments")
+    text = words if isinstance(words, str) else json_text(as_dict(words))
+    call = ToolCall(text_of(item.get("call_id")), text_of(item.get("name")), text, free=free)
+    call.namespace = text_of(item.get("namespace"))
+    return call
+
+
+def responses_parts(content: Any) -> list[Part]:
+    if isinstance(content, str):
+        return [Text(content)]
+    parts: list[Part] = []
+    for part in as_dicts(content):
+        match part.get("type"):
+            case "input_image":
+                if not part.get("image_url"):
+                    raise cannot("A picture that was uploaded elsewhere")
+                parts.append(media_from_url("image", text_of(part["image_url"])))
+            case "input_file":
+                parts.append(openai_file(part))
+            case "input_audio":
+                parts += chat_parts([part])
+            case "refusal":
+                parts.append(Text(text_of(part.get("refusal"))))
+            case _:
+                parts.append(Text(text_of(part.get("text"))))
+    return parts
+
+
+def read_responses_tools(ask: Ask, tools: list[Json], namespace: str) -> None:
+    for tool in tools:
+        kind = text_of(tool.get("type")) or "function"
+        name, about = text_of(tool.get("name")), text_of(tool.get("description"))
+        if kind == "namespace":
+            read_responses_tools(ask, as_dicts(tool.get("tools")), name)
+        elif kind == "function":
+            schema, strict = as_dict(tool.get("parameters")), tool.get("strict") is True
+            ask.tools.append(Tool(name, about, schema, namespace, strict=strict))
+        elif kind == "custom":
+            grammar = text_of(as_dict(tool.get("format")).get("definition"))
+            ask.tools.append(Tool(name, about, {}, namespace, free=True, grammar=grammar))
+        elif kind in SEARCH_TYPES:
+            domains = as_dict(tool.get("filters")).get("allowed_domains")
+            told = {"allowed_domains": domains, "user_location": tool.get("user_location")}
+            ask.hosted["web_search"] = {key: value for key, value in told.items() if value}
+        elif kind == "code_interpreter":
+            ask.hosted["code_execution"] = {}
+        else:
+            log.debug("the tool %s is left out: only OpenAI has it", kind[:100])
+
+
+def write_responses_request(ask: Ask, target: Target) -> Json:
+    system, turns = split_off_system(ask, in_place=True)
+    items = [item for turn in turns for item in responses_items(turn, target)]
+    body: Json = {"model": target.model, "input": items, "stream": True, "store": False}
+    body["instructions"] = "\n\n".join(part.text for part in system)
+    body["include"] = ["reasoning.encrypted_content"]
+    if ask.limit:
+        body["max_output_tokens"] = ask.limit
+    if ask.cache_key:
+        body["prompt_cache_key"] = ask.cache_key
+    body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p")}
+    write_responses_tools(body, ask, target)
+    text: Json = {}
+    if ask.verbosity:
+        text["verbosity"] = ask.verbosity
+    if ask.schema == {}:
+        text["format"] = {"type": "json_object"}
+    elif ask.schema is not None:
+        wanted = {"name": ask.schema_name, "schema": ask.schema, "strict": ask.schema_strict}
+        text["format"] = {"type": "json_schema", **wanted}
+    if text:
+        body["text"] = text
+    return body
+
+
+def responses_items(turn: Turn, target: Target) -> list[Json]:
+    """The items of a turn; texts and pictures that stand together are one message."""
+    items: list[Json] = []
+    role = {"system": "developer"}.get(turn.role, turn.role)
+    for part in turn.parts:
+        if isinstance(part, Text | Media):
+            content = responses_content(part, role == "assistant")
+            if items and items[-1].get("type") == "message":
+                items[-1]["content"].append(content)
+            else:
+                items.append({"type": "message", "role": role, "content": [content]})
+        elif item := responses_history_item(part, target):
+            items.append(item)
+    return items
+
+
+def responses_history_item(part: Part, target: Target) -> Json | None:
+    match part:
+        case Thought(seal=Seal(maker, data)) if maker == target.maker and data:
+            summary = [{"type": "summary_text", "text": part.text}] if part.text else []
+            item = {"type": "reasoning", "id": "rs_" + digest(data), "summary": summary}
+            return {**item, "content": None, "encrypted_content": data}
+        case ToolCall():
+            item = {"call_id": fitted(part.id, WORD_NAME)}
+            item["name"] = target.names.of(part.name, part.namespace)
+            if part.free:
+                return {"type": "custom_tool_call", **item, "input": part.text}
+            return {"type": "function_call", **item, "arguments": json_text(arguments_of(part))}
+        case ToolResult():
+            free = target.names.meant(target.names.of(part.name)).free
+            kind = "custom_tool_call_output" if free else "function_call_output"
+            id = fitted(part.id, WORD_NAME)
+            return {"type": kind, "call_id": id, "output": responses_output(part.parts)}
+    return None
+
+
+def responses_output(parts: list[Text | Media]) -> Any:
+    """A text; a list where a picture is among them."""
+    if all(isinstance(part, Text) for part in parts):
+        return "\n".join(part.text for part in parts if isinstance(part, Text))
+    return [responses_content(part, False) for part in parts]
+
+
+def responses_content(part: Text | Media, answered: bool) -> Json:
+    if isinstance(part, Text):
+        if answered:
+            return {"type": "output_text", "text": part.text, "annotations": []}
+        return {"type": "input_text", "text": part.text}
+    if part.kind == "image":
+        return {"type": "input_image", "image_url": data_url(part), "detail": "auto"}
+    if part.kind == "audio":
+        raise cannot("Sound")
+    if part.url:
+        return {"type": "input_file", "file_url": part.url}
+    name = part.name or "document.pdf"
+    return {"type": "input_file", "filename": name, "file_data": data_url(part)}
+
+
+def write_responses_tools(body: Json, ask: Ask, target: Target) -> None:
+    tools: list[Json] = []
+    for tool in usable_tools(ask):
+        written: Json = {"type": "function", "name": target.names.of(tool.name, tool.namespace)}
+        written["description"] = tool.description
+        if tool.free:
+            written["type"] = "custom"
+            if tool.grammar:
+                grammar = {"type": "grammar", "syntax": "lark", "definition": tool.grammar}
+                written["format"] = grammar
+        else:
+            written["parameters"] = object_schema(tool.schema)
+            written["strict"] = tool.strict  # what is not named is strict there
+        tools.append(written)
+    hosted = [hosted_for_openai(name, ask.hosted[name]) for name in ask.hosted]
+    tools += [tool for tool in hosted if tool["type"] in target.hosted]
+    if not tools:
+        return
+    body["tools"] = tools
+    if ask.choice == "tool":
+        body["tool_choice"] = {"type": tools[0]["type"], "name": tools[0]["name"]}
+    elif ask.choice:
+        body["tool_choice"] = flip(OPENAI_CHOICES)[ask.choice]
+    if ask.parallel is not None:
+        body["parallel_tool_calls"] = ask.parallel
+
+
+def hosted_for_openai(name: str, options: Json) -> Json:
+    if name == "code_execution":
+        return {"type": "code_interpreter", "container": {"type": "auto"}}
+    tool: Json = {"type": "web_search"}
+    if options.get("allowed_domains"):
+        tool["filters"] = {"allowed_domains": options["allowed_domains"]}
+    if options.get("user_location"):
+        tool["user_location"] = options["user_location"]
+    return tool
+
+
+class ResponsesReader(Reader):
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self.worded: set[Any] = set()  # outputs whose words came in pieces
+        self.part = 0  # of the summary that is being told
+
+    def read(self, event: Json) -> None:
+        kind = text_of(event.get("type")).removeprefix("response.")
+        key = event.get("output_index", event.get("item_id"))
+        match kind:
+            case "output_text.delta" | "refusal.delta":
+                self.worded.add(key)
+                self.reply.say(text_of(event.get("delta")))
+            case "reasoning_summary_text.delta" | "reasoning_text.delta":
+                self.worded.add(key)
+                self.think(event)
+            case "function_call_arguments.delta" | "custom_tool_call_input.delta":
+                self.reply.arguments(key, text_of(event.get("delta")))
+            case "function_call_arguments.done" | "custom_tool_call_input.done":
+                whole = event.get("arguments") or event.get("input")
+                self.reply.call_done(key, text_of(whole))
+            case "output_item.added":
+                self.begin(key, as_dict(event.get("item")))
+            case "output_item.done":
+                self.item(key, as_dict(event.get("item")))
+            case "output_text.annotation.added":
+                self.cite(as_dict(event.get("annotation")))
+            case "created":
+                self.reply.name(as_dict(event.get("response")).get("id"))
+            case "completed" | "incomplete":
+                self.whole(as_dict(event.get("response")))
+
+    def think(self, event: Json) -> None:
+        """Several parts of a summary are one thought."""
+        part = event.get("summary_index", 0)
+        if part != self.part and type(self.reply.latest) is Thought and not self.reply.latest.done:
+            self.reply.think("\n\n")
+        self.part = part
+        self.reply.think(text_of(event.get("delta")))
+
+    def begin(self, key: Any, item: Json) -> None:
+        if item.get("type") in ("function_call", "custom_tool_call"):
+            free = item["type"] == "custom_tool_call"
+            self.reply.call(key, text_of(item.get("call_id")), text_of(item.get("name")), free)
+            call = self.reply.calls[key]
+            call.namespace = text_of(item.get("namespace")) or call.namespace
+
+    def item(self, key: Any, item: Json) -> None:
+        """A whole item: what was not told in pieces is told now."""
+        match item.get("type"):
+            case "function_call" | "custom_tool_call":
+                if key not in self.reply.calls:
+                    self.begin(key, item)
+                whole = item.get("arguments") or item.get("input")
+                self.reply.call_done(key, text_of(whole))
+            case "reasoning":
+                if key not in self.worded:
+                    told = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
+                    self.reply.think("\n\n".join(text_of(part.get("text")) for part in told))
+                self.part = 0
+                self.reply.seal(item.get("encrypted_content"))
+            case "message":
+                for part in as_dicts(item.get("content")):
+                    if key not in self.worded:
+                        self.reply.say(text_of(part.get("text")) or text_of(part.get("refusal")))
+                    for note in as_dicts(part.get("annotations")):
+                        self.cite(note)
+            case "image_generation_call":
+                self.reply.show(Media("image", "image/png", text_of(item.get("result"))))
+        self.worded.add(key)
+
+    def cite(self, note: Json) -> None:
+        self.reply.cite(Source(text_of(note.get("url")), text_of(note.get("title"))))
+
+    def whole(self, response: Json) -> None:
+        """The end: usage, the reason, and the items that no event told."""
+        reply = self.reply
+        reply.name(response.get("id"))
+        if not self.worded:
+            for index, item in enumerate(as_dicts(response.get("output"))):
+                self.item(index, item)
+        usage = as_dict(response.get("usage"))
+        reply.usage.update(
+            read=usage.get("input_tokens"),
+            cached=as_dict(usage.get("input_tokens_details")).get("cached_tokens"),
+            written=usage.get("output_tokens"),
+            thought=as_dict(usage.get("output_tokens_details")).get("reasoning_tokens"),
+        )
+        reason = text_of(as_dict(response.get("incomplete_details")).get("reason"))
+        if response.get("status") == "incomplete":
+            reply.stopped(RESPONSE_STOPS.get(reason, "length"))
+        else:
+            reply.stopped("end")
+        self.over = True
+
+    def read_whole(self, answer: Json) -> None:
+        self.whole(answer)
+
+
+def responses_id(reply: Reply) -> str:
+    return reply.id if reply.id.startswith("resp_") else "resp_" + fitted(reply.id, WORD_NAME)
+
+
+def responses_item_of(block: Block, id: str, done: bool = True) -> Json:
+    """An item of an answer: as it begins, or whole."""
+    item: Json = {"id": id, "status": "completed" if done else "in_progress"}
+    match block:
+        case Text():
+            content = [output_text(block)] if done else []
+            return {**item, "type": "message", "role": "assistant", "content": content}
+        case Thought():
+            summary = [{"type": "summary_text", "text": block.text}] if done and block.text else []
+            item = {"id": id, "type": "reasoning", "summary": summary}
+            if done and block.seal:
+                item["encrypted_content"] = seal_text(block.seal, "responses")
+            return item
+        case ToolCall():
+            item |= {"call_id": block.id, "name": block.name}
+            if block.namespace:
+                item["namespace"] = block.namespace
+            words = block.text if done else ""
+            if block.free:
+                return {"type": "custom_tool_call", **item, "input": words}
+            return {"type": "function_call", **item, "arguments": words or ("{}" if done else "")}
+    return {"type": "image_generation_call", **item, "result": block.data if done else None}
+
+
+def output_text(text: Text) -> Json:
+    notes = [response_note(source) for source in text.sources]
+    return {"type": "output_text", "text": text.text, "annotations": notes, "logprobs": []}
+
+
+def response_note(source: Source) -> Json:
+    told = {"url": source.url, "title": source.title, "start_index": 0, "end_index": 0}
+    return {"type": "url_citation", **told}
+
+
+ITEM_IDS: dict[type, str] = {Text: "msg", Thought: "rs", ToolCall: "fc", Media: "ig"}
+
+
+def response_item_id(reply: Reply, index: int) -> str:
+    block = reply.blocks[index]
+    kind = "ctc" if isinstance(block, ToolCall) and block.free else ITEM_IDS[type(block)]
+    return f"{kind}_{digest(reply.id, str(reply.created), str(index))}"
+
+
+# What a Responses answer repeats of its request, and what stands there when it said nothing.
+REPEATED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "service_tier": "default",
+    "store": False,
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": None,
+    "truncation": "disabled",
+}
+
+
+def responses_usage_of(usage: Usage) -> Json:
+    return {
+        "input_tokens": usage.read,
+        "input_tokens_details": {"cached_tokens": usage.cached},
+        "output_tokens": usage.written,
+        "output_tokens_details": {"reasoning_tokens": usage.thought},
+        "total_tokens": usage.read + usage.written,
+    }
+
+
+def response_start(reply: Reply, status: str) -> Json:
+    return {
+        "id": responses_id(reply),
+        "object": "response",
+        "created_at": reply.created,
+        "status": status,
+        "error": None,
+        "incomplete_details": None,
+        "model": reply.model,
+        "output": [],
+        "usage": None,
+        **REPEATED,
+        **reply.repeated,
+    }
+
+
+def write_responses_answer(reply: Reply) -> Json:
+    reasons = {"length": "max_output_tokens", "context": "max_output_tokens"}
+    reason = "content_filter" if reply.stop == "refusal" else reasons.get(reply.stop)
+    answer = response_start(reply, "incomplete" if reason else "completed")
+    if reason:
+        answer["incomplete_details"] = {"reason": reason}
+    answer["output"] = [
+        responses_item_of(block, response_item_id(reply, index))
+        for index, block in enumerate(reply.blocks)
+    ]
+    answer["usage"] = responses_usage_of(reply.usage)
+    return answer
+
+
+class ResponsesWriter(Reply):
+    number = 0  # of the next event
+    index = -1  # of the item that is open
+    item_id = ""
+    head = b""  # of the item's deltas
+    part_is_open = False  # the part of a message or a summary that words go into
+    DELTAS: ClassVar[dict[type, tuple[str, str]]] = {
+        Text: ("output_text.delta", "content_index"),
+        Thought: ("reasoning_summary_text.delta", "summary_index"),
+        ToolCall: ("function_call_arguments.delta", ""),
+    }
+
+    def put(self, kind: str, **fields: Any) -> None:
+        told = {"type": "response." + kind, "sequence_number": self.number, **fields}
+        self.number += 1
+        self.out.append(b"event: response.%b\n" % kind.encode() + data_event(told))
+
+    def place(self, **more: Any) -> Json:
+        return {"item_id": self.item_id, "output_index": self.index, **more}
+
+    def begin_response(self) -> None:
+        if self.number == 0:
+            self.put("created", response=response_start(self, "in_progress"))
+            self.put("in_progress", response=response_start(self, "in_progress"))
+
+    def opened(self, block: Block) -> None:
+        self.begin_response()
+        self.index += 1
+        self.item_id = response_item_id(self, self.index)
+        item = responses_item_of(block, self.item_id, done=False)
+        self.put("output_item.added", output_index=self.index, item=item)
+        kind, counter = self.DELTAS.get(type(block), ("", ""))
+        told = self.place(**({counter: 0} if counter else {}))
+        start = json_text({"type": "response." + kind, **told}).removesuffix("}")
+        self.head = f"event: response.{kind}\ndata: {start}".encode()
+        if isinstance(block, Text):
+            part = output_text(Text())
+            self.put("content_part.added", **self.place(content_index=0, part=part))
+
+    def grew(self, block: Block, words: str) -> None:
+        if isinstance(block, ToolCall) and block.free:
+            return
+        if isinstance(block, Thought) and not self.part_is_open:
+            self.part_is_open = True
+            part = {"type": "summary_text", "text": ""}
+            self.put("reasoning_summary_part.added", **self.place(summary_index=0, part=part))
+        told = (self.head, self.number, write_json(words))
+        self.number += 1
+        self.out.append(b'%b,"sequence_number":%d,"delta":%b}\n\n' % told)
+
+    def cited(self, block: Text, source: Source) -> None:
+        told = self.place(content_index=0, annotation_index=len(block.sources) - 1)
+        self.put("output_text.annotation.added", **told, annotation=response_note(source))
+
+    def closed(self, block: Block) -> None:
+        match block:
+            case Text():
+                told = self.place(content_index=0)
+                self.put("output_text.done", **told, text=block.text, logprobs=[])
+                self.put("content_part.done", **told, part=output_text(block))
+            case Thought() if self.part_is_open:
+                self.part_is_open = False
+                told = self.place(summary_index=0)
+                self.put("reasoning_summary_text.done", **told, text=block.text)
+                part = {"type": "summary_text", "text": block.text}
+                self.put("reasoning_summary_part.done", **told, part=part)
+            case ToolCall(free=True):
+                self.put("custom_tool_call_input.delta", **self.place(delta=block.text))
+                self.put("custom_tool_call_input.done", **self.place(input=block.text))
+            case ToolCall():
+                told = self.place(name=block.name, arguments=block.text or "{}")
+                self.put("function_call_arguments.done", **told)
+        item = responses_item_of(block, self.item_id)
+        self.put("output_item.done", output_index=self.index, item=item)
+
+    def ended(self) -> None:
+        self.begin_response()
+        answer = write_responses_answer(self)
+        self.put(answer["status"], response=answer)
+
+
+# == Gemini ========================================================================================
+#
+# Google's generateContent.  Calls come whole and mostly without ids; the answers of calls that were
+# made at once stand in one turn, in their order.  Every chunk of a stream is an answer with what is
+# new; usage is that of the last one.
+#
+# Seals stand on the part behind the thought: on a call, a text, or an empty text at the end.
+# Gemini 3 wants one on the first call of a turn (providers.md 5.3).
+
+GEMINI_MAKER = "gemini/gemini"
+GEMINI_STOPS = {
+    "STOP": "end",
+    "MAX_TOKENS": "length",
+    "SAFETY": "refusal",
+    "PROHIBITED_CONTENT": "refusal",
+    "BLOCKLIST": "refusal",
+    "SPII": "refusal",
+    "RECITATION": "refusal",
+    "LANGUAGE": "refusal",
+    "IMAGE_SAFETY": "refusal",
+    "IMAGE_PROHIBITED_CONTENT": "refusal",
+}
+GEMINI_FAILURES = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
+GEMINI_ENDS = {  # without a word of their own
+    "call": "STOP",
+    "sequence": "STOP",
+    "pause": "STOP",
+    "context": "MAX_TOKENS",
+}
+GEMINI_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "topP",
+    "top_k": "topK",
+    "seed": "seed",
+    "presence_penalty": "presencePenalty",
+    "frequency_penalty": "frequencyPenalty",
+}
+NO_SEAL = "skip_thought_signature_validator"  # Google's own word for a call that has none
+
+
+def camel(value: Json) -> Json:
+    """A table with Google's own keys: clients may send them with underscores."""
+    if not any("_" in name for name in value):
+        return value
+    return {re.sub(r"_(\w)", lambda found: found[1].upper(), k): v for k, v in value.items()}
+
+
+def read_gemini_request(body: Json) -> Ask:
+    body = camel(body)
+    settings = camel(as_dict(body.get("generationConfig")))
+    ask = Ask(limit=int(number(settings.get("maxOutputTokens"))))
+    told = body.get("systemInstruction")
+    system = told if isinstance(told, (str, list)) else as_dict(told).get("parts")
+    ask.turns.append(Turn("system", GeminiHistory().parts(system, 0)))
+    history = GeminiHistory()
+    for index, content in enumerate(gemini_contents(body.get("contents"))):
+        role = {"model": "assistant", "system": "system"}.get(text_of(content.get("role")), "user")
+        ask.turns.append(Turn(role, history.parts(content.get("parts"), index)))
+    read_gemini_tools(ask, body)
+    ask.stops = [stop for stop in as_list(settings.get("stopSequences")) if isinstance(stop, str)]
+    found = {name: settings.get(theirs) for name, theirs in GEMINI_SAMPLING.items()}
+    ask.sampling = {name: value for name, value in found.items() if value is not None}
+    ask.effort = gemini_effort(settings)
+    if settings.get("responseMimeType") == "application/json":
+        schema = settings.get("responseJsonSchema") or settings.get("responseSchema")
+        ask.schema = plain_schema(as_dict(schema))
+    if number(settings.get("candidateCount")) > 1:
+        raise cannot("candidateCount")
+    return ask
+
+
+def gemini_contents(contents: Any) -> list[Json]:
+    if isinstance(contents, str):
+        return [{"parts": [{"text": contents}]}]
+    return [contents] if isinstance(contents, dict) else as_dicts(contents)
+
+
+def gemini_effort(settings: Json) -> str:
+    thinking = camel(as_dict(settings.get("thinkingConfig")))
+    if "thinkingBudget" in thinking:
+        budget = int(number(thinking["thinkingBudget"]))
+        return "auto" if budget < 0 else str(budget) if budget else "none"
+    level = text_of(thinking.get("thinkingLevel")).lower()
+    return level or ("auto" if thinking.get("includeThoughts") else "")
+
+
+class GeminiHistory:
+    """Reads the parts of all turns; gives ids to calls without one, and to their results."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[str, str]] = []  # (name, id) of calls that wait for a result
+        self.calls = 0
+
+    def parts(self, given: Any, turn: int) -> list[Part]:
+        if isinstance(given, str):
+            return [Text(given)]
+        parts: list[Part] = []
+        for part in map(camel, as_dicts(given)):
+            read = self.part(part)
+            seal = read_seal(part.get("thoughtSignature"), GEMINI_MAKER)
+            if seal and not isinstance(read, Thought):
+                put_seal(parts, seal)
+            elif seal and isinstance(read, Thought):
+                read.seal = seal
+            if read:
+                parts.append(read)
+        return parts
+
+    def part(self, part: Json) -> Part | None:
+        if isinstance(part.get("functionCall"), dict):
+            return self.call(part["functionCall"])
+        if isinstance(part.get("functionResponse"), dict):
+            return self.result(camel(part["functionResponse"]))
+        if isinstance(part.get("inlineData"), dict):
+            return gemini_media(camel(part["inlineData"]))
+        if isinstance(part.get("fileData"), dict):
+            return gemini_media(camel(part["fileData"]))
+        if part.get("thought"):
+            return Thought(text_of(part.get("text")))
+        return Text(text_of(part.get("text"))) if "text" in part else None
+
+    def call(self, told: Json) -> ToolCall:
+        name, words = text_of(told.get("name")), json_text(as_dict(told.get("args")))
+        self.calls += 1
+        id = text_of(told.get("id")) or "call_" + digest(name, words, str(self.calls))
+        self.open.append((name, id))
+        return ToolCall(id, name, words)
+
+    def result(self, told: Json) -> ToolResult:
+        """The id of a call by its name, the oldest first, where the client gives none."""
+        name, id = text_of(told.get("name")), text_of(told.get("id"))
+        waiting = [pair for pair in self.open if (pair[1] == id if id else pair[0] == name)]
+        if waiting:
+            self.open.remove(waiting[0])
+            id = waiting[0][1]
+        response = as_dict(told.get("response"))
+        failed = "error" in response and len(response) == 1
+        only = response.get("error") if failed else response.get("output", response.get("result"))
+        lone = only if len(response) == 1 and isinstance(only, str) else json_text(response)
+        parts: list[Text | Media] = [Text(lone)]
+        for part in map(camel, as_dicts(told.get("parts"))):
+            parts.append(gemini_media(camel(as_dict(part.get("inlineData")))))
+        return ToolResult(id or "call_" + digest(name), parts, name, failed)
+
+
+def put_seal(parts: list[Part], seal: Seal) -> None:
+    """A seal belongs to the thought in front of it, if that has none."""
+    last = parts[-1] if parts else None
+    if isinstance(last, Thought) and last.seal is None:
+        last.seal = seal
+    else:
+        parts.append(Thought("", seal))
+
+
+def gemini_media(told: Json) -> Media:
+    mime = text_of(told.get("mimeType"))
+    kind = {"image": "image", "audio": "audio"}.get(mime.partition("/")[0], "document")
+    url, data = text_of(told.get("fileUri")), text_of(told.get("data"))
+    if url and not url.startswith(("http://", "https://")):
+        raise cannot("A file that was uploaded elsewhere")
+    return Media(kind, mime, data.replace("-", "+").replace("_", "/"), url)
+
+
+def read_gemini_tools(ask: Ask, body: Json) -> None:
+    for tool in map(camel, as_dicts(body.get("tools"))):
+        for told in map(camel, as_dicts(tool.get("functionDeclarations"))):
+            schema = told.get("parametersJsonSchema") or told.get("parameters")
+            name, about = text_of(told.get("name")), text_of(told.get("description"))
+            ask.tools.append(Tool(name, about, plain_schema(as_dict(schema))))
+        if "googleSearch" in tool or "googleSearchRetrieval" in tool:
+            ask.hosted["web_search"] = {}
+        if "codeExecution" in tool:
+            ask.hosted["code_execution"] = {}
+    choice = camel(as_dict(camel(as_dict(body.get("toolConfig"))).get("functionCallingConfig")))
+    mode = text_of(choice.get("mode")).upper()
+    ask.choice = {"AUTO": "auto", "ANY": "any", "NONE": "none"}.get(mode, "")
+    ask.allowed = [n for n in as_list(choice.get("allowedFunctionNames")) if isinstance(n, str)]
+
+
+def plain_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
+    """JSON Schema of Google's own form: types in capitals, `nullable`."""
+    if isinstance(schema, list):
+        return [plain_schema(item, depth - 1) for item in schema]
+    if not isinstance(schema, dict) or depth < 0:
+        return schema
+    plain: Json = {}
+    for name, value in schema.items():
+        if name in NAME_TABLES:
+            plain[name] = {k: plain_schema(v, depth - 1) for k, v in as_dict(value).items()}
+        elif name not in ("nullable", "propertyOrdering"):
+            plain[name] = plain_schema(value, depth - 1)
+    if isinstance(plain.get("type"), str):
+        plain["type"] = plain["type"].lower()
+        if schema.get("nullable") is True:
+            plain["type"] = [plain["type"], "null"]
+    return plain
+
+
+def write_gemini_request(ask: Ask, target: Target) -> Json:
+    system, turns = split_off_system(ask, in_place=False)
+    if turns and turns[0].role != "user":
+        turns.insert(0, Turn("user", [Text(".")]))  # the first turn is the user's there
+    contents = [{"role": gemini_role(turn), "parts": gemini_parts(turn, target)} for turn in turns]
+    body: Json = {"contents": [content for content in contents if content["parts"]]}
+    if system:
+        body["systemInstruction"] = {"parts": [{"text": part.text} for part in system]}
+    settings = {GEMINI_SAMPLING[k]: v for k, v in ask.sampling.items() if k in GEMINI_SAMPLING}
+    if ask.limit:
+        settings["maxOutputTokens"] = ask.limit
+    if ask.stops:
+        settings["stopSequences"] = ask.stops[:5]
+    if ask.schema is not None:
+        settings["responseMimeType"] = "application/json"
+        if ask.schema:
+            settings["responseSchema"] = google_schema(ask.schema)
+    if settings:
+        body["generationConfig"] = settings
+    write_gemini_tools(body, ask, target)
+    return body
+
+
+def gemini_role(turn: Turn) -> str:
+    return "model" if turn.role == "assistant" else "user"
+
+
+def gemini_parts(turn: Turn, target: Target) -> list[Json]:
+    """The parts of a turn.  A seal goes to the part behind its thought, results before all else."""
+    parts: list[Json] = []
+    behind: list[Json] = []
+    seal = ""
+    calls = 0
+    for part in turn.parts:
+        match part:
+            case Thought(seal=Seal(maker, data)) if maker == target.maker:
+                if part.text:
+                    parts.append({"text": part.text, "thought": True})
+                seal = data
+                continue
+            case ToolResult():
+                parts.append({"functionResponse": gemini_response(part, target)})
+                behind += [gemini_data(inner) for inner in part.parts if isinstance(inner, Media)]
+                continue
+            case ToolCall():
+                calls += 1
+                written = gemini_call(part, target)
+                if calls == 1 and wants_seals(target.model):
+                    seal = seal or NO_SEAL
+            case Text():
+                written = {"text": part.text}
+            case Media():
+                written = gemini_data(part)
+            case _:
+                continue
+        if seal:
+            written["thoughtSignature"] = seal
+        seal = ""
+        parts.append(written)
+    return parts + behind
+
+
+def wants_seals(model: str) -> bool:
+    return "gemini" in model and not re.search(r"gemini-[12]", model)
+
+
+def gemini_call(call: ToolCall, target: Target) -> Json:
+    told: Json = {"name": target.names.of(call.name, call.namespace), "args": arguments_of(call)}
+    if target.maker == "gemini/claude":  # Antigravity hands it to Claude, who pairs by ids
+        told["id"] = fitted(call.id, WORD_NAME)
+    return {"functionCall": told}
+
+
+def gemini_response(result: ToolResult, target: Target) -> Json:
+    """Google wants an object: a text that is none is put into one."""
+    words = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+    response: Json = {"error" if result.failed else "result": words}
+    if not result.failed and words[:1] == "{":
+        with suppress(ValueError):
+            response = parse_object(words.encode())
+    told: Json = {"name": target.names.of(result.name), "response": response}
+    if target.maker == "gemini/claude":
+        told["id"] = fitted(result.id, WORD_NAME)
+    return told
+
+
+MIME_TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
+KIND_TYPES = {"image": "image/jpeg", "audio": "audio/wav", "document": "application/pdf"}
+
+
+def gemini_data(media: Media) -> Json:
+    if not media.url:
+        mime = media.mime or KIND_TYPES[media.kind]
+        return {"inlineData": {"mimeType": mime, "data": media.data}}
+    ending = Path(as_url(media.url).path).suffix.lower()
+    mime = media.mime or MIME_TYPES.get(ending) or KIND_TYPES[media.kind]
+    return {"fileData": {"mimeType": mime, "fileUri": media.url}}
+
+
+def write_gemini_tools(body: Json, ask: Ask, target: Target) -> None:
+    functions: list[Json] = []
+    for tool in map(described, usable_tools(ask)):
+        name = target.names.of(tool.name, tool.namespace)
+        function: Json = {"name": name, "description": tool.description}
+        schema = google_schema(tool.schema)
+        if schema.get("properties"):  # an object without any is refused
+            function["parameters"] = schema
+        functions.append(function)
+    tools: list[Json] = [{"functionDeclarations": functions}] if functions else []
+    hosted = {"web_search": "googleSearch", "code_execution": "codeExecution"}
+    for name in ask.hosted:
+        if functions:
+            log.debug("the tool %s is left out: Google takes none beside functions", name)
+        else:
+            tools.append({hosted[name]: {}})
+    if not tools:
+        return
+    body["tools"] = tools
+    modes = {"any": "ANY", "tool": "ANY", "none": "NONE", "auto": "AUTO"}
+    if functions and ask.choice in modes:
+        config: Json = {"mode": modes[ask.choice]}
+        if ask.choice == "tool" or (ask.choice == "any" and ask.allowed):
+            config["allowedFunctionNames"] = [function["name"] for function in functions]
+        body["toolConfig"] = {"functionCallingConfig": config}
+
+
+class GeminiReader(Reader):
+    def read(self, event: Json) -> None:
+        reply = self.reply
+        reply.name(event.get("responseId"))
+        for candidate in as_dicts(event.get("candidates"))[:1]:
+            for part in as_dicts(as_dict(candidate.get("content")).get("parts")):
+                self.part(part)
+            self.stop(candidate)
+            grounds = as_dict(candidate.get("groundingMetadata")).get("groundingChunks")
+            for ground in as_dicts(grounds):
+                web_page = as_dict(ground.get("web"))
+                reply.cite(Source(text_of(web_page.get("uri")), text_of(web_page.get("title"))))
+        if as_dict(event.get("promptFeedback")).get("blockReason"):
+            reply.stopped("refusal")
+        if "usageMetadata" in event:
+            self.count(as_dict(event["usageMetadata"]))
+
+    def part(self, part: Json) -> None:
+        reply, words = self.reply, part.get("text")
+        if part.get("thought"):
+            reply.think(text_of(words))
+            reply.seal(part.get("thoughtSignature"))
+            return
+        reply.seal(part.get("thoughtSignature"))
+        if words:
+            reply.say(text_of(words))
+        elif isinstance(part.get("functionCall"), dict):
+            told = part["functionCall"]
+            key = len(reply.blocks)
+            reply.call(key, text_of(told.get("id")), text_of(told.get("name")))
+            reply.call_done(key, json_text(as_dict(told.get("args"))))
+        elif isinstance(part.get("inlineData"), dict):
+            reply.show(gemini_media(part["inlineData"]))
+
+    def stop(self, candidate: Json) -> None:
+        reason = text_of(candidate.get("finishReason"))
+        if reason in GEMINI_FAILURES:
+            words = text_of(candidate.get("finishMessage"))[:300]
+            raise fault(502, f"the model made a call that cannot be read: {reason} {words}".strip())
+        if reason:
+            self.reply.stopped(GEMINI_STOPS.get(reason, "end"))
+
+    def count(self, usage: Json) -> None:
+        prompt, tools = usage.get("promptTokenCount"), usage.get("toolUsePromptTokenCount")
+        thoughts = number(usage.get("thoughtsTokenCount"))
+        self.reply.usage.update(
+            read=number(prompt) + number(tools),
+            cached=usage.get("cachedContentTokenCount"),
+            written=number(usage.get("candidatesTokenCount")) + thoughts,
+            thought=thoughts,
+        )
+
+    def read_whole(self, answer: Json) -> None:
+        self.read(answer)
+        self.over = True
+
+
+def gemini_usage_of(usage: Usage) -> Json:
+    told = {
+        "promptTokenCount": usage.read,
+        "candidatesTokenCount": max(0, usage.written - usage.thought),
+        "totalTokenCount": usage.read + usage.written,
+    }
+    more = {"cachedContentTokenCount": usage.cached, "thoughtsTokenCount": usage.thought}
+    return told | {name: figure for name, figure in more.items() if figure}
+
+
+def gemini_answer_parts(blocks: list[Block]) -> list[Json]:
+    """The parts of whole blocks; a seal goes to the part behind its thought."""
+    parts: list[Json] = []
+    seal = ""
+    for block in blocks:
+        if isinstance(block, Thought):
+            if seal:
+                parts.append({"text": "", "thoughtSignature": seal})
+            if block.text:
+                parts.append({"text": block.text, "thought": True})
+            seal = seal_text(block.seal, "gemini") if block.seal else ""
+            continue
+        part = gemini_answer_part(block)
+        if seal:
+            part["thoughtSignature"] = seal
+        seal = ""
+        parts.append(part)
+    if seal:
+        parts.append({"text": "", "thoughtSignature": seal})
+    return parts
+
+
+def gemini_answer_part(block: Text | ToolCall | Media) -> Json:
+    match block:
+        case Text():
+            return {"text": block.text}
+        case ToolCall():
+            told = {"id": block.id, "name": block.name, "args": arguments_of(block)}
+            return {"functionCall": told}
+    return gemini_data(block)
+
+
+def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
+    candidate: Json = {"content": {"role": "model", "parts": parts}, "index": 0}
+    if ended:
+        candidate["finishReason"] = GEMINI_ENDS.get(reply.stop) or flip(GEMINI_STOPS)[reply.stop]
+        pages = [s for block in reply.blocks if isinstance(block, Text) for s in block.sources]
+        if pages:
+            chunks = [{"web": {"uri": page.url, "title": page.title}} for page in pages]
+            candidate["groundingMetadata"] = {"groundingChunks": chunks}
+    answer: Json = {"candidates": [candidate], "modelVersion": reply.model, "responseId": reply.id}
+    if ended:
+        answer["usageMetadata"] = gemini_usage_of(reply.usage)
+    return answer
+
+
+def write_gemini_answer(reply: Reply) -> Json:
+    return gemini_answer(reply, gemini_answer_parts(reply.blocks), ended=True)
+
+
+class GeminiWriter(Reply):
+    seal_waits = ""  # for the part behind its thought
+    tail = b""
+    LEFT = b'data: {"candidates":[{"content":{"role":"model","parts":['
+
+    def put(self, part: Json) -> None:
+        if self.seal_waits:
+            part["thoughtSignature"], self.seal_waits = self.seal_waits, ""
+        self.out.append(data_event(gemini_answer(self, [part], ended=False)))
+
+    def opened(self, block: Block) -> None:
+        if not self.tail:
+            names = {"modelVersion": self.model, "responseId": self.id}
+            self.tail = b']},"index":0}],' + write_json(names)[1:] + b"\n\n"
+        if isinstance(block, Thought) and self.seal_waits:
+            self.put({"text": ""})
+
+    def grew(self, block: Block, words: str) -> None:
+        if isinstance(block, ToolCall):
+            return
+        if self.seal_waits:
+            self.put({"text": words})
+            return
+        thought = b',"thought":true' if isinstance(block, Thought) else b""
+        self.out.append(b'%b{"text":%b%b}%b' % (self.LEFT, write_json(words), thought, self.tail))
+
+    def closed(self, block: Block) -> None:
+        if isinstance(block, Thought):
+            self.seal_waits = seal_text(block.seal, "gemini") if block.seal else ""
+        elif not isinstance(block, Text):
+            self.put(gemini_answer_part(block))
+
+    def ended(self) -> None:
+        parts: list[Json] = []
+        if self.seal_waits:
+            parts = [{"text": "", "thoughtSignature": self.seal_waits}]
+        self.out.append(data_event(gemini_answer(self, parts, ended=True)))
+
+
 # == Dialects ======================================================================================
 #
 # The four ways to word a model call, as far as an answer in the client's own dialect needs it: what
@@ -2096,7 +4929,9 @@ def with_data(event: bytes, data: bytes) -> bytes:
 class Dialect:
     name: str
     error: Callable[[int, str], Json]  # the body of an error
-    error_event: Callable[[Json], bytes]  # the event that ends a broken stream, of that body
+    error_event: Callable[
+        [Json, bytes], bytes
+    ]  # ends a broken stream; of that, and the last events
     comment: bytes  # the line that keeps a silent stream alive; b"" where clients break on it
     marks: tuple[bytes, ...]  # one is in every event that must be looked at
     model_key: str  # where an answer names its model...
@@ -2104,6 +4939,14 @@ class Dialect:
     short_ends: bool  # its last events are small: of a long run only the end is searched
     ending: Callable[[Json], str]  # of an event: "over", "whole" when the end may come, or ""
     usage: Callable[[Json], tuple[float, float]]  # input and output tokens, of what `holder` finds
+    # -- From and to the neutral form --
+    verb: str  # of a provider's paths: what it is asked for
+    name_rule: NameRule  # of the names of tools
+    read_request: Callable[[Json], Ask]
+    write_request: Callable[[Ask, Target], Json]
+    reader: type[Reader]  # of an answer's events
+    writer: type[Reply]
+    write_answer: Callable[[Reply], Json]  # in one piece
     cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
 
 
@@ -2150,20 +4993,26 @@ def gemini_error(status: int, message: str) -> Json:
     return {"error": {"code": status, "message": message, "status": kinds(status)[2]}}
 
 
-def data_event(value: Json) -> bytes:
-    return b"data: %b\n\n" % write_json(value)
+def plain_error_event(body: Json, last: bytes) -> bytes:
+    return data_event(body)
 
 
-def anthropic_error_event(body: Json) -> bytes:
+def anthropic_error_event(body: Json, last: bytes) -> bytes:
     return b"event: error\n" + data_event(body)
 
 
-def responses_error_event(body: Json) -> bytes:
-    """Codex takes notice of no other (clients.md)."""
-    failed = {"status": "failed", **body, "output": []}
-    return data_event({"type": "response.failed", "response": failed})
+SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d{1,9})')
 
 
+def responses_error_event(body: Json, last: bytes) -> bytes:
+    """Codex takes notice of no other (clients.md); numbers go on from those of `last`."""
+    failed = {"object": "response", "status": "failed", **body, "output": []}
+    numbers = SEQUENCE_NUMBER.findall(last[-LONGEST_EVENT:])
+    number = max(map(int, numbers), default=-1) + 1
+    return data_event({"type": "response.failed", "sequence_number": number, "response": failed})
+
+
+LONGEST_EVENT = 1 << 16  # bytes at the end of a stream in which a number is looked for
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -2236,11 +5085,18 @@ ANTHROPIC = Dialect(
     short_ends=True,
     ending=anthropic_ending,
     usage=anthropic_usage,
+    verb="messages",
+    name_rule=WORD_NAME,
+    read_request=read_anthropic_request,
+    write_request=write_anthropic_request,
+    reader=AnthropicReader,
+    writer=AnthropicWriter,
+    write_answer=write_anthropic_answer,
 )
 CHAT_COMPLETIONS = Dialect(
     name="chat",
     error=openai_error,
-    error_event=data_event,
+    error_event=plain_error_event,
     # openai's Python SDK raises for one with an empty line behind it after an id (clients.md).
     comment=b": keep-alive\n",
     marks=(b"[DONE]", b'"finish_reason":"', b'"finish_reason": "', b'"usage":', b'"error"'),
@@ -2249,6 +5105,13 @@ CHAT_COMPLETIONS = Dialect(
     short_ends=True,
     ending=chat_ending,
     usage=chat_usage,
+    verb="completions",
+    name_rule=WORD_NAME,
+    read_request=read_chat_request,
+    write_request=write_chat_request,
+    reader=ChatReader,
+    writer=ChatWriter,
+    write_answer=write_chat_answer,
 )
 RESPONSES = Dialect(
     name="responses",
@@ -2261,11 +5124,18 @@ RESPONSES = Dialect(
     short_ends=False,
     ending=responses_ending,
     usage=responses_usage,
+    verb="responses",
+    name_rule=WORD_NAME,
+    read_request=read_responses_request,
+    write_request=write_responses_request,
+    reader=ResponsesReader,
+    writer=ResponsesWriter,
+    write_answer=write_responses_answer,
 )
 GEMINI = Dialect(
     name="gemini",
     error=gemini_error,
-    error_event=data_event,
+    error_event=plain_error_event,
     comment=b"",  # Google's SDKs raise, or drop the event behind it (clients.md)
     marks=(b'"finishReason"', b'"blockReason"', b'"usageMetadata"', b'"error"'),
     model_key="modelVersion",
@@ -2273,6 +5143,13 @@ GEMINI = Dialect(
     short_ends=False,
     ending=gemini_ending,
     usage=gemini_usage,
+    verb="streamGenerateContent",
+    name_rule=GOOGLE_NAME,
+    read_request=read_gemini_request,
+    write_request=write_gemini_request,
+    reader=GeminiReader,
+    writer=GeminiWriter,
+    write_answer=write_gemini_answer,
     cuts_errors=True,
 )
 
@@ -2573,6 +5450,8 @@ class Call:
         self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
         self.was_read = False
+        self.ask: Ask | None = None  # the body in the neutral form, once somebody needs it
+        self.is_foreign = False  # the provider that is asked speaks another dialect
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
         self.trouble = ""
@@ -2609,7 +5488,15 @@ class Call:
 
     def let_go(self) -> None:
         """An answer has begun: nobody else will be asked, and the prompt's memory is free."""
-        self.raw, self.body = b"", {}
+        self.raw, self.body, self.ask = b"", {}, None
+
+    def neutral(self) -> Ask:
+        """ProxyError 400 for what no other dialect has words for."""
+        if self.ask is None:
+            self.ask = self.dialect.read_request(self.body)
+            if self.thread and not self.ask.cache_key:
+                self.ask.cache_key = digest(self.thread)
+        return self.ask
 
     def count(self, read: float, written: float) -> None:
         """Tokens.  Figures may come more than once and grow: the largest is right."""
@@ -2692,28 +5579,32 @@ def levels_of(told: str) -> tuple[list[str], list[int]]:
     return levels, limits if len(limits) == 2 else []
 
 
-def with_effort(body: Json, call: Call, provider: Provider, effort: str, model: str) -> Json:
-    """The suffix's level or budget, as near to it as the model goes; it beats the body's own."""
-    takes = provider.thinking
-    pattern = max((p for p in takes if matches(model[:200], (p,))), key=len, default="*")
-    levels, limits = levels_of(takes.get(pattern, ""))
+def with_effort(
+    body: Json, dialect: str, thinking: dict[str, str], effort: str, model: str
+) -> Json:
+    """A level or budget, as near to it as the model goes; it beats the body's own.
+
+    The body is in the dialect of the provider; `thinking`: its row's table.
+    """
+    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
+    levels, limits = levels_of(thinking.get(pattern, ""))
     asked = BUDGETS[effort] if effort in BUDGETS else int(effort)
     if not levels and not limits:
         return body  # it does not think
     tokens = asked
     if limits:
         tokens = max(limits[0], min(asked, limits[1]))
-    levels = levels or levels_of(takes.get("*", ""))[0] or [*BUDGETS]
+    levels = levels or levels_of(thinking.get("*", ""))[0] or [*BUDGETS]
     level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
-    match call.dialect.name:
+    match dialect:
         case "chat":
             return {**body, "reasoning_effort": level}
         case "responses":
             return {**body, "reasoning": {**as_dict(body.get("reasoning")), "effort": level}}
         case "gemini":
             how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
-            thinking = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
-            return {**body, "generationConfig": as_dict(body.get("generationConfig")) | thinking}
+            config = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
+            return {**body, "generationConfig": as_dict(body.get("generationConfig")) | config}
     return with_claude_effort(body, asked, tokens if limits else 0, level)
 
 
@@ -2732,6 +5623,24 @@ def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
         body["thinking"] = {"type": "adaptive"}
         body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
     return body
+
+
+SPOKES = (ANTHROPIC, RESPONSES, GEMINI, CHAT_COMPLETIONS)  # whom a foreign client is put to, first
+TRANSLATED = {*(dialect.verb for dialect in SPOKES), "generateContent"}
+
+
+def spoke_of(provider: Provider, call: Call) -> Dialect:
+    """The dialect that a provider is asked in: the client's, if it has that."""
+    if call.verb in provider.paths:
+        return call.dialect
+    return next(dialect for dialect in SPOKES if dialect.verb in provider.paths)
+
+
+def has_verb(provider: Provider, verb: str) -> bool:
+    """Whether it answers such calls, in their own dialect or by translation."""
+    if verb in provider.paths:
+        return True
+    return verb in TRANSLATED and any(dialect.verb in provider.paths for dialect in SPOKES)
 
 
 @dataclass(frozen=True)
@@ -2797,7 +5706,7 @@ class Chooser:
         served = matches(name, tuple(provider.names))
         if not served or matches(name, provider.excluded_models):
             return "does not have"
-        if verb and verb not in provider.paths:
+        if verb and not has_verb(provider, verb):
             return "in another dialect could serve"
         if not self.pool.of([row]):
             return f"after `ampproxy.py login {row.name}` would serve"
@@ -2899,6 +5808,7 @@ class Delivery:
         self.loop = asyncio.get_running_loop()
         self.moved = self.loop.time()  # when the last piece came or went
         self.sent = self.moved  # when the last piece or comment went
+        self.last = b""  # what went last of a stream
         self.comments: set[asyncio.Task[None]] = set()
         self.timer = self.look_again()
 
@@ -2987,6 +5897,7 @@ class Delivery:
             async for data in rest:  # as in `write`, for each event
                 self.writing = True
                 await response.write(data)
+                self.last = data
                 self.writing = False
                 self.moved = self.sent = self.loop.time()
         except ProxyError as error:
@@ -2998,6 +5909,7 @@ class Delivery:
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
         self.writing = True
         await response.write(data)
+        self.last = data
         self.writing = False
         self.moved = self.sent = self.loop.time()
 
@@ -3005,7 +5917,7 @@ class Delivery:
         """Of a stream that broke off, as its dialect says it."""
         dialect = self.call.dialect
         body = dialect.error(problem.status, problem.text or problem.message)
-        await self.write(response, dialect.error_event(body))
+        await self.write(response, dialect.error_event(body, self.last))
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
 
@@ -3056,12 +5968,17 @@ NO_EVENTS = (b"{", b"[", b"<", b'"')  # JSON, or a page; a stream begins with a 
 
 
 async def begin_answer(
-    call: Call, pieces: Pieces, folds: bool, settle: Callable[[], None]
+    call: Call,
+    pieces: Pieces,
+    folds: bool,
+    settle: Callable[[], None],
+    reader: Reader | None = None,
 ) -> Answer:
     """Read until success is certain; ProxyError otherwise.
 
     What is a stream is seen from its first bytes: labels are wrong too often.  `folds`: the backend
     only streams, and the client asked for one piece.  `settle` is called when the end may come.
+    `reader`: of another dialect than the client's.
     """
     first = b""
     async for data in pieces:
@@ -3069,9 +5986,17 @@ async def begin_answer(
         if first.lstrip(BLANK) or len(first) > LONG_RUN:
             break
     pieces.unread = first
-    if first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS):
+    in_one_piece = first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS)
+    if reader:
+        events = translated(call, reader, pieces, in_one_piece, settle)
+    elif in_one_piece:
         return Answer(False, await whole_answer(call, pieces), pieces)
-    events = checked_events(call, whole_events(pieces), settle)
+    else:
+        events = checked_events(call, whole_events(pieces), settle)
+    if reader and not call.streams:
+        async for _ in events:
+            pass
+        return Answer(False, write_json(call.dialect.write_answer(reader.reply)), pieces)
     if folds:
         return Answer(False, await folded(call, events), pieces)
     return Answer(True, await anext(events), events)
@@ -3082,6 +6007,14 @@ async def begin_answer(
 
 async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
     """An answer in one piece, with the model's name that the client gave."""
+    raw, answer = await read_answer(call, pieces)
+    inside = holder(answer)
+    call.count(*call.dialect.usage(inside))
+    return renamed(raw, answer, inside, call) or raw
+
+
+async def read_answer(call: Call, pieces: AsyncIterator[bytes]) -> tuple[bytes, Json]:
+    """An answer in one piece, as it came and read; ProxyError for one that is an error."""
     kept, size = [], 0
     async for data in pieces:
         kept.append(data)
@@ -3093,11 +6026,9 @@ async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
         answer = parse_object(raw)
     except ValueError:
         raise no_whole_answer(call) from None
-    inside = holder(answer)
-    if has_error(answer, inside):
+    if has_error(answer, holder(answer)):
         raise ProxyError(failure(call, answer))
-    call.count(*call.dialect.usage(inside))
-    return renamed(raw, answer, inside, call) or raw
+    return raw, answer
 
 
 async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
@@ -3259,7 +6190,84 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     return Looked(raw, ending, kind not in TOLD_AFTER, new is not None)
 
 
+# -- From another dialect --
+
+
+async def translated(
+    call: Call,
+    reader: Reader,
+    pieces: AsyncIterator[bytes],
+    in_one_piece: bool,
+    settle: Callable[[], None],
+) -> AsyncIterator[bytes]:
+    """Runs of events in the client's dialect, as `checked_events` has them in its own.
+
+    What came together leaves together.  Nothing is yielded for a client that wants one piece.
+    """
+    reply = reader.reply
+    try:
+        if in_one_piece:
+            _, answer = await read_answer(call, pieces)
+            read_event(call, reader, answer, reader.read_whole)
+        else:
+            async for run in whole_events(pieces):
+                read_run(call, reader, run)
+                if reply.is_told and reply.out:
+                    yield b"".join(reply.out)
+                    reply.out.clear()
+                if reader.over or reply.cut:
+                    break
+                if reply.stop:
+                    settle()
+        if not (reader.over or reply.stop):
+            raise fault(502, "the stream stopped before its end")
+    except ProxyError:
+        if not reply.stop:
+            if reply.is_told and reply.out:
+                yield b"".join(reply.out)
+            raise
+    finally:
+        call.count(reply.usage.read, reply.usage.written)
+    if not reply.is_told and not reply.usage.written:
+        raise no_whole_answer(call)
+    reply.finish()
+    if reply.out:
+        yield b"".join(reply.out)
+
+
+def read_run(call: Call, reader: Reader, run: bytes) -> None:
+    for raw in split_events(run):
+        data = event_data(raw)
+        if data[:6] == b"[DONE]":
+            reader.over = True
+            return
+        if not data:
+            continue  # a comment
+        try:
+            event = parse_json(data)
+        except ValueError:
+            if event_end(raw) != len(raw) or reader.reply.is_told:
+                continue  # it was cut short, or nobody knows what it means
+            raise no_whole_answer(call) from None
+        if isinstance(event, dict):
+            read_event(call, reader, event, reader.read)
+        if reader.over:
+            return
+
+
+def read_event(call: Call, reader: Reader, event: Json, read: Callable[[Json], None]) -> None:
+    if (event.get("error") or event.get("type") in FAILED) and has_error(event, holder(event)):
+        raise ProxyError(failure(call, event))
+    try:
+        read(event)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        log.debug("%s sent an event that cannot be read: %s", call.provider, type(error).__name__)
+        raise no_whole_answer(call) from None
+
+
 # -- Errors --
+
+FAILED = ("error", "response.failed")  # types of events that are errors
 
 
 def has_error(event: Json, inside: Json) -> bool:
@@ -3344,7 +6352,7 @@ async def refusal(
         for name, value in upstream.headers.items():
             if matches(name[:100], REFUSAL_HEADERS):
                 problem.headers.add(name, value)
-    if isinstance(answer.get("error"), dict):
+    if isinstance(answer.get("error"), dict) and not call.is_foreign:
         problem.body = raw.removeprefix(b"[").removesuffix(b"]")  # the provider's own words
     return problem
 
@@ -3398,6 +6406,10 @@ QUOTA_HEADER = re.compile(
     r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-"
     r"(?P<field>status|utilization|used-percent|reset(?:-at)?)"
 )
+ESTIMATES = {
+    "count_tokens": "input_tokens",
+    "countTokens": "totalTokens",
+}  # verb -> what it asks for
 NOT_ASKED = {  # fields that a helper call must not have
     "count_tokens": ("max_tokens", "stream"),
     "compact": ("stream",),
@@ -3417,6 +6429,7 @@ class Prepared:
     body: list[Any]  # in pieces of bytes
     url: str
     folds: bool  # it only streams, and the client wants one piece
+    new_reader: Callable[[], Reader] | None  # of the answer, for a provider of another dialect
 
     def data(self) -> Any:
         """What aiohttp sends; large pieces are not put together."""
@@ -3438,6 +6451,10 @@ class Forwarder:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
         call.wanted, call.effort = split_model(call.model)
         ways, notes = self.chooser.ways(call.wanted, call.effort, call.verb)
+        if not ways and call.verb in ESTIMATES:
+            foreign, _ = self.chooser.ways(call.wanted, call.effort, "")
+            if foreign:
+                return estimate(call, foreign[0])
         problem: Problem | None = None
         deadline = self.clock.monotonic() + self.live.config["max-retry-interval"]
         for way in ways:
@@ -3549,7 +6566,8 @@ class Forwarder:
             if upstream.status != 200:
                 return await refusal(call, upstream, windows, self.clock.time(), delivery)
             pieces = Pieces(upstream, delivery)
-            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
+            reader = prepared.new_reader() if prepared.new_reader else None
+            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle, reader)
             if delivery.response and not answer.events:  # a comment has gone out
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
@@ -3569,6 +6587,27 @@ class Forwarder:
             call.trouble = delivery.problem.message
             self.pool.rest(account, delivery.problem, model)
         return response
+
+
+def estimate(call: Call, way: Way) -> web.Response:
+    """A quarter of the characters: the model's provider does not count in the client's dialect."""
+    ask = call.neutral()
+    texts = [part for turn in ask.turns for part in turn.parts]
+    size = sum(map(characters, texts))
+    size += sum(len(t.name + t.description) + len(write_json(t.schema)) for t in ask.tools)
+    call.route, call.provider, call.served_model = way.route, way.rows[0].name, way.model
+    headers = {**call.marks(), "x-ampproxy-estimate": "true"}
+    counted = {ESTIMATES[call.verb]: max(1, -(-size // 4))}
+    return web.json_response(counted, headers=headers)
+
+
+def characters(part: Part) -> int:
+    match part:
+        case ToolResult():
+            return sum(map(characters, part.parts))
+        case Media():
+            return 0
+    return len(part.text)
 
 
 async def deliver(
@@ -3594,32 +6633,107 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     provider = row.provider
     call.provider = row.name
     call.served_model = provider.names.get(way.model, way.model)
-    headers = client_headers(call.request.headers, provider)
+    theirs = spoke_of(provider, call)
+    call.is_foreign = theirs is not call.dialect
+    new_reader = None
+    if call.is_foreign:
+        headers, verb = Headers(provider.headers), theirs.verb
+        body, new_reader = translated_body(call, way, row, theirs)
+    else:
+        headers, verb = client_headers(call.request.headers, provider), call.verb
+        body = own_body(call, way, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
-    streams = call.streams
-    only_streams = row.kind == "codex" and call.verb == "responses"
-    body = call.body
-    if call.dialect is not GEMINI and body.get("model") != call.served_model:
-        body = {**body, "model": call.served_model}
-    if call.verb == "messages" and not body.get("max_tokens"):
-        body = {**body, "max_tokens": provider.max_tokens}
-    counts = call.verb in ("count_tokens", "countTokens")
-    if way.effort not in ("", "auto") and not counts:
-        body = with_effort(body, call, provider, way.effort, call.served_model)
+    only_streams = call.is_foreign or (row.kind == "codex" and verb == "responses")
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
-    gone = [name for name in NOT_ASKED.get(call.verb, ()) if name in body]
+    gone = [name for name in NOT_ASKED.get(verb, ()) if name in body]
     if gone:
         body = {name: value for name, value in body.items() if name not in gone}
-    headers["Accept"] = "text/event-stream" if streams or only_streams else "application/json"
+    streams = call.streams or only_streams
+    headers["Accept"] = "text/event-stream" if streams else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
     pieces = worded(call, body)
     headers["Content-Length"] = str(sum(map(len, pieces)))
-    folds = only_streams and not streams
-    return Prepared(way, row, headers, pieces, address_of(call, provider), folds)
+    folds = only_streams and not call.streams
+    url = address_of(call, provider, verb)
+    return Prepared(way, row, headers, pieces, url, folds, new_reader)
+
+
+def own_body(call: Call, way: Way, provider: Provider) -> Json:
+    """The client's body for a provider of its own dialect."""
+    body = call.body
+    if call.dialect is not GEMINI and body.get("model") != call.served_model:
+        body = {**body, "model": call.served_model}
+    if call.verb == "messages" and not body.get("max_tokens"):
+        body = {**body, "max_tokens": provider.max_tokens}
+    counts = call.verb in ESTIMATES
+    if way.effort not in ("", "auto") and not counts:
+        told = (call.dialect.name, provider.thinking, way.effort, call.served_model)
+        body = with_effort(body, *told)
+    return body
+
+
+def translated_body(
+    call: Call, way: Way, row: Row, theirs: Dialect
+) -> tuple[Json, Callable[[], Reader]]:
+    """The body for a provider of another dialect, and what reads its answer."""
+    ask, provider, model = call.neutral(), row.provider, call.served_model
+    maker = family_of(theirs.name, model)
+    names = Names(ask, theirs.name_rule)
+    target = Target(model, maker, names, provider.max_tokens, provider.hosted)
+    body = theirs.write_request(ask, target)
+    effort = way.effort or ask.effort
+    if maker.endswith("/claude") and is_cut_off(split_off_system(ask, False)[1], maker):
+        effort = "none"
+    body = with_asked_thoughts(body, theirs.name, provider.thinking, effort, model)
+    stops = ask.stops if theirs is RESPONSES else []  # which that dialect does not know
+    settings = {name: call.body[name] for name in REPEATED if call.body.get(name) is not None}
+    tells_usage = bool(as_dict(call.body.get("stream_options")).get("include_usage"))
+    ours, asked_model, streams = call.dialect, call.model, call.streams
+
+    def new_reader() -> Reader:
+        kind = ours.writer if streams else Reply
+        reply = kind(stops, asked_model, maker, names)
+        if ours is RESPONSES:
+            reply.repeated = settings
+        reply.tells_usage = tells_usage
+        return theirs.reader(reply)
+
+    return body, new_reader
+
+
+def with_asked_thoughts(
+    body: Json, dialect: str, thinking: dict[str, str], effort: str, model: str
+) -> Json:
+    """The effort in the provider's words; who asks for one wants to read thoughts, too."""
+    if not effort:
+        return body
+    if effort == "auto":
+        return with_automatic_effort(body, dialect, thinking, model)
+    known = effort in BUDGETS or effort.isdecimal()
+    body = with_effort(body, dialect, thinking, effort if known else "medium", model)
+    if dialect == "responses" and effort not in ("none", "0") and "reasoning" in body:
+        body = {**body, "reasoning": {"summary": "auto", **body["reasoning"]}}
+    return body
+
+
+def with_automatic_effort(body: Json, dialect: str, thinking: dict[str, str], model: str) -> Json:
+    """For a client that leaves it to the model how much it thinks."""
+    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
+    levels, limits = levels_of(thinking.get(pattern, ""))
+    if dialect == "responses" and levels:
+        return {**body, "reasoning": {"summary": "auto"}}
+    if dialect == "gemini" and (levels or limits):
+        config = {"thinkingConfig": {"includeThoughts": True}}
+        return {**body, "generationConfig": as_dict(body.get("generationConfig")) | config}
+    if dialect == "anthropic" and limits:
+        return with_effort(body, dialect, thinking, "medium", model)
+    if dialect == "anthropic" and levels:
+        return {**body, "thinking": {"type": "adaptive"}}
+    return body
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
@@ -3670,11 +6784,11 @@ def joined(base: str, path: str) -> str:
     return base + path
 
 
-def address_of(call: Call, provider: Provider) -> str:
-    address = joined(provider.base_url, provider.paths[call.verb])
+def address_of(call: Call, provider: Provider, verb: str) -> str:
+    address = joined(provider.base_url, provider.paths[verb])
     if "{model}" in address:
         address = address.replace("{model}", quote(call.served_model, "", None, "replace"))
-    return address + ("?alt=sse" if call.verb == "streamGenerateContent" else "")
+    return address + ("?alt=sse" if verb == "streamGenerateContent" else "")
 
 
 def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
