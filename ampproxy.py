@@ -2297,7 +2297,7 @@ def repaired(turns: list[Turn]) -> list[Turn]:
 def merge_turns(turns: list[Turn]) -> list[Turn]:
     merged: list[Turn] = []
     for turn in turns:
-        parts = [part for part in turn.parts if not is_blank(part)]
+        parts = [part for part in turn.parts if is_sayable(part, turn.role)]
         if not parts:
             continue
         if merged and merged[-1].role == turn.role:
@@ -2307,8 +2307,13 @@ def merge_turns(turns: list[Turn]) -> list[Turn]:
     return merged
 
 
-def is_blank(part: Part) -> bool:
-    return isinstance(part, Text) and not part.text.strip()
+def is_sayable(part: Part, role: str) -> bool:
+    """No blank text; calls and thoughts are the model's alone, and a system only talks."""
+    if isinstance(part, Text):
+        return bool(part.text.strip())
+    if isinstance(part, ToolCall | Thought):
+        return role == "assistant"
+    return role != "system" or isinstance(part, ToolResult)
 
 
 class ResultsById:
@@ -2685,6 +2690,7 @@ class Reply:
         id = id or "call_" + digest(self.id, str(len(self.blocks)), name)
         call = ToolCall(id, tool.name, namespace=tool.namespace, free=tool.free or free)
         call.wrapped = tool.free and not free
+        self.call_done(key)  # one that had the same key before
         self.calls[key] = call
         if not self.cut:
             self.begin(call)

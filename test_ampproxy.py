@@ -6769,6 +6769,774 @@ def test_route_says_who_would_serve_and_why(tmp_path, capsys):
     assert lines("claude-opus-4-7")[-1] == "So nobody here; fallback: never"
 
 
+# == Translation: the neutral form =================================================================
+
+DIALECTS = {
+    dialect.name: dialect
+    for dialect in (
+        ampproxy.ANTHROPIC,
+        ampproxy.CHAT_COMPLETIONS,
+        ampproxy.RESPONSES,
+        ampproxy.GEMINI,
+    )
+}
+MODELS = {"anthropic": "claude-x", "chat": "qwen-x", "responses": "gpt-x", "gemini": "gemini-2.5-x"}
+PAIRS = [(ours, theirs) for ours in DIALECTS for theirs in DIALECTS]
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+PNG = "iVBORw0KGgo="
+PDF = "JVBERi0="
+
+# One conversation, and how each dialect spells it.
+CONVERSATION = ampproxy.Ask(
+    turns=[
+        ampproxy.Turn("system", [ampproxy.Text("be kind")]),
+        ampproxy.Turn(
+            "user",
+            [
+                ampproxy.Text("look"),
+                ampproxy.Media("image", "image/png", PNG),
+                ampproxy.Media("document", "application/pdf", PDF, name="a.pdf"),
+            ],
+        ),
+        ampproxy.Turn(
+            "assistant",
+            [
+                ampproxy.Text("I ask"),
+                ampproxy.ToolCall("call_1", "weather", '{"city":"Rom"}'),
+                ampproxy.ToolCall("call_2", "weather", '{"city":"Oslo"}'),
+            ],
+        ),
+        ampproxy.Turn(
+            "user",
+            [
+                ampproxy.ToolResult("call_1", [ampproxy.Text("sun")]),
+                ampproxy.ToolResult("call_2", [ampproxy.Text("rain")]),
+                ampproxy.Text("so?"),
+            ],
+        ),
+    ],
+    tools=[ampproxy.Tool("weather", "tells it", WEATHER)],
+    choice="any",
+    limit=500,
+    sampling={"temperature": 0.5, "top_p": 0.9},
+    stops=["END"],
+)
+TOOLS = {
+    "anthropic": [{"name": "weather", "description": "tells it", "input_schema": WEATHER}],
+    "chat": [
+        {
+            "type": "function",
+            "function": {"name": "weather", "description": "tells it", "parameters": WEATHER},
+        }
+    ],
+    "responses": [
+        {
+            "type": "function",
+            "name": "weather",
+            "description": "tells it",
+            "parameters": WEATHER,
+            "strict": False,
+        }
+    ],
+    "gemini": [
+        {
+            "functionDeclarations": [
+                {"name": "weather", "description": "tells it", "parameters": WEATHER}
+            ]
+        }
+    ],
+}
+
+
+def tool_use(id, city):
+    return {"type": "tool_use", "id": id, "name": "weather", "input": {"city": city}}
+
+
+def chat_call(id, city):
+    function = {"name": "weather", "arguments": json.dumps({"city": city}, separators=(",", ":"))}
+    return {"id": id, "type": "function", "function": function}
+
+
+SPELLINGS = {
+    "anthropic": {
+        "model": "claude-x",
+        "stream": True,
+        "max_tokens": 500,
+        "system": [{"type": "text", "text": "be kind"}],
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "look"},
+                    {
+                        "type": "image",
+                        "source": {"type": "base64", "media_type": "image/png", "data": PNG},
+                    },
+                    {
+                        "type": "document",
+                        "source": {"type": "base64", "media_type": "application/pdf", "data": PDF},
+                        "title": "a.pdf",
+                    },
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "I ask"},
+                    tool_use("call_1", "Rom"),
+                    tool_use("call_2", "Oslo"),
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "call_1",
+                        "content": [{"type": "text", "text": "sun"}],
+                    },
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "call_2",
+                        "content": [{"type": "text", "text": "rain"}],
+                    },
+                    {"type": "text", "text": "so?"},
+                ],
+            },
+        ],
+        "tools": TOOLS["anthropic"],
+        "tool_choice": {"type": "any"},
+        "stop_sequences": ["END"],
+        "temperature": 0.5,
+        "top_p": 0.9,
+    },
+    "chat": {
+        "model": "qwen-x",
+        "messages": [
+            {"role": "system", "content": "be kind"},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "look"},
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+                    {
+                        "type": "file",
+                        "file": {
+                            "filename": "a.pdf",
+                            "file_data": f"data:application/pdf;base64,{PDF}",
+                        },
+                    },
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": "I ask",
+                "tool_calls": [chat_call("call_1", "Rom"), chat_call("call_2", "Oslo")],
+            },
+            {"role": "tool", "tool_call_id": "call_1", "content": "sun"},
+            {"role": "tool", "tool_call_id": "call_2", "content": "rain"},
+            {"role": "user", "content": "so?"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 500,
+        "stop": ["END"],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "tools": TOOLS["chat"],
+        "tool_choice": "required",
+    },
+    "responses": {
+        "model": "gpt-x",
+        "input": [
+            {
+                "type": "message",
+                "role": "user",
+                "content": [
+                    {"type": "input_text", "text": "look"},
+                    {
+                        "type": "input_image",
+                        "image_url": f"data:image/png;base64,{PNG}",
+                        "detail": "auto",
+                    },
+                    {
+                        "type": "input_file",
+                        "filename": "a.pdf",
+                        "file_data": f"data:application/pdf;base64,{PDF}",
+                    },
+                ],
+            },
+            {
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "I ask", "annotations": []}],
+            },
+            {
+                "type": "function_call",
+                "call_id": "call_1",
+                "name": "weather",
+                "arguments": '{"city":"Rom"}',
+            },
+            {
+                "type": "function_call",
+                "call_id": "call_2",
+                "name": "weather",
+                "arguments": '{"city":"Oslo"}',
+            },
+            {"type": "function_call_output", "call_id": "call_1", "output": "sun"},
+            {"type": "function_call_output", "call_id": "call_2", "output": "rain"},
+            {
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "so?"}],
+            },
+        ],
+        "stream": True,
+        "store": False,
+        "instructions": "be kind",
+        "include": ["reasoning.encrypted_content"],
+        "max_output_tokens": 500,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "tools": TOOLS["responses"],
+        "tool_choice": "required",
+    },
+    "gemini": {
+        "contents": [
+            {
+                "role": "user",
+                "parts": [
+                    {"text": "look"},
+                    {"inlineData": {"mimeType": "image/png", "data": PNG}},
+                    {"inlineData": {"mimeType": "application/pdf", "data": PDF}},
+                ],
+            },
+            {
+                "role": "model",
+                "parts": [
+                    {"text": "I ask"},
+                    {"functionCall": {"name": "weather", "args": {"city": "Rom"}}},
+                    {"functionCall": {"name": "weather", "args": {"city": "Oslo"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "parts": [
+                    {"functionResponse": {"name": "weather", "response": {"result": "sun"}}},
+                    {"functionResponse": {"name": "weather", "response": {"result": "rain"}}},
+                    {"text": "so?"},
+                ],
+            },
+        ],
+        "systemInstruction": {"parts": [{"text": "be kind"}]},
+        "generationConfig": {
+            "temperature": 0.5,
+            "topP": 0.9,
+            "maxOutputTokens": 500,
+            "stopSequences": ["END"],
+        },
+        "tools": TOOLS["gemini"],
+        "toolConfig": {"functionCallingConfig": {"mode": "ANY"}},
+    },
+}
+LOST_STOPS = "responses"  # that dialect has no stop sequences: they are watched for here
+
+
+def target_of(dialect, ask, model=""):
+    model = model or MODELS[dialect]
+    names = ampproxy.Names(ask, DIALECTS[dialect].name_rule)
+    hosted = ("web_search", "code_interpreter")
+    return ampproxy.Target(model, ampproxy.family_of(dialect, model), names, 32000, hosted)
+
+
+def write(dialect, ask, model=""):
+    return DIALECTS[dialect].write_request(ask, target_of(dialect, ask, model))
+
+
+def read(dialect, body):
+    return DIALECTS[dialect].read_request(body)
+
+
+def told(turns):
+    """A history as it will be written, without what tells no two histories apart."""
+    system, rest = ampproxy.split_off_system(ampproxy.Ask(turns), False)
+    calls = {}
+    lines = [("system", "".join(part.text for part in system))]
+    for turn in rest:
+        for part in turn.parts:
+            match part:
+                case ampproxy.ToolCall():
+                    calls[part.id] = len(calls)
+                    what = (part.name, json.loads(part.text), calls[part.id])
+                case ampproxy.ToolResult():
+                    what = (calls[part.id], [inner.text for inner in part.parts])
+                case ampproxy.Media():
+                    what = (part.kind, part.mime, part.data)
+                case _:
+                    what = part.text
+            lines.append((turn.role, type(part).__name__, what))
+    return lines
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_one_conversation_in_four_spellings_is_read_alike(dialect):
+    ask = read(dialect, SPELLINGS[dialect])
+    assert told(ask.turns) == told(CONVERSATION.turns)
+    assert [dataclasses.replace(tool, strict=False) for tool in ask.tools] == CONVERSATION.tools
+    assert (ask.choice, ask.limit, ask.sampling) == ("any", 500, CONVERSATION.sampling)
+    assert ask.stops == ([] if dialect == LOST_STOPS else ["END"])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_one_conversation_is_written_in_four_spellings(dialect):
+    body = write(dialect, CONVERSATION)
+    if dialect == "anthropic":
+        marks = json.dumps(body).count('"cache_control"')
+        assert marks == 4
+        body = json.loads(json.dumps(body).replace(', "cache_control": {"type": "ephemeral"}', ""))
+    assert body == SPELLINGS[dialect]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_every_client_reaches_every_provider_with_the_same_words(ours, theirs):
+    there = write(theirs, read(ours, SPELLINGS[ours]))
+    assert told(read(theirs, there).turns) == told(CONVERSATION.turns)
+
+
+def test_reading_and_writing_change_nothing_that_is_read():
+    for dialect, body in SPELLINGS.items():
+        before = json.dumps(body)
+        ask = read(dialect, body)
+        again = json.dumps(write("anthropic", ask))
+        assert json.dumps(write("anthropic", ask)) == again
+        assert json.dumps(body) == before
+
+
+# -- Streams: one list of events, sixteen pairs --
+
+
+def play(reply):
+    """An answer with everything that a stream can hold: interleaved calls, thoughts, a seal."""
+    reply.name("abc")
+    reply.think("let me")
+    reply.think(" see")
+    reply.seal("c2VhbA==")
+    reply.say("Grüße, ")
+    reply.say('"世界"\n\\')
+    reply.call(1, "call_1", "weather")
+    reply.arguments(1, '{"city":')
+    reply.call(2, "call_2", "weather")
+    reply.arguments(2, '{"city":"Os')
+    reply.arguments(1, '"Rom"}')
+    reply.call_done(1)
+    reply.arguments(2, 'lo"}')
+    reply.call_done(2)
+    reply.usage.update(read=12, cached=5, written=9, thought=4)
+    reply.stopped("end")
+    reply.finish()
+
+
+def new_reply(dialect, kind=None, maker="anthropic/claude", stops=(), tools=()):
+    ask = ampproxy.Ask(tools=list(tools))
+    names = ampproxy.Names(ask, ampproxy.WORD_NAME)
+    reply = (kind or DIALECTS[dialect].writer)(list(stops), "asked-for", maker, names)
+    reply.tells_usage = True
+    return reply
+
+
+def stream_of(dialect, story=play, **more):
+    reply = new_reply(dialect, **more)
+    story(reply)
+    return b"".join(reply.out)
+
+
+class FakeCall:
+    """What the reading of a stream needs of a call."""
+
+    provider = "fake"
+
+    def __init__(self, dialect, streams=True):
+        self.dialect, self.streams = DIALECTS[dialect], streams
+        self.tokens = (0, 0)
+
+    def count(self, read, written):
+        self.tokens = (read, written)
+
+
+async def in_chunks(raw, size):
+    for start in range(0, len(raw), size):
+        yield raw[start : start + size]
+
+
+async def translate(raw, theirs, ours, size=0, kind=None, **more):
+    """A stream of one dialect as a client of another one gets it, and the Reply behind it."""
+    reply = new_reply(ours, kind, **more)
+    reader = DIALECTS[theirs].reader(reply)
+    pieces = in_chunks(raw, size or len(raw) or 1)
+    got = ampproxy.translated(FakeCall(ours), reader, pieces, False, lambda: None)
+    return b"".join([data async for data in got]), reply
+
+
+def blocks(reply):
+    return [(type(b).__name__, b.text, getattr(b, "id", "")) for b in reply.blocks]
+
+
+WHOLE = [
+    ("Thought", "let me see", ""),
+    ("Text", 'Grüße, "世界"\n\\', ""),
+    ("ToolCall", '{"city":"Rom"}', "call_1"),
+    ("ToolCall", '{"city":"Oslo"}', "call_2"),
+]
+UNTOLD = {  # (from, to): what Anthropic's usage has no place for
+    "anthropic": {"thought": 0},
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 0])
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@in_loop
+async def test_one_stream_in_sixteen_pairs(theirs, ours, size):
+    raw = stream_of(theirs)
+    out, reply = await translate(raw, theirs, ours, size)
+    assert blocks(reply) == WHOLE
+    assert reply.stop == "call"
+    back = new_reply(ours, ampproxy.Reply)
+    reader = DIALECTS[ours].reader(back)
+    ampproxy.read_run(FakeCall(ours), reader, out)
+    back.finish()
+    assert blocks(back) == WHOLE
+    usage = {"read": 12, "cached": 5, "cache_written": 0, "written": 9, "thought": 4}
+    usage |= UNTOLD.get(theirs, {}) | UNTOLD.get(ours, {})
+    assert vars(back.usage) == usage
+    assert back.stop == "call"
+
+
+@pytest.mark.parametrize("ours", DIALECTS)
+@in_loop
+async def test_an_answer_in_one_piece_is_the_folded_stream(ours):
+    reply = new_reply(ours, ampproxy.Reply)
+    play(reply)
+    whole = json.loads(json.dumps(DIALECTS[ours].write_answer(reply)))
+    back = new_reply(ours, ampproxy.Reply)
+    DIALECTS[ours].reader(back).read_whole(whole)
+    back.finish()
+    assert blocks(back) == WHOLE
+
+
+def frames(raw):
+    """The events of a stream as JSON."""
+    events = ampproxy.split_events(raw)
+    return [json.loads(data) for e in events if (data := ampproxy.event_data(e)) != b"[DONE]"]
+
+
+def test_the_grammar_of_anthropic():
+    kinds = [(e["type"], e.get("index")) for e in frames(stream_of("anthropic"))]
+    assert kinds[0] == ("message_start", None)
+    assert kinds[-2:] == [("message_delta", None), ("message_stop", None)]
+    opened = None
+    for kind, index in kinds[1:-2]:
+        if kind == "content_block_start":
+            assert opened is None
+            opened = index
+        assert index == opened
+        if kind == "content_block_stop":
+            opened = None
+    starts = [index for kind, index in kinds if kind == "content_block_start"]
+    assert starts == [0, 1, 2, 3]
+
+
+def test_the_grammar_of_chat():
+    events = frames(stream_of("chat"))
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert len({(e["id"], e["created"], e["model"], e["object"]) for e in events}) == 1
+    deltas = [choice["delta"] for e in events for choice in e["choices"]]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["index"] for call in calls if "id" in call] == [0, 1]
+    assert [e["choices"][0]["finish_reason"] for e in events[:-1]][-1] == "tool_calls"
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["total_tokens"] == 21
+    assert stream_of("chat").endswith(b"data: [DONE]\n\n")
+
+
+def test_the_grammar_of_responses():
+    events = frames(stream_of("responses"))
+    assert [e["sequence_number"] for e in events] == [*range(len(events))]
+    assert [e["type"] for e in events][:2] == ["response.created", "response.in_progress"]
+    assert events[-1]["type"] == "response.completed"
+    added = [e for e in events if e["type"] == "response.output_item.added"]
+    done = [e for e in events if e["type"] == "response.output_item.done"]
+    assert [e["output_index"] for e in added] == [0, 1, 2, 3]
+    assert [e["item"]["id"] for e in added] == [e["item"]["id"] for e in done]
+    assert [e["item"] for e in done] == events[-1]["response"]["output"]
+    ids = {e["output_index"]: e["item"]["id"] for e in added}
+    for e in events:
+        if "item_id" in e:
+            assert e["item_id"] == ids[e["output_index"]]
+
+
+def test_the_grammar_of_gemini():
+    events = frames(stream_of("gemini"))
+    parts = [part for e in events for part in e["candidates"][0]["content"]["parts"]]
+    calls = [part["functionCall"] for part in parts if "functionCall" in part]
+    assert [(call["id"], call["args"]) for call in calls] == [
+        ("call_1", {"city": "Rom"}),
+        ("call_2", {"city": "Oslo"}),
+    ]
+    assert [e["candidates"][0].get("finishReason") for e in events][-2:] == [None, "STOP"]
+    assert events[-1]["usageMetadata"]["totalTokenCount"] == 21
+
+
+@in_loop
+async def test_what_comes_together_leaves_together_and_at_once():
+    raw = stream_of("chat")
+    reader = DIALECTS["chat"].reader(new_reply("anthropic"))
+    gate = asyncio.Event()
+
+    async def pieces():
+        first, second, third, *_ = ampproxy.split_events(raw)
+        yield first + second + third
+        await gate.wait()
+        yield raw[len(first + second + third) :]
+
+    call = FakeCall("anthropic")
+    got = ampproxy.translated(call, reader, pieces(), False, lambda: None)
+    assert b"let me" in await anext(got)
+    gate.set()
+    assert (await anext(got)).endswith(b"\n\n")
+
+
+# -- Ends and errors of a stream --
+
+
+@pytest.mark.parametrize("theirs", DIALECTS)
+@pytest.mark.parametrize("ours", ["anthropic", "responses"])
+@in_loop
+async def test_a_cut_stream_is_an_error_and_what_came_is_sent(theirs, ours):
+    raw = stream_of(theirs)
+    for cut in range(0, len(raw) - 1, 97):
+        reply = new_reply(ours)
+        reader = DIALECTS[theirs].reader(reply)
+        sent = b""
+        try:
+            pieces = in_chunks(raw[:cut], 64)
+            async for data in ampproxy.translated(
+                FakeCall(ours), reader, pieces, False, lambda: None
+            ):
+                sent += data
+        except ampproxy.ProxyError as error:
+            assert error.problem.status == 502
+            assert not sent or sent.endswith(b"\n\n")
+        else:
+            assert reply.stop  # its end had been told already
+        assert b"message_stop" not in sent or reply.stop
+
+
+FINISHES = [  # dialect, the last words of a provider -> how it ended
+    ("anthropic", "end_turn", "end"),
+    ("anthropic", "max_tokens", "length"),
+    ("anthropic", "stop_sequence", "sequence"),
+    ("anthropic", "pause_turn", "pause"),
+    ("anthropic", "refusal", "refusal"),
+    ("anthropic", "model_context_window_exceeded", "context"),
+    ("anthropic", "a_word_of_tomorrow", "end"),
+    ("chat", "stop", "end"),
+    ("chat", "length", "length"),
+    ("chat", "content_filter", "refusal"),
+    ("chat", "a_word_of_tomorrow", "end"),
+    ("gemini", "STOP", "end"),
+    ("gemini", "MAX_TOKENS", "length"),
+    ("gemini", "SAFETY", "refusal"),
+    ("gemini", "PROHIBITED_CONTENT", "refusal"),
+    ("gemini", "BLOCKLIST", "refusal"),
+    ("gemini", "SPII", "refusal"),
+    ("gemini", "RECITATION", "refusal"),
+    ("gemini", "OTHER", "end"),
+]
+SAID = {  # how it ended -> the words of each dialect
+    "end": ("end_turn", "stop", "completed", "STOP"),
+    "length": ("max_tokens", "length", "incomplete", "MAX_TOKENS"),
+    "sequence": ("stop_sequence", "stop", "completed", "STOP"),
+    "pause": ("pause_turn", "stop", "completed", "STOP"),
+    "refusal": ("refusal", "content_filter", "incomplete", "SAFETY"),
+    "context": ("model_context_window_exceeded", "length", "incomplete", "MAX_TOKENS"),
+}
+
+
+def ended_with(dialect, word):
+    """The events of an answer that says `hi` and ends so."""
+    if dialect == "anthropic":
+        return b"".join(events()).replace(b'"end_turn"', json.dumps(word).encode())
+    if dialect == "chat":
+        delta = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": word}]}
+        return b"data: " + json.dumps(delta).encode() + b"\n\ndata: [DONE]\n\n"
+    candidate = {"content": {"parts": [{"text": "hi"}]}, "finishReason": word}
+    return b"data: " + json.dumps({"candidates": [candidate]}).encode() + b"\n\n"
+
+
+def end_word(dialect, reply):
+    answer = DIALECTS[dialect].write_answer(reply)
+    match dialect:
+        case "anthropic":
+            return answer["stop_reason"]
+        case "chat":
+            return answer["choices"][0]["finish_reason"]
+        case "responses":
+            return answer["status"]
+    return answer["candidates"][0]["finishReason"]
+
+
+@pytest.mark.parametrize(("theirs", "word", "end"), FINISHES)
+@in_loop
+async def test_why_an_answer_ended(theirs, word, end):
+    for ours, expected in zip(DIALECTS, SAID[end], strict=True):
+        _, reply = await translate(ended_with(theirs, word), theirs, ours)
+        assert reply.stop == end
+        assert end_word(ours, reply) == expected
+
+
+@in_loop
+async def test_a_stop_sequence_that_the_provider_does_not_know_is_watched_for():
+    def story(reply):
+        for words in ("one ", "two E", "N", "D three"):
+            reply.say(words)
+        reply.stopped("end")
+        reply.finish()
+
+    out, reply = await translate(
+        stream_of("responses", story), "responses", "anthropic", stops=["END", "nie"]
+    )
+    assert [block.text for block in reply.blocks] == ["one two "]
+    assert frames(out)[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "END"}
+    _, reply = await translate(
+        stream_of("responses", story), "responses", "anthropic", stops=["three four"]
+    )
+    assert [block.text for block in reply.blocks] == ["one two END three"]
+
+
+# -- Any bytes, any history --
+
+WORDS = st.text(max_size=12)
+IDS = st.sampled_from(["", "a", "b", "call_1", "x" * 80, "ü/ö"])
+TOOL_NAMES = st.sampled_from(["weather", "a.b", "mcp__x__y", "z" * 90, "ä", ""])
+ARGUMENTS = st.sampled_from(["", "{}", "[1]", '{"a":1}', "no json", '{"a":'])
+SEALS = st.one_of(
+    st.none(),
+    st.builds(
+        ampproxy.Seal,
+        st.sampled_from(["anthropic/claude", "responses/gpt", "gemini/gemini", "chat/qwen"]),
+        st.sampled_from(["", "c2VhbA==", "gAAAAx"]),
+        st.booleans(),
+    ),
+)
+MEDIA = st.builds(
+    ampproxy.Media,
+    st.sampled_from(["image", "document"]),
+    st.sampled_from(["", "image/png", "application/pdf"]),
+    st.just(PNG),
+)
+TEXTS = st.builds(ampproxy.Text, WORDS)
+PARTS = st.one_of(
+    TEXTS,
+    MEDIA,
+    st.builds(ampproxy.Thought, WORDS, SEALS),
+    st.builds(ampproxy.ToolCall, IDS, TOOL_NAMES, ARGUMENTS, free=st.booleans()),
+    st.builds(ampproxy.ToolResult, IDS, st.lists(st.one_of(TEXTS, MEDIA), max_size=2)),
+)
+TURNS = st.builds(
+    ampproxy.Turn,
+    st.sampled_from(["user", "assistant", "system"]),
+    st.lists(PARTS, max_size=4),
+)
+ASKS = st.builds(
+    ampproxy.Ask,
+    turns=st.lists(TURNS, max_size=6),
+    tools=st.lists(st.builds(ampproxy.Tool, TOOL_NAMES, WORDS, st.just(WEATHER)), max_size=3),
+    choice=st.sampled_from(["", "auto", "any", "none"]),
+    parallel=st.sampled_from([None, True, False]),
+)
+ROUNDS = int(os.environ.get("AMPPROXY_ROUNDS", "200"))
+
+
+def well_formed(ask):
+    """Every call has its one result behind it, in order; no blank text; roles take turns."""
+    turns = ampproxy.repaired(ask.turns)
+    for turn, behind in itertools.zip_longest(turns, turns[1:]):
+        calls = [part.id for part in turn.parts if isinstance(part, ampproxy.ToolCall)]
+        results = (
+            [p.id for p in behind.parts if isinstance(p, ampproxy.ToolResult)] if behind else []
+        )
+        assert results == calls
+        assert behind is None or behind.role != turn.role
+        assert not [p for p in turn.parts if isinstance(p, ampproxy.Text) and not p.text.strip()]
+
+
+@settings(max_examples=ROUNDS, deadline=None, suppress_health_check=[*HealthCheck])
+@given(ASKS)
+def test_any_history_is_put_right_and_survives_every_pair(ask):
+    well_formed(ask)
+    for ours, theirs in PAIRS:
+        try:
+            body = json.loads(json.dumps(write(ours, ask)))
+            there = json.loads(json.dumps(write(theirs, read(ours, body))))
+            read(theirs, there)
+        except ampproxy.ProxyError as error:
+            assert error.problem.status == 400
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("say"), WORDS),
+        st.tuples(st.just("think"), WORDS),
+        st.tuples(st.just("seal"), st.sampled_from(["", "c2VhbA=="])),
+        st.tuples(st.just("call"), st.integers(0, 3), IDS, TOOL_NAMES.filter(bool)),
+        st.tuples(st.just("arguments"), st.integers(0, 3), ARGUMENTS),
+        st.tuples(st.just("call_done"), st.integers(0, 3), ARGUMENTS),
+        st.tuples(st.just("stopped"), st.sampled_from(["", "end", "length", "refusal"])),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=ROUNDS, deadline=None, suppress_health_check=[*HealthCheck])
+@given(STEPS, st.sampled_from(PAIRS), st.integers(1, 99))
+def test_any_stream_survives_every_pair(steps, pair, size):
+    theirs, ours = pair
+
+    def story(reply):
+        for verb, *rest in steps:
+            getattr(reply, verb)(*rest)
+        reply.usage.update(read=1, written=1)
+        reply.finish()
+
+    raw = stream_of(theirs, story)
+    spoken = new_reply(theirs, ampproxy.Reply)
+    story(spoken)
+    out, reply = asyncio.run(translate(raw, theirs, ours, size))
+    words = "".join(b.text for b in spoken.blocks if isinstance(b, ampproxy.Text))
+    assert "".join(b.text for b in reply.blocks if isinstance(b, ampproxy.Text)) == words
+    calls = [b.id for b in reply.blocks if isinstance(b, ampproxy.ToolCall)]
+    assert len(calls) == sum(isinstance(b, ampproxy.ToolCall) for b in spoken.blocks)
+    frames(out)
+
+
+@settings(max_examples=ROUNDS, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.sampled_from(PAIRS), st.data())
+def test_a_stream_that_is_damaged_is_an_error_or_an_answer(pair, data):
+    theirs, ours = pair
+    events = ampproxy.split_events(stream_of(theirs))
+    index = data.draw(st.integers(0, len(events) - 1))
+    junk = st.sampled_from(["null", "{}", "[]", "7", '"x"', '{"index":{}}', '{"a":[{}]}'])
+    event = (
+        json.loads(ampproxy.event_data(events[index]) or b"{}") if index < len(events) - 1 else {}
+    )
+    if isinstance(event, dict) and event:
+        key = data.draw(st.sampled_from(sorted(event)))
+        event[key] = json.loads(data.draw(junk))
+    events[index] = ampproxy.data_event(event)
+    with suppress(ampproxy.ProxyError):
+        asyncio.run(translate(b"".join(events), theirs, ours))
+
+
 # == The official SDK ==============================================================================
 
 
