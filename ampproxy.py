@@ -2040,7 +2040,7 @@ class Source(NamedTuple):
 @dataclass
 class Text:
     text: str = ""
-    cache: bool = False  # the client wants the prompt cached up to here
+    cache: Json | None = None  # the client's mark: the prompt is to be cached up to here
     sources: list[Source] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)  # of an answer that is still being written
     done: bool = False
@@ -2073,16 +2073,16 @@ class Media:
     data: str = ""  # in base64...
     url: str = ""  # ...or where it is
     name: str = ""
-    cache: bool = False
+    cache: Json | None = None
 
 
 @dataclass
 class ToolResult:
     id: str
     parts: list[Text | Media]
-    name: str = ""  # where a client names the tool and gives no id
     failed: bool = False
-    cache: bool = False
+    cache: Json | None = None
+    call: ToolCall | None = None  # whose result it is, once the history is put right
 
 
 Part = Text | Thought | ToolCall | ToolResult | Media
@@ -2102,9 +2102,9 @@ class Tool:
     schema: Json = field(default_factory=dict)  # JSON Schema of its arguments
     namespace: str = ""
     free: bool = False  # it takes bare text, maybe by a grammar
-    grammar: str = ""
+    grammar: Json = field(default_factory=dict)  # its syntax and definition
     strict: bool = False
-    cache: bool = False
+    cache: Json | None = None
 
 
 @dataclass
@@ -2272,117 +2272,171 @@ class Target:
 # -- Histories, put right --
 
 
-def repaired(turns: list[Turn]) -> list[Turn]:
+def repaired(turns: list[Turn], maker: str = "") -> list[Turn]:
     """A history as every provider takes it; the given one stays as it is.
 
     Each call has one result, in the turn behind it, in the order of the calls; whatever was said
     in between comes behind them.  No text is blank, no two turns of one role follow each other.
+    `maker`: whose thoughts stay; "" for everybody's.
     """
-    merged = merge_turns(turns)
-    results = ResultsById(merged)
+    merged = merged_turns([Turn(turn.role, sayable(turn, maker)) for turn in turns])
+    results = paired(merged)
     kept: list[Turn] = []
     for turn in merged:
-        parts: list[Part] = [p for p in turn.parts if not isinstance(p, ToolResult)]
-        calls = [part for part in parts if isinstance(part, ToolCall)]
-        if parts:
-            kept.append(Turn(turn.role, parts))
-        if calls:
-            named, answers = results.take(calls)
-            renamed = {id(old): new for old, new in zip(calls, named, strict=True)}
-            kept[-1].parts = [renamed.get(id(part), part) for part in parts]
-            kept.append(Turn("user", list(answers)))
-    return merge_turns(kept)
+        parts: list[Part] = []
+        answers: list[Part] = []
+        for part in turn.parts:
+            if isinstance(part, ToolCall):
+                answer = results[id(part)]
+                parts.append(answer.call or part)
+                answers.append(answer)
+            elif not isinstance(part, ToolResult):
+                parts.append(part)
+        kept += [Turn(turn.role, parts), Turn("user", answers)]
+    return merged_turns(kept)
 
 
-def merge_turns(turns: list[Turn]) -> list[Turn]:
+def merged_turns(turns: list[Turn]) -> list[Turn]:
     merged: list[Turn] = []
     for turn in turns:
-        parts = [part for part in turn.parts if is_sayable(part, turn.role)]
-        if not parts:
-            continue
         if merged and merged[-1].role == turn.role:
-            merged[-1].parts += parts
-        else:
-            merged.append(Turn(turn.role, parts))
+            merged[-1].parts += turn.parts
+        elif turn.parts:
+            merged.append(Turn(turn.role, [*turn.parts]))
     return merged
 
 
-def is_sayable(part: Part, role: str) -> bool:
+def sayable(turn: Turn, maker: str) -> list[Part]:
     """No blank text; calls and thoughts are the model's alone, and a system only talks."""
-    if isinstance(part, Text):
-        return bool(part.text.strip())
-    if isinstance(part, ToolCall | Thought):
-        return role == "assistant"
-    return role != "system" or isinstance(part, ToolResult)
+    parts: list[Part] = []
+    for part in turn.parts:
+        match part:
+            case Text():
+                fits = bool(part.text.strip())
+            case Thought():
+                own = not maker or (part.seal is not None and part.seal.maker == maker)
+                fits = turn.role == "assistant" and own
+            case ToolCall():
+                fits = turn.role == "assistant"
+            case Media():
+                fits = turn.role != "system"
+            case _:
+                fits = True
+        if fits:
+            parts.append(part)
+    return parts
 
 
-class ResultsById:
-    """The results of a history, for its calls in their order.  Ids used twice are kept apart."""
+def paired(turns: list[Turn]) -> dict[int, ToolResult]:
+    """The result of each call, by the call's identity; in it the call, with an id of its own.
 
-    def __init__(self, turns: list[Turn]) -> None:
-        self.by_id: dict[str, deque[ToolResult]] = {}
-        self.used: Counter[str] = Counter()
-        for turn in turns:
-            for part in turn.parts:
-                if isinstance(part, ToolResult):
-                    self.by_id.setdefault(part.id, deque()).append(part)
+    A result belongs to the latest turn that called its id.
+    """
+    calls: list[ToolCall] = []
+    waiting: dict[str, deque[ToolCall]] = {}
+    found: dict[int, ToolResult] = {}
+    early: dict[str, ToolResult] = {}  # results that stand in front of their call
+    for turn in turns:
+        called = [part for part in turn.parts if isinstance(part, ToolCall)]
+        waiting |= {call.id: deque() for call in called}
+        for part in turn.parts:
+            if isinstance(part, ToolCall):
+                calls.append(part)
+                waiting[part.id].append(part)
+            elif isinstance(part, ToolResult) and part.id not in waiting:
+                early.setdefault(part.id, part)
+            elif isinstance(part, ToolResult) and waiting[part.id]:
+                found[id(waiting[part.id].popleft())] = part
+    used: set[str] = set()
+    results: dict[int, ToolResult] = {}
+    for index, call in enumerate(calls):
+        own = dataclasses.replace(call, id=unused_id(call, index, used))
+        result = found.get(id(call)) or early.pop(call.id, None) or INTERRUPTED
+        inner = [part for part in result.parts if not is_blank(part)]
+        results[id(call)] = dataclasses.replace(result, id=own.id, parts=inner, call=own)
+    return results
 
-    def take(self, calls: list[ToolCall]) -> tuple[list[ToolCall], list[ToolResult]]:
-        """The calls with ids that are theirs alone, and their results."""
-        named, answers = [], []
-        for call in calls:
-            waiting = self.by_id.get(call.id)
-            found = waiting.popleft() if waiting else None
-            self.used[call.id] += 1
-            again = f"_{self.used[call.id]}" if self.used[call.id] > 1 else ""
-            id = call.id + again
-            named.append(dataclasses.replace(call, id=id))
-            if found is None:
-                interrupted = Text("The call was interrupted: it has no result.")
-                found = ToolResult(id, [interrupted], failed=True)
-            answers.append(dataclasses.replace(found, id=id, name=call.name))
-        return named, answers
+
+INTERRUPTED = ToolResult("", [Text("The call was interrupted: it has no result.")], failed=True)
 
 
-def split_off_system(ask: Ask, in_place: bool) -> tuple[list[Text], list[Turn]]:
-    """The system's texts, and the other turns; `in_place`: those in the middle stay there.
+def is_blank(part: Part) -> bool:
+    return isinstance(part, Text) and not part.text.strip()
 
-    Somebody has to say something: a request of system texts alone is the user's.
+
+def unused_id(call: ToolCall, index: int, used: set[str]) -> str:
+    wanted = call.id or "call_" + digest(call.name, call.text, str(index))
+    free, again = wanted, 1
+    while free in used:
+        again += 1
+        free = f"{wanted}_{again}"
+    used.add(free)
+    return free
+
+
+def split_off_system(
+    ask: Ask, maker: str, in_place: bool = False, user_first: bool = False
+) -> tuple[list[Text], list[Turn]]:
+    """The system's texts, and the other turns, put right.
+
+    `in_place`: those in the middle stay there; `user_first`: nobody else may begin.  Somebody has
+    to say something: a request of system texts alone is the user's.
     """
     system: list[Text] = []
     turns: list[Turn] = []
-    for turn in repaired(ask.turns):
+    for turn in repaired(ask.turns, maker):
         if turn.role == "system" and not (in_place and turns):
             system += [part for part in turn.parts if isinstance(part, Text)]
-        elif turns and turns[-1].role == turn.role:
-            turns[-1].parts += turn.parts
         else:
-            turns.append(Turn(turn.role, [*turn.parts]))
+            turns.append(turn)
+    turns = merged_turns(turns)
     if not turns and not system:
         raise fault(400, "The request has no messages")
     if not turns:
         return [], [Turn("user", [*system])]
+    if user_first and turns[0].role != "user":
+        turns.insert(0, Turn("user", [Text(".")]))
     return system, turns
 
 
-def is_cut_off(turns: list[Turn], maker: str) -> bool:
+def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
     """Whether the last step is one of a tool loop whose own thoughts did not come back.
 
-    Claude refuses to think on then (providers.md 1.3, 5.3).
+    Claude refuses to think on then (providers.md 1.3, 5.3).  `each_step`: a model that takes
+    budgets thinks before every call; others think when they like, so one thought will do.
     """
-    if len(turns) < 2 or not isinstance(turns[-1].parts[0], ToolResult):
-        return False
-    first = turns[-2].parts[0]
-    return not (isinstance(first, Thought) and first.seal and first.seal.maker == maker)
+    steps = 0
+    for turn in reversed(repaired(ask.turns, maker)):
+        if turn.role == "assistant":
+            steps += 1
+            if any(isinstance(part, Thought) for part in turn.parts):
+                return False
+            if each_step:
+                return True
+        elif not any(isinstance(part, ToolResult) for part in turn.parts):
+            break
+    return steps > 0
 
 
 def usable_tools(ask: Ask) -> list[Tool]:
-    """The tools that may be called, each once."""
+    """The tools that may be called, each once; a tool that must be called hides no other one."""
     found: dict[tuple[str, str], Tool] = {}
     for tool in ask.tools:
-        if not ask.allowed or tool.name in ask.allowed:
+        if ask.choice == "tool" or not ask.allowed or tool.name in ask.allowed:
             found.setdefault((tool.namespace, tool.name), tool)
     return list(found.values())
+
+
+def forced_tool(ask: Ask) -> Tool | None:
+    if ask.choice != "tool":
+        return None
+    return next((tool for tool in ask.tools if tool.name in ask.allowed), None)
+
+
+def free_hosted(ask: Ask) -> dict[str, Json]:
+    """The hosted tools whose names no function has."""
+    names = {tool.name for tool in ask.tools}
+    return {name: options for name, options in ask.hosted.items() if name not in names}
 
 
 def described(tool: Tool) -> Tool:
@@ -2391,7 +2445,8 @@ def described(tool: Tool) -> Tool:
         return tool
     text: Json = {"type": "string"}
     if tool.grammar:
-        text["description"] = f"Text by this grammar:\n{tool.grammar}"
+        definition = text_of(tool.grammar.get("definition"))
+        text["description"] = f"Text by this grammar:\n{definition}"
     schema = {
         "type": "object",
         "properties": {"input": text},
@@ -2399,6 +2454,18 @@ def described(tool: Tool) -> Tool:
         "additionalProperties": False,
     }
     return dataclasses.replace(tool, schema=schema)
+
+
+def bare_text(words: str) -> str:
+    """The text of a free-text tool out of the function that stood for it."""
+    try:
+        told = parse_object(words.encode())
+    except ValueError:
+        return words
+    texts = [value for value in told.values() if isinstance(value, str)]
+    if isinstance(told.get("input"), str):
+        return str(told["input"])
+    return texts[0] if len(texts) == 1 else words
 
 
 def data_url(media: Media) -> str:
@@ -2428,6 +2495,7 @@ GOOGLE_WORDS = {  # of Google's Schema; another one is a 400 there
     *("maxItems", "properties", "required", "minProperties", "maxProperties", "minLength"),
     *("maxLength", "pattern", "anyOf", "minimum", "maximum", "propertyOrdering"),
 }
+GOOGLE_TEXTS = {"format", "title", "description", "pattern"}
 GOOGLE_FORMATS = ("enum", "date-time", "float", "double", "int32", "int64")
 DEEPEST_SCHEMA = 40
 
@@ -2435,22 +2503,31 @@ DEEPEST_SCHEMA = 40
 class GoogleSchema:
     """A JSON Schema in the words of Google's list: refs resolved, cycles cut (providers.md 5.1)."""
 
+    MOST = 5000  # schemas in one: those that name each other in circles have no end otherwise
+
     def __init__(self, root: Json) -> None:
         self.root = root
+        self.count = 0
 
     def read(self, schema: Any, seen: tuple[str, ...] = ()) -> Json:
-        if not isinstance(schema, dict) or len(seen) > DEEPEST_SCHEMA:
-            return {"type": "object"} if schema is not True else {}
-        schema, seen = self.resolved(schema, (*seen, ""))
-        if schema is None:
+        self.count += 1
+        if not isinstance(schema, dict) or len(seen) > DEEPEST_SCHEMA or self.count > self.MOST:
+            return {"type": "string" if schema is True else "object"}
+        whole, seen = self.resolved(schema, (*seen, ""))
+        if whole is None:
             return {"type": "object"}
-        schema = self.with_merged(schema)
-        kept = {name: value for name, value in schema.items() if name in GOOGLE_WORDS}
-        self.put_type(kept, schema)
-        self.put_enum(kept, schema)
-        self.put_inner(kept, schema, seen)
+        whole = self.with_merged(whole)
+        kept = {name: value for name, value in whole.items() if name in GOOGLE_WORDS}
+        for name in GOOGLE_TEXTS & kept.keys():
+            if not isinstance(kept[name], str):
+                del kept[name]
+        self.put_type(kept, whole)
+        self.put_enum(kept, whole)
+        self.put_inner(kept, whole, seen)
         if kept.get("format") not in GOOGLE_FORMATS:
             kept.pop("format", None)
+        if not kept.keys() & {"type", "anyOf"}:
+            kept["type"] = "string"
         return kept
 
     def resolved(self, schema: Json, seen: tuple[str, ...]) -> tuple[Json | None, tuple[str, ...]]:
@@ -2462,24 +2539,28 @@ class GoogleSchema:
             if ref in seen:
                 return None, seen
             seen = (*seen, ref)
-            target: Any = self.root
-            for step in ref.removeprefix("#").strip("/").split("/"):
-                if step:
-                    target = as_dict(target).get(
-                        unquote(step).replace("~1", "/").replace("~0", "~")
-                    )
             rest = {name: value for name, value in schema.items() if name != "$ref"}
-            schema = {**as_dict(target), **rest}
+            schema = {**self.named(ref), **rest}
         return None, seen
 
-    def with_merged(self, schema: Json) -> Json:
+    def named(self, ref: str) -> Json:
+        """What a JSON pointer leads to; {} for nothing."""
+        target: Any = self.root
+        for step in ref.removeprefix("#").strip("/").split("/"):
+            if isinstance(target, list) and re.fullmatch("[0-9]{1,4}", step):
+                target = dict(enumerate(target)).get(int(step))
+            elif step:
+                target = as_dict(target).get(unquote(step).replace("~1", "/").replace("~0", "~"))
+        return as_dict(target)
+
+    def with_merged(self, schema: Json, depth: int = 9) -> Json:
         """With the schemas of allOf laid into it, and a oneOf called anyOf."""
         merged = {name: value for name, value in schema.items() if name not in ("allOf", "oneOf")}
         if "oneOf" in schema:
             merged["anyOf"] = as_list(merged.get("anyOf")) + as_list(schema["oneOf"])
-        for part in as_dicts(schema.get("allOf")):
+        for part in as_dicts(schema.get("allOf")) if depth else ():
             whole = self.resolved(part, ())[0] or {}
-            for name, value in self.with_merged(whole).items():
+            for name, value in self.with_merged(whole, depth - 1).items():
                 if name == "properties":
                     merged[name] = {**as_dict(merged.get(name)), **as_dict(value)}
                 elif name == "required":
@@ -2491,31 +2572,28 @@ class GoogleSchema:
     def put_type(self, kept: Json, schema: Json) -> None:
         """One type; null is `nullable`; several are an anyOf."""
         kinds = [kind for kind in as_list(schema.get("type")) if isinstance(kind, str)]
-        if isinstance(schema.get("type"), list):
-            kept.pop("type", None)
+        if kinds:
+            others = [kind for kind in kinds if kind != "null"]
+            kept["type"] = others[0] if len(others) == 1 else None
             if "null" in kinds:
                 kept["nullable"] = True
-            others = [kind for kind in kinds if kind != "null"]
-            if len(others) == 1:
-                kept["type"] = others[0]
-            elif others and "anyOf" not in kept:
+            if len(others) > 1 and "anyOf" not in kept:
                 kept["anyOf"] = [{**schema, "type": kind} for kind in others]
-        if isinstance(kept.get("type"), str):
-            kept["type"] = kept["type"].lower()
-        if "type" not in kept and "properties" in kept:
+        kind = kept.pop("type", None)
+        if isinstance(kind, str):
+            kept["type"] = kind.lower()
+        elif "properties" in kept:
             kept["type"] = "object"
-        if "type" not in kept and ("items" in kept or "prefixItems" in schema):
+        elif "items" in kept or "prefixItems" in schema:
             kept["type"] = "array"
 
     def put_enum(self, kept: Json, schema: Json) -> None:
         """Google knows enums of texts, without an empty one."""
-        values = as_list(schema.get("enum"))
-        if "const" in schema:
-            values = [schema["const"]]
+        values = [schema["const"]] if "const" in schema else as_list(schema.get("enum"))
+        kept.pop("enum", None)
         if None in values:
             kept["nullable"] = True
         texts = [v if isinstance(v, str) else json_text(v) for v in values if v not in (None, "")]
-        kept.pop("enum", None)
         if texts:
             kept["type"], kept["enum"] = "string", list(dict.fromkeys(texts))
 
@@ -2524,30 +2602,30 @@ class GoogleSchema:
             properties = as_dict(kept["properties"])
             kept["properties"] = {str(k): self.read(v, seen) for k, v in properties.items()}
         required = [name for name in as_list(kept.pop("required", None)) if isinstance(name, str)]
-        known = [
-            name for name in dict.fromkeys(required) if name in as_dict(kept.get("properties"))
-        ]
+        names = as_dict(kept.get("properties"))
+        known = [name for name in dict.fromkeys(required) if name in names]
         if known:
             kept["required"] = known
+        items = kept.pop("items", schema.get("prefixItems"))
         if kept.get("type") == "array":
-            items = kept.get("items", schema.get("prefixItems"))
             choices = items if isinstance(items, list) else [items]
             read = [self.read(item, seen) for item in choices if item is not None]
             kept["items"] = one_or_any(read) if read else {"type": "string"}
-        elif "items" in kept:
-            del kept["items"]
         if "anyOf" in kept:
             self.put_any(kept, seen)
 
     def put_any(self, kept: Json, seen: tuple[str, ...]) -> None:
+        """An anyOf stands alone there: what stood beside it goes into its branches."""
         branches = as_dicts(kept.pop("anyOf"))
         if any(branch.get("type") == "null" for branch in branches):
             kept["nullable"] = True
         read = [self.read(branch, seen) for branch in branches if branch.get("type") != "null"]
+        beside = {**kept}
         if len(read) == 1:
-            kept |= {name: value for name, value in read[0].items() if name not in kept}
+            kept |= {name: value for name, value in read[0].items() if name not in beside}
         elif read:
-            kept["anyOf"] = read
+            kept.clear()
+            kept["anyOf"] = [{**beside, **branch} for branch in read]
 
 
 def one_or_any(schemas: list[Json]) -> Json:
@@ -2570,7 +2648,7 @@ def object_schema(schema: Json) -> Json:
         return {**schema, "type": "object", "properties": as_dict(schema.get("properties"))}
     merged = {name: value for name, value in schema.items() if name not in UNIONS}
     properties = {**as_dict(schema.get("properties"))}
-    required = list(as_list(schema.get("required")))
+    required = [name for name in as_list(schema.get("required")) if isinstance(name, str)]
     resolve = GoogleSchema(schema).resolved
     for union in UNIONS:
         branches = [resolve(branch, ())[0] or {} for branch in as_dicts(schema.get(union))]
@@ -2592,6 +2670,24 @@ NOT_IN_ANSWERS = {  # words of a schema that Claude's JSON answers do not know
     *("maxLength", "maxItems", "uniqueItems", "minProperties", "maxProperties"),
     *("patternProperties", "propertyNames", "$schema", "$id", "default", "examples"),
 }
+
+
+def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
+    """Whether OpenAI takes it as strict: every object closed, every property required."""
+    if isinstance(schema, list):
+        return all(is_strict(item, depth - 1) for item in schema)
+    if not isinstance(schema, dict) or depth < 0:
+        return depth >= 0
+    properties = as_dict(schema.get("properties"))
+    if schema.get("type") == "object" or properties:
+        closed = schema.get("additionalProperties") is False
+        if not closed or set(properties) != set(map(str, as_list(schema.get("required")))):
+            return False
+    inner = [value for name, value in schema.items() if name not in NAME_TABLES]
+    tables = [list(as_dict(schema.get(name)).values()) for name in NAME_TABLES]
+    return all(is_strict(value, depth - 1) for value in [*inner, *tables])
+
+
 NAME_TABLES = ("properties", "$defs", "definitions")  # whose keys are names, not words
 
 
@@ -2613,6 +2709,9 @@ def closed_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
         closed["additionalProperties"] = False
     return closed
 
+
+# Stop sequences that a provider of a dialect takes; what is more is watched for here.
+MOST_STOPS = {"anthropic": 1000, "chat": 4, "responses": 0, "gemini": 5}
 
 # -- An answer in the making --
 
@@ -2643,8 +2742,13 @@ class Reply:
         self.stop_text = ""  # the stop sequence that ended it
         self.stops = stops
         self.held = ""  # text that may be the beginning of a stop sequence
+        self.sources: list[Source] = []  # of the text that comes next
         self.cut = False  # it was ended by a stop sequence that only we know
         self.out: list[bytes] = []
+
+    def id_with(self, prefix: str) -> str:
+        """The answer's id as a dialect's clients know it."""
+        return self.id if self.id.startswith(prefix) else prefix + fitted(self.id, WORD_NAME)
 
     @property
     def is_told(self) -> bool:
@@ -2665,6 +2769,9 @@ class Reply:
             block = self.latest
             if type(block) is not Text or block.done:
                 block = self.begin(Text())
+                for source in self.sources:
+                    self.cite(source)
+                self.sources = []
             self.add(block, words)
 
     def think(self, words: str) -> None:
@@ -2709,10 +2816,11 @@ class Reply:
             self.end(call)
 
     def cite(self, source: Source) -> None:
+        """Of the text that is open, else of the next one."""
         block = self.latest
-        if type(block) is not Text:
-            block = next((b for b in reversed(self.blocks) if isinstance(b, Text)), None)
-        if block is not None and source.url and source not in block.sources:
+        if type(block) is not Text or block.done:
+            self.sources.append(source)
+        elif source.url and source not in block.sources:
             block.sources.append(source)
             if block is self.current:
                 self.cited(block, source)
@@ -2728,22 +2836,27 @@ class Reply:
 
     def finish(self) -> None:
         """The answer is whole: what is open closes, and the end is written."""
-        if self.held:
-            words, self.held, self.stops = self.held, "", []
-            self.say(words)
+        self.say_held()
         for call in self.calls.values():
             self.end(call)
         if self.latest is not None:
             self.end(self.latest)
-        has_calls = any(isinstance(block, ToolCall) for block in self.blocks)
-        if self.stop in ("", "end") and has_calls:
-            self.stop = "call"
-        self.stop = self.stop or "end"
+        if self.stop in ("", "end", "call"):
+            has_calls = any(isinstance(block, ToolCall) for block in self.blocks)
+            self.stop = "call" if has_calls else "end"
         self.ended()
+
+    def say_held(self) -> None:
+        words, self.held = self.held, ""
+        stops, self.stops = self.stops, []
+        self.say(words)
+        self.stops = stops
 
     # -- Order --
 
     def begin(self, block: Any) -> Any:
+        if self.held and not isinstance(block, Text):
+            self.say_held()
         latest = self.latest
         if latest is not None and not isinstance(latest, ToolCall):
             self.end(latest)
@@ -2789,8 +2902,7 @@ class Reply:
         if block is not None and not isinstance(block, Media):
             block.text = "".join(block.pieces)
             if isinstance(block, ToolCall) and block.wrapped:
-                with suppress(ValueError):
-                    block.text = text_of(parse_object(block.text.encode()).get("input"))
+                block.text = bare_text(block.text)
             block.pieces = []
         if block is not None:
             self.closed(block)
@@ -2831,6 +2943,8 @@ class Reply:
 
 class Reader:
     """Reads the events of one dialect into a Reply."""
+
+    may_just_end = False  # usage without a reason is an end, too, if nothing follows
 
     def __init__(self, reply: Reply) -> None:
         self.reply = reply
@@ -2967,7 +3081,8 @@ def read_anthropic_request(body: Json) -> Ask:
     output = as_dict(body.get("output_config"))
     wanted = as_dict(output.get("format")) or as_dict(body.get("output_format"))
     if wanted.get("type") == "json_schema":
-        ask.schema, ask.schema_strict = as_dict(wanted.get("schema")), True
+        ask.schema = as_dict(wanted.get("schema"))
+        ask.schema_strict = is_strict(ask.schema)
     ask.effort = anthropic_effort(body)
     if body.get("mcp_servers"):
         raise cannot("mcp_servers")
@@ -2976,27 +3091,24 @@ def read_anthropic_request(body: Json) -> Ask:
 
 def without_billing(parts: list[Part]) -> list[Part]:
     """Without Claude Code's billing line, which differs from turn to turn."""
-    kept: list[Part] = []
     for part in parts:
         if isinstance(part, Text) and part.text.startswith(BILLING_LINE):
             part.text = part.text.partition("\n")[2]
-        kept.append(part)
-    return kept
+    return parts
 
 
 def anthropic_effort(body: Json) -> str:
-    thinking, level = (
-        as_dict(body.get("thinking")),
-        as_dict(body.get("output_config")).get("effort"),
-    )
+    thinking, output = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
+    level = text_of(output.get("effort"))
     match thinking.get("type"):
         case "disabled":
             return "none"
         case "enabled":
-            return str(int(number(thinking.get("budget_tokens")))) or "auto"
+            budget = int(number(thinking.get("budget_tokens")))
+            return str(budget) if budget > 0 else "auto"
         case "adaptive" | "auto":
-            return text_of(level) or "auto"
-    return text_of(level)
+            return level or "auto"
+    return level
 
 
 def anthropic_parts(content: Any) -> list[Part]:
@@ -3010,7 +3122,7 @@ def anthropic_parts(content: Any) -> list[Part]:
 
 def anthropic_part(block: Json) -> list[Part]:
     """A block; nothing for one that means something to Claude alone, such as a hosted tool's."""
-    cache = bool(block.get("cache_control"))
+    cache = as_dict(block.get("cache_control")) or None
     match block.get("type"):
         case "text":
             return [Text(text_of(block.get("text")), cache)]
@@ -3030,14 +3142,15 @@ def anthropic_part(block: Json) -> list[Part]:
                 p for p in anthropic_parts(block.get("content")) if isinstance(p, Text | Media)
             ]
             failed = bool(block.get("is_error"))
-            id = text_of(block.get("tool_use_id"))
-            return [ToolResult(id, inner, failed=failed, cache=cache)]
+            for part in inner:
+                cache, part.cache = part.cache or cache, None
+            return [ToolResult(text_of(block.get("tool_use_id")), inner, failed, cache)]
         case "search_result":
             return anthropic_parts(block.get("content"))
     return []
 
 
-def anthropic_media(kind: str, block: Json, cache: bool) -> list[Part]:
+def anthropic_media(kind: str, block: Json, cache: Json | None) -> list[Part]:
     source, name = as_dict(block.get("source")), text_of(block.get("title"))
     mime = text_of(source.get("media_type"))
     match source.get("type"):
@@ -3065,7 +3178,7 @@ def read_anthropic_tools(ask: Ask, body: Json) -> None:
         else:
             read = Tool(text_of(tool.get("name")), text_of(tool.get("description")))
             read.schema = as_dict(tool.get("input_schema"))
-            read.strict, read.cache = bool(tool.get("strict")), bool(tool.get("cache_control"))
+            read.strict, read.cache = bool(tool.get("strict")), tool.get("cache_control")
             ask.tools.append(read)
     choice = as_dict(body.get("tool_choice"))
     ask.choice = text_of(choice.get("type"))
@@ -3076,13 +3189,10 @@ def read_anthropic_tools(ask: Ask, body: Json) -> None:
 
 
 def write_anthropic_request(ask: Ask, target: Target) -> Json:
-    system, turns = split_off_system(ask, in_place=False)
-    if turns and turns[0].role != "user":
-        turns.insert(0, Turn("user", [Text(".")]))  # the first turn is the user's there
+    system, turns = split_off_system(ask, target.maker, user_first=True)
     body: Json = {"model": target.model, "stream": True}
     body["max_tokens"] = ask.limit or target.max_tokens
-    messages = [anthropic_message(turn, target) for turn in turns]
-    body["messages"] = [message for message in messages if message["content"]]
+    body["messages"] = [anthropic_message(turn, target) for turn in turns]
     blocks: list[Json] = [anthropic_text(part) for part in system]
     if ask.schema == {}:
         blocks.append({"type": "text", "text": "Answer with one JSON object and nothing else."})
@@ -3092,6 +3202,8 @@ def write_anthropic_request(ask: Ask, target: Target) -> Json:
     if ask.stops:
         body["stop_sequences"] = ask.stops
     body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p", "top_k")}
+    if "temperature" in body:
+        body["temperature"] = min(1, number(body["temperature"]))
     if ask.schema:
         wanted = {"type": "json_schema", "schema": closed_schema(ask.schema)}
         body["output_config"] = {"format": wanted}
@@ -3101,58 +3213,61 @@ def write_anthropic_request(ask: Ask, target: Target) -> Json:
 
 
 def anthropic_message(turn: Turn, target: Target) -> Json:
-    content = [block for part in turn.parts if (block := anthropic_block(part, target))]
-    return {"role": turn.role, "content": content}
+    return {"role": turn.role, "content": [anthropic_block(part, target) for part in turn.parts]}
 
 
 def anthropic_text(part: Text) -> Json:
-    block: Json = {"type": "text", "text": part.text}
-    if part.cache:
-        block["cache_control"] = EPHEMERAL
-    return block
+    return marked_for_cache({"type": "text", "text": part.text}, part.cache)
 
 
-def anthropic_block(part: Part, target: Target) -> Json | None:
-    """A part of a history; None for thoughts that are not Claude's own."""
+def anthropic_block(part: Part, target: Target) -> Json:
     match part:
         case Text():
             return anthropic_text(part)
         case Media():
             return anthropic_source(part)
-        case Thought(seal=Seal(maker, data, redacted)) if maker == target.maker:
-            if redacted:
-                return {"type": "redacted_thinking", "data": data}
-            return {"type": "thinking", "thinking": part.text, "signature": data}
         case ToolCall():
             name = target.names.of(part.name, part.namespace)
             id = fitted(part.id, WORD_NAME)
             return {"type": "tool_use", "id": id, "name": name, "input": arguments_of(part)}
         case ToolResult():
-            inner = [block for p in part.parts if (block := anthropic_block(p, target))]
+            inner = [anthropic_block(inner, target) for inner in part.parts]
             id = fitted(part.id, WORD_NAME)
             result: Json = {"type": "tool_result", "tool_use_id": id, "content": inner}
             if part.failed:
                 result["is_error"] = True
             return marked_for_cache(result, part.cache)
-    return None
+        case Thought(seal=Seal(redacted=True, data=data)):
+            return {"type": "redacted_thinking", "data": data}
+        case Thought(seal=Seal(data=data)):
+            return {"type": "thinking", "thinking": part.text, "signature": data}
+    raise TypeError(part)  # only thoughts of its own come here
 
 
-def marked_for_cache(block: Json, cache: bool) -> Json:
-    return {**block, "cache_control": EPHEMERAL} if cache else block
+def marked_for_cache(block: Json, cache: Json | None) -> Json:
+    return {**block, "cache_control": cache} if cache else block
 
 
 def anthropic_source(media: Media) -> Json:
-    if media.kind == "audio":
-        raise cannot("Sound")
+    mime = media.mime or ("image/png" if media.kind == "image" else "application/pdf")
+    if media.kind not in ("image", "document"):
+        raise cannot({"audio": "Sound", "video": "A film"}.get(media.kind, mime))
     if media.url:
         source = {"type": "url", "url": media.url}
+    elif mime.startswith("text/"):
+        source = {"type": "text", "media_type": "text/plain", "data": plain_text(media.data)}
     else:
-        mime = media.mime or ("image/png" if media.kind == "image" else "application/pdf")
         source = {"type": "base64", "media_type": mime, "data": media.data}
     block: Json = {"type": media.kind, "source": source}
     if media.name and media.kind == "document":
         block["title"] = media.name
     return marked_for_cache(block, media.cache)
+
+
+def plain_text(data: str) -> str:
+    with suppress(ValueError):
+        return base64.b64decode(data).decode()
+    raise cannot("A text that is not UTF-8")
 
 
 def write_anthropic_tools(body: Json, ask: Ask, target: Target) -> None:
@@ -3166,17 +3281,19 @@ def write_anthropic_tools(body: Json, ask: Ask, target: Target) -> None:
         if tool.strict:
             written["strict"] = True
         tools.append(marked_for_cache(written, tool.cache))
-    if "web_search" in ask.hosted:
+    hosted = free_hosted(ask)
+    if "web_search" in hosted:
         search = {"type": "web_search_20250305", "name": "web_search"}
-        tools.append({**search, **ask.hosted["web_search"]})
-    if "code_execution" in ask.hosted:
+        tools.append({**search, **hosted["web_search"]})
+    if "code_execution" in hosted:
         tools.append({"type": "code_execution_20250522", "name": "code_execution"})
     if not tools:
         return
     body["tools"] = tools
-    choice: Json = {"type": ask.choice or "auto"}
-    if choice["type"] == "tool":
-        choice["name"] = tools[0]["name"]
+    forced = forced_tool(ask)
+    choice: Json = {"type": ask.choice if ask.choice in ("any", "none") else "auto"}
+    if forced:
+        choice = {"type": "tool", "name": target.names.of(forced.name, forced.namespace)}
     if ask.parallel is False and choice["type"] != "none":
         choice["disable_parallel_tool_use"] = True
     if ask.choice or len(choice) > 1:
@@ -3185,7 +3302,7 @@ def write_anthropic_tools(body: Json, ask: Ask, target: Target) -> None:
 
 def sets_cache(ask: Ask) -> bool:
     parts = [part for turn in ask.turns for part in turn.parts]
-    return any(getattr(part, "cache", False) for part in [*parts, *ask.tools])
+    return any(getattr(part, "cache", None) for part in [*parts, *ask.tools])
 
 
 def put_cache_marks(body: Json) -> None:
@@ -3196,7 +3313,7 @@ def put_cache_marks(body: Json) -> None:
     ends = [as_list(body.get("tools")), as_list(body.get("system"))]
     users = [m["content"] for m in body["messages"] if m["role"] == "user"]
     for blocks in (ends + users[-2:])[:MOST_MARKS]:
-        if blocks and blocks[-1].get("type") not in ("thinking", "redacted_thinking"):
+        if blocks:
             blocks[-1] = {**blocks[-1], "cache_control": EPHEMERAL}
 
 
@@ -3287,10 +3404,6 @@ class AnthropicReader(Reader):
         self.over = True
 
 
-def anthropic_id(reply: Reply) -> str:
-    return reply.id if reply.id.startswith("msg_") else "msg_" + fitted(reply.id, WORD_NAME)
-
-
 def anthropic_usage_of(usage: Usage) -> Json:
     return {
         "input_tokens": max(0, usage.read - usage.cached - usage.cache_written),
@@ -3330,7 +3443,7 @@ def anthropic_citation(source: Source) -> Json:
 
 def anthropic_start(reply: Reply) -> Json:
     return {
-        "id": anthropic_id(reply),
+        "id": reply.id_with("msg_"),
         "type": "message",
         "role": "assistant",
         "model": reply.model,
@@ -3428,6 +3541,7 @@ CHAT_ENDS = {
 }  # without a word of their own
 CHAT_SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
 SOUND_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}
+SOUND_FORMATS = {"audio/x-wav": "wav", "audio/mp3": "mp3"} | {v: k for k, v in SOUND_TYPES.items()}
 
 
 def read_chat_request(body: Json) -> Ask:
@@ -3478,8 +3592,8 @@ def chat_turn(message: Json) -> Turn:
         return Turn("system", parts)
     if role in ("tool", "function"):
         inner = [part for part in parts if isinstance(part, Text | Media)]
-        id, name = text_of(message.get("tool_call_id")), text_of(message.get("name"))
-        return Turn("user", [ToolResult(id or name, inner, name)])
+        id = text_of(message.get("tool_call_id")) or text_of(message.get("name"))
+        return Turn("user", [ToolResult(id, inner)])
     if role != "assistant":
         return Turn("user", parts)
     thoughts = [part for part in chat_thoughts(message) if part.text or part.seal]
@@ -3492,13 +3606,13 @@ def chat_turn(message: Json) -> Turn:
 
 
 def chat_thoughts(message: Json) -> list[Thought]:
-    """The thoughts of an earlier answer: in words, and the seals that came with them."""
+    """The thoughts of an earlier answer: with our seals, or in bare words."""
+    thoughts = []
+    for detail in as_dicts(message.get("reasoning_details")):
+        seal = read_seal(detail.get("data"), "")
+        if seal and seal.maker:
+            thoughts.append(Thought(text_of(detail.get("text")), seal))
     words = text_of(message.get("reasoning_content")) or text_of(message.get("reasoning"))
-    details = as_dicts(message.get("reasoning_details"))
-    seals = [read_seal(detail.get("data"), "") for detail in details]
-    thoughts = [Thought("", seal) for seal in seals if seal and seal.maker]
-    if thoughts:
-        thoughts[0].text = words
     return thoughts or [Thought(words)]
 
 
@@ -3515,7 +3629,7 @@ def chat_parts(content: Any) -> list[Part]:
         return [Text(content)]
     parts: list[Part] = []
     for part in as_dicts(content):
-        cache = bool(part.get("cache_control"))
+        cache = as_dict(part.get("cache_control")) or None
         match part.get("type"):
             case "text" | "input_text" | "output_text":
                 parts.append(Text(text_of(part.get("text")), cache))
@@ -3554,10 +3668,10 @@ def read_chat_tools(ask: Ask, body: Json) -> None:
             continue
         read = Tool(text_of(told.get("name")), text_of(told.get("description")))
         read.schema, read.strict = as_dict(told.get("parameters")), bool(told.get("strict"))
-        read.cache = bool(tool.get("cache_control") or told.get("cache_control"))
+        read.cache = tool.get("cache_control") or told.get("cache_control")
         if "custom" in tool:
-            grammar = as_dict(as_dict(told.get("format")).get("grammar"))
-            read.free, read.grammar = True, text_of(grammar.get("definition"))
+            read.free = True
+            read.grammar = as_dict(as_dict(told.get("format")).get("grammar"))
         ask.tools.append(read)
     for function in as_dicts(body.get("functions")):
         read = Tool(text_of(function.get("name")), text_of(function.get("description")))
@@ -3569,6 +3683,7 @@ def read_chat_tools(ask: Ask, body: Json) -> None:
 
 
 OPENAI_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+CHOICES_OF_OPENAI = flip(OPENAI_CHOICES)
 
 
 def read_openai_choice(ask: Ask, choice: Any) -> None:
@@ -3591,13 +3706,13 @@ def openai_tool_name(told: Json) -> str:
 
 
 def write_chat_request(ask: Ask, target: Target) -> Json:
-    system, turns = split_off_system(ask, in_place=False)
+    system, turns = split_off_system(ask, target.maker)
     messages: list[Json] = []
     if system:
         messages.append({"role": "system", "content": "\n\n".join(part.text for part in system)})
     for turn in turns:
         if turn.role == "assistant":
-            messages += chat_answer_turn(turn, target)
+            messages.append(chat_answer_turn(turn, target))
         else:
             messages += chat_user_turn(turn)
     body: Json = {"model": target.model, "messages": messages, "stream": True}
@@ -3605,7 +3720,7 @@ def write_chat_request(ask: Ask, target: Target) -> Json:
     if ask.limit:
         body["max_tokens"] = ask.limit
     if ask.stops:
-        body["stop"] = ask.stops[:4]
+        body["stop"] = ask.stops[: MOST_STOPS["chat"]]
     body |= {k: v for k, v in ask.sampling.items() if k in CHAT_SAMPLING}
     write_chat_tools(body, ask, target)
     if ask.schema == {}:
@@ -3616,19 +3731,18 @@ def write_chat_request(ask: Ask, target: Target) -> Json:
     return body
 
 
-def chat_answer_turn(turn: Turn, target: Target) -> list[Json]:
+def chat_answer_turn(turn: Turn, target: Target) -> Json:
     message: Json = {"role": "assistant", "content": None}
     words = [part.text for part in turn.parts if isinstance(part, Text)]
     if words:
         message["content"] = "\n\n".join(words)
-    thoughts = [part for part in turn.parts if isinstance(part, Thought)]
-    own = [part.text for part in thoughts if part.seal and part.seal.maker == target.maker]
-    if own:
-        message["reasoning_content"] = "\n\n".join(own)
+    thoughts = [part.text for part in turn.parts if isinstance(part, Thought)]
+    if thoughts:
+        message["reasoning_content"] = "\n\n".join(thoughts)
     calls = [part for part in turn.parts if isinstance(part, ToolCall)]
     if calls:
         message["tool_calls"] = [chat_call_of(call, target) for call in calls]
-    return [message] if words or calls else []
+    return message
 
 
 def chat_call_of(call: ToolCall, target: Target) -> Json:
@@ -3669,14 +3783,19 @@ def chat_part(part: Text | Media) -> Json:
         return {"type": "text", "text": part.text}
     if part.kind == "image":
         return {"type": "image_url", "image_url": {"url": data_url(part)}}
-    if part.url:
-        raise cannot(f"The address of a file of kind {part.kind}")
+    if part.url or part.kind == "video":
+        raise cannot(f"The address of a file, or a film ({part.kind})")
     if part.kind == "audio":
-        kinds = {mime: name for name, mime in SOUND_TYPES.items()}
-        sound = {"data": part.data, "format": kinds.get(part.mime, "wav")}
-        return {"type": "input_audio", "input_audio": sound}
+        return sound_part(part)
     file = {"filename": part.name or "document.pdf", "file_data": data_url(part)}
     return {"type": "file", "file": file}
+
+
+def sound_part(media: Media) -> Json:
+    if media.mime not in SOUND_FORMATS:
+        raise cannot(f"Sound of the type {media.mime[:50]}")
+    sound = {"data": media.data, "format": SOUND_FORMATS[media.mime]}
+    return {"type": "input_audio", "input_audio": sound}
 
 
 def write_chat_tools(body: Json, ask: Ask, target: Target) -> None:
@@ -3693,20 +3812,24 @@ def write_chat_tools(body: Json, ask: Ask, target: Target) -> None:
     if not tools:
         return
     body["tools"] = tools
-    if ask.choice == "tool":
-        only = tools[0]["function"]["name"]
-        body["tool_choice"] = {"type": "function", "function": {"name": only}}
-    elif ask.choice:
-        body["tool_choice"] = flip(OPENAI_CHOICES)[ask.choice]
+    if forced := forced_tool(ask):
+        function = {"name": target.names.of(forced.name, forced.namespace)}
+        body["tool_choice"] = {"type": "function", "function": function}
+    elif ask.choice in CHOICES_OF_OPENAI:
+        body["tool_choice"] = CHOICES_OF_OPENAI[ask.choice]
     if ask.parallel is not None:
         body["parallel_tool_calls"] = ask.parallel
 
 
 class ChatReader(Reader):
+    may_just_end = True
+
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self.keys: dict[Any, Any] = {}  # index of a piece -> the key of its call
         self.early: dict[Any, str] = {}  # arguments that came before the name of their tool
+        self.latest: Any = 0  # the index of the call that was told last
+        self.refused = False
 
     def read(self, event: Json) -> None:
         reply = self.reply
@@ -3721,7 +3844,8 @@ class ChatReader(Reader):
     def choice(self, choice: Json) -> None:
         reason = choice.get("finish_reason")
         if isinstance(reason, str) and reason:
-            self.reply.stopped(CHAT_STOPS.get(reason, "end"))
+            stop = CHAT_STOPS.get(reason, "end")
+            self.reply.stopped("refusal" if self.refused and stop == "end" else stop)
         if choice.get("usage"):
             self.count(as_dict(choice["usage"]))
 
@@ -3730,13 +3854,16 @@ class ChatReader(Reader):
         words = delta.get("reasoning_content") or delta.get("reasoning")
         if words:
             reply.think(text_of(words))
-        words = delta.get("content") or delta.get("refusal")
+        words = delta.get("content")
         if isinstance(words, str):
             reply.say(words)
         elif words:
             for part in chat_parts(words):
                 if isinstance(part, Text):
                     reply.say(part.text)
+        if delta.get("refusal"):
+            self.refused = True
+            reply.say(text_of(delta["refusal"]))
         if delta.get("tool_calls"):
             for piece in as_dicts(delta["tool_calls"]):
                 self.piece(piece)
@@ -3752,18 +3879,28 @@ class ChatReader(Reader):
         """Of a call.  A new id begins a new one, even where a provider counts them all as 0."""
         told = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
         id, name = text_of(piece.get("id")), text_of(told.get("name"))
-        index = piece.get("index", id or len(self.keys) - 1)
         words = told.get("arguments") or told.get("input")
         text = words if isinstance(words, str) else json_text(words) if words else ""
+        index = piece.get("index")
+        if index is None:  # of the call that was named last, if it is not a new one
+            index = self.latest if not name else len(self.reply.calls)
+        self.latest = index
         key = self.keys.get(index)
         known = self.reply.calls.get(key)
-        if name and (known is None or (id and id != known.id)):
-            key = self.keys[index] = (index, id, len(self.reply.calls))
+        again = known is not None and self.is_same(known, id, name)
+        if name and not again:
+            key = self.keys[index] = (index, len(self.reply.calls))
             self.reply.call(key, id, name, "custom" in piece)
             text = self.early.pop(index, "") + text
         elif known is None:
             self.early[index] = self.early.get(index, "") + text
         self.reply.arguments(key, text)
+
+    def is_same(self, known: ToolCall, id: str, name: str) -> bool:
+        """Some providers say id and name once more with each piece, others count all calls as 0."""
+        if id and id != known.id:
+            return False
+        return self.reply.names.meant(name).name == known.name
 
     def count(self, usage: Json) -> None:
         prompt = as_dict(usage.get("prompt_tokens_details"))
@@ -3785,12 +3922,6 @@ class ChatReader(Reader):
         self.over = True
 
 
-def chat_id(reply: Reply) -> str:
-    return (
-        reply.id if reply.id.startswith("chatcmpl-") else "chatcmpl-" + fitted(reply.id, WORD_NAME)
-    )
-
-
 def chat_usage_of(usage: Usage) -> Json:
     return {
         "prompt_tokens": usage.read,
@@ -3801,8 +3932,7 @@ def chat_usage_of(usage: Usage) -> Json:
     }
 
 
-def chat_reason(reply: Reply) -> str:
-    return CHAT_ENDS.get(reply.stop) or flip(CHAT_STOPS)[reply.stop]
+CHAT_REASONS = {**flip(CHAT_STOPS), **CHAT_ENDS}
 
 
 def chat_answer_call(call: ToolCall) -> Json:
@@ -3813,20 +3943,19 @@ def chat_answer_call(call: ToolCall) -> Json:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def chat_seal(thought: Thought) -> list[Json]:
-    if not thought.seal:
-        return []
-    data = seal_text(thought.seal, "chat")
-    return [{"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": 0}]
+def chat_seal(thought: Thought, index: int) -> Json:
+    """`index`: of the thought; SDKs put together what has the same one."""
+    data = seal_text(thought.seal, "chat") if thought.seal else ""
+    told = {"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": index}
+    return {**told, "text": thought.text}
+
+
+def openai_citation(source: Source) -> Json:
+    return {"url": source.url, "title": source.title, "start_index": 0, "end_index": 0}
 
 
 def chat_citation(source: Source) -> Json:
-    told = {"url": source.url, "title": source.title, "start_index": 0, "end_index": 0}
-    return {"type": "url_citation", "url_citation": told}
-
-
-def chat_image(media: Media) -> Json:
-    return {"type": "image_url", "image_url": {"url": data_url(media)}}
+    return {"type": "url_citation", "url_citation": openai_citation(source)}
 
 
 def chat_message(reply: Reply) -> Json:
@@ -3834,9 +3963,9 @@ def chat_message(reply: Reply) -> Json:
     thoughts = [block for block in reply.blocks if isinstance(block, Thought)]
     message: Json = {"role": "assistant", "content": "".join(text.text for text in texts) or None}
     lists = {
-        "reasoning_details": [detail for thought in thoughts for detail in chat_seal(thought)],
+        "reasoning_details": [chat_seal(t, i) for i, t in enumerate(thoughts) if t.seal],
         "tool_calls": [chat_answer_call(b) for b in reply.blocks if isinstance(b, ToolCall)],
-        "images": [chat_image(block) for block in reply.blocks if isinstance(block, Media)],
+        "images": [chat_part(block) for block in reply.blocks if isinstance(block, Media)],
         "annotations": [chat_citation(source) for text in texts for source in text.sources],
     }
     words = "\n\n".join(thought.text for thought in thoughts if thought.text)
@@ -3848,11 +3977,11 @@ def chat_message(reply: Reply) -> Json:
 def write_chat_answer(reply: Reply) -> Json:
     choice = {"index": 0, "message": chat_message(reply), "logprobs": None}
     return {
-        "id": chat_id(reply),
+        "id": reply.id_with("chatcmpl-"),
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
-        "choices": [{**choice, "finish_reason": chat_reason(reply)}],
+        "choices": [{**choice, "finish_reason": CHAT_REASONS[reply.stop]}],
         "usage": chat_usage_of(reply.usage),
     }
 
@@ -3861,11 +3990,17 @@ class ChatWriter(Reply):
     begun = False
     head = b""  # of a chunk, up to its delta
     call_index = -1
+    thoughts = -1  # the index of the latest
+    thinks = False  # that one had words
     WORDS: ClassVar[dict[type, bytes]] = {Text: b"content", Thought: b"reasoning_content"}
     TAIL = b',"finish_reason":null}]}\n\n'
 
     def chunk(self, choices: list[Json], **more: Any) -> Json:
-        names = {"id": chat_id(self), "object": "chat.completion.chunk", "created": self.created}
+        names = {
+            "id": self.id_with("chatcmpl-"),
+            "object": "chat.completion.chunk",
+            "created": self.created,
+        }
         return {**names, "model": self.model, "choices": choices, **more}
 
     def put(self, delta: Json, reason: str | None = None) -> None:
@@ -3885,6 +4020,11 @@ class ChatWriter(Reply):
             self.put({"tool_calls": [{**call, "function": function}]})
         elif not self.begun:
             self.put({})
+        if isinstance(block, Thought):
+            self.thoughts += 1
+            if self.thoughts and self.thinks:
+                self.put({"reasoning_content": "\n\n"})
+            self.thinks = False
 
     def grew(self, block: Block, words: str) -> None:
         text = write_json(words)
@@ -3895,6 +4035,7 @@ class ChatWriter(Reply):
         else:
             told = (self.call_index, text)
             delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % told
+        self.thinks = self.thinks or isinstance(block, Thought)
         self.out.append(self.head + delta + self.TAIL)
 
     def cited(self, block: Text, source: Source) -> None:
@@ -3902,9 +4043,9 @@ class ChatWriter(Reply):
 
     def closed(self, block: Block) -> None:
         if isinstance(block, Media):
-            self.put({"images": [chat_image(block)]})
+            self.put({"images": [chat_part(block)]})
         elif isinstance(block, Thought) and block.seal:
-            self.put({"reasoning_details": chat_seal(block)})
+            self.put({"reasoning_details": [chat_seal(block, self.thoughts)]})
         elif isinstance(block, ToolCall) and block.free:
             self.call_index += 1
             self.put({"tool_calls": [{"index": self.call_index, **chat_answer_call(block)}]})
@@ -3912,7 +4053,7 @@ class ChatWriter(Reply):
             self.grew(block, "{}")
 
     def ended(self) -> None:
-        self.put({}, chat_reason(self))
+        self.put({}, CHAT_REASONS[self.stop])
         if self.tells_usage:
             self.out.append(data_event(self.chunk([], usage=chat_usage_of(self.usage))))
         self.out.append(b"data: [DONE]\n\n")
@@ -3965,9 +4106,9 @@ def read_responses_item(ask: Ask, item: Json) -> None:
             role = "system" if role in ("system", "developer") else text_of(role)
             parts = responses_parts(item.get("content"))
             ask.turns.append(Turn(role if role in ("system", "assistant") else "user", parts))
-        case "function_call" | "custom_tool_call":
+        case "function_call" | "custom_tool_call" | "local_shell_call":
             ask.turns.append(Turn("assistant", [responses_call(item)]))
-        case "function_call_output" | "custom_tool_call_output":
+        case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
             output = responses_parts(item.get("output"))
             inner = [part for part in output if isinstance(part, Text | Media)]
             ask.turns.append(Turn("user", [ToolResult(text_of(item.get("call_id")), inner)]))
@@ -3983,9 +4124,10 @@ def read_responses_item(ask: Ask, item: Json) -> None:
 
 def responses_call(item: Json) -> ToolCall:
     free = item.get("type") == "custom_tool_call"
-    words = item.get("input") if free else item.get("arguments")
+    words = item.get("input") if free else item.get("arguments", item.get("action"))
     text = words if isinstance(words, str) else json_text(as_dict(words))
-    call = ToolCall(text_of(item.get("call_id")), text_of(item.get("name")), text, free=free)
+    name = text_of(item.get("name")) or "local_shell"
+    call = ToolCall(text_of(item.get("call_id")), name, text, free=free)
     call.namespace = text_of(item.get("namespace"))
     return call
 
@@ -4021,7 +4163,7 @@ def read_responses_tools(ask: Ask, tools: list[Json], namespace: str) -> None:
             schema, strict = as_dict(tool.get("parameters")), tool.get("strict") is True
             ask.tools.append(Tool(name, about, schema, namespace, strict=strict))
         elif kind == "custom":
-            grammar = text_of(as_dict(tool.get("format")).get("definition"))
+            grammar = as_dict(tool.get("format"))
             ask.tools.append(Tool(name, about, {}, namespace, free=True, grammar=grammar))
         elif kind in SEARCH_TYPES:
             domains = as_dict(tool.get("filters")).get("allowed_domains")
@@ -4034,13 +4176,13 @@ def read_responses_tools(ask: Ask, tools: list[Json], namespace: str) -> None:
 
 
 def write_responses_request(ask: Ask, target: Target) -> Json:
-    system, turns = split_off_system(ask, in_place=True)
+    system, turns = split_off_system(ask, target.maker, in_place=True)
     items = [item for turn in turns for item in responses_items(turn, target)]
     body: Json = {"model": target.model, "input": items, "stream": True, "store": False}
     body["instructions"] = "\n\n".join(part.text for part in system)
     body["include"] = ["reasoning.encrypted_content"]
     if ask.limit:
-        body["max_output_tokens"] = ask.limit
+        body["max_output_tokens"] = max(16, ask.limit)  # less is a 400 there
     if ask.cache_key:
         body["prompt_cache_key"] = ask.cache_key
     body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p")}
@@ -4076,7 +4218,7 @@ def responses_items(turn: Turn, target: Target) -> list[Json]:
 
 def responses_history_item(part: Part, target: Target) -> Json | None:
     match part:
-        case Thought(seal=Seal(maker, data)) if maker == target.maker and data:
+        case Thought(seal=Seal(data=data)) if data:
             summary = [{"type": "summary_text", "text": part.text}] if part.text else []
             item = {"type": "reasoning", "id": "rs_" + digest(data), "summary": summary}
             return {**item, "content": None, "encrypted_content": data}
@@ -4087,7 +4229,7 @@ def responses_history_item(part: Part, target: Target) -> Json | None:
                 return {"type": "custom_tool_call", **item, "input": part.text}
             return {"type": "function_call", **item, "arguments": json_text(arguments_of(part))}
         case ToolResult():
-            free = target.names.meant(target.names.of(part.name)).free
+            free = part.call is not None and part.call.free
             kind = "custom_tool_call_output" if free else "function_call_output"
             id = fitted(part.id, WORD_NAME)
             return {"type": kind, "call_id": id, "output": responses_output(part.parts)}
@@ -4109,7 +4251,9 @@ def responses_content(part: Text | Media, answered: bool) -> Json:
     if part.kind == "image":
         return {"type": "input_image", "image_url": data_url(part), "detail": "auto"}
     if part.kind == "audio":
-        raise cannot("Sound")
+        return sound_part(part)
+    if part.kind == "video":
+        raise cannot("A film")
     if part.url:
         return {"type": "input_file", "file_url": part.url}
     name = part.name or "document.pdf"
@@ -4124,21 +4268,21 @@ def write_responses_tools(body: Json, ask: Ask, target: Target) -> None:
         if tool.free:
             written["type"] = "custom"
             if tool.grammar:
-                grammar = {"type": "grammar", "syntax": "lark", "definition": tool.grammar}
-                written["format"] = grammar
+                written["format"] = {"syntax": "lark", **tool.grammar, "type": "grammar"}
         else:
             written["parameters"] = object_schema(tool.schema)
             written["strict"] = tool.strict  # what is not named is strict there
         tools.append(written)
-    hosted = [hosted_for_openai(name, ask.hosted[name]) for name in ask.hosted]
+    hosted = [hosted_for_openai(name, told) for name, told in free_hosted(ask).items()]
     tools += [tool for tool in hosted if tool["type"] in target.hosted]
     if not tools:
         return
     body["tools"] = tools
-    if ask.choice == "tool":
-        body["tool_choice"] = {"type": tools[0]["type"], "name": tools[0]["name"]}
-    elif ask.choice:
-        body["tool_choice"] = flip(OPENAI_CHOICES)[ask.choice]
+    if forced := forced_tool(ask):
+        name = target.names.of(forced.name, forced.namespace)
+        body["tool_choice"] = {"type": "custom" if forced.free else "function", "name": name}
+    elif ask.choice in CHOICES_OF_OPENAI:
+        body["tool_choice"] = CHOICES_OF_OPENAI[ask.choice]
     if ask.parallel is not None:
         body["parallel_tool_calls"] = ask.parallel
 
@@ -4159,6 +4303,7 @@ class ResponsesReader(Reader):
         super().__init__(reply)
         self.worded: set[Any] = set()  # outputs whose words came in pieces
         self.part = 0  # of the summary that is being told
+        self.refused = False
 
     def read(self, event: Json) -> None:
         kind = text_of(event.get("type")).removeprefix("response.")
@@ -4166,6 +4311,7 @@ class ResponsesReader(Reader):
         match kind:
             case "output_text.delta" | "refusal.delta":
                 self.worded.add(key)
+                self.refused = self.refused or kind == "refusal.delta"
                 self.reply.say(text_of(event.get("delta")))
             case "reasoning_summary_text.delta" | "reasoning_text.delta":
                 self.worded.add(key)
@@ -4218,6 +4364,7 @@ class ResponsesReader(Reader):
             case "message":
                 for part in as_dicts(item.get("content")):
                     if key not in self.worded:
+                        self.refused = self.refused or bool(part.get("refusal"))
                         self.reply.say(text_of(part.get("text")) or text_of(part.get("refusal")))
                     for note in as_dicts(part.get("annotations")):
                         self.cite(note)
@@ -4232,8 +4379,8 @@ class ResponsesReader(Reader):
         """The end: usage, the reason, and the items that no event told."""
         reply = self.reply
         reply.name(response.get("id"))
-        if not self.worded:
-            for index, item in enumerate(as_dicts(response.get("output"))):
+        for index, item in enumerate(as_dicts(response.get("output"))):
+            if not self.worded & {index, item.get("id")}:
                 self.item(index, item)
         usage = as_dict(response.get("usage"))
         reply.usage.update(
@@ -4246,15 +4393,11 @@ class ResponsesReader(Reader):
         if response.get("status") == "incomplete":
             reply.stopped(RESPONSE_STOPS.get(reason, "length"))
         else:
-            reply.stopped("end")
+            reply.stopped("refusal" if self.refused else "end")
         self.over = True
 
     def read_whole(self, answer: Json) -> None:
         self.whole(answer)
-
-
-def responses_id(reply: Reply) -> str:
-    return reply.id if reply.id.startswith("resp_") else "resp_" + fitted(reply.id, WORD_NAME)
 
 
 def responses_item_of(block: Block, id: str, done: bool = True) -> Json:
@@ -4287,8 +4430,7 @@ def output_text(text: Text) -> Json:
 
 
 def response_note(source: Source) -> Json:
-    told = {"url": source.url, "title": source.title, "start_index": 0, "end_index": 0}
-    return {"type": "url_citation", **told}
+    return {"type": "url_citation", **openai_citation(source)}
 
 
 ITEM_IDS: dict[type, str] = {Text: "msg", Thought: "rs", ToolCall: "fc", Media: "ig"}
@@ -4331,7 +4473,7 @@ def responses_usage_of(usage: Usage) -> Json:
 
 def response_start(reply: Reply, status: str) -> Json:
     return {
-        "id": responses_id(reply),
+        "id": reply.id_with("resp_"),
         "object": "response",
         "created_at": reply.created,
         "status": status,
@@ -4469,6 +4611,7 @@ GEMINI_ENDS = {  # without a word of their own
     "pause": "STOP",
     "context": "MAX_TOKENS",
 }
+GEMINI_REASONS = {**flip(GEMINI_STOPS), **GEMINI_ENDS}
 GEMINI_SAMPLING = {
     "temperature": "temperature",
     "top_p": "topP",
@@ -4508,6 +4651,10 @@ def read_gemini_request(body: Json) -> Ask:
         ask.schema = plain_schema(as_dict(schema))
     if number(settings.get("candidateCount")) > 1:
         raise cannot("candidateCount")
+    if body.get("cachedContent"):
+        raise cannot("cachedContent")
+    if settings.get("responseModalities") not in (None, [], ["TEXT"]):
+        raise cannot("responseModalities")
     return ask
 
 
@@ -4537,7 +4684,7 @@ class GeminiHistory:
         if isinstance(given, str):
             return [Text(given)]
         parts: list[Part] = []
-        for part in map(camel, as_dicts(given)):
+        for part in map(camel, as_dicts([given] if isinstance(given, dict) else given)):
             read = self.part(part)
             seal = read_seal(part.get("thoughtSignature"), GEMINI_MAKER)
             if seal and not isinstance(read, Thought):
@@ -4581,8 +4728,9 @@ class GeminiHistory:
         lone = only if len(response) == 1 and isinstance(only, str) else json_text(response)
         parts: list[Text | Media] = [Text(lone)]
         for part in map(camel, as_dicts(told.get("parts"))):
-            parts.append(gemini_media(camel(as_dict(part.get("inlineData")))))
-        return ToolResult(id or "call_" + digest(name), parts, name, failed)
+            data = as_dict(part.get("inlineData")) or as_dict(part.get("fileData"))
+            parts.append(gemini_media(camel(data)))
+        return ToolResult(id or "call_" + digest(name), parts, failed)
 
 
 def put_seal(parts: list[Part], seal: Seal) -> None:
@@ -4596,7 +4744,8 @@ def put_seal(parts: list[Part], seal: Seal) -> None:
 
 def gemini_media(told: Json) -> Media:
     mime = text_of(told.get("mimeType"))
-    kind = {"image": "image", "audio": "audio"}.get(mime.partition("/")[0], "document")
+    family = mime.partition("/")[0]
+    kind = family if family in ("image", "audio", "video") else "document"
     url, data = text_of(told.get("fileUri")), text_of(told.get("data"))
     if url and not url.startswith(("http://", "https://")):
         raise cannot("A file that was uploaded elsewhere")
@@ -4631,26 +4780,34 @@ def plain_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
             plain[name] = {k: plain_schema(v, depth - 1) for k, v in as_dict(value).items()}
         elif name not in ("nullable", "propertyOrdering"):
             plain[name] = plain_schema(value, depth - 1)
-    if isinstance(plain.get("type"), str):
-        plain["type"] = plain["type"].lower()
+    kinds = plain.get("type")
+    if isinstance(kinds, str):
+        plain["type"] = kinds.lower()
         if schema.get("nullable") is True:
-            plain["type"] = [plain["type"], "null"]
+            plain["type"] = [kinds.lower(), "null"]
+    elif isinstance(kinds, list):
+        plain["type"] = [kind.lower() for kind in kinds if isinstance(kind, str)]
+    for name in INT64_WORDS & plain.keys():  # Google writes such figures as texts
+        plain[name] = int(number(plain[name]))
     return plain
 
 
+INT64_WORDS = {
+    *("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"),
+}
+
+
 def write_gemini_request(ask: Ask, target: Target) -> Json:
-    system, turns = split_off_system(ask, in_place=False)
-    if turns and turns[0].role != "user":
-        turns.insert(0, Turn("user", [Text(".")]))  # the first turn is the user's there
+    system, turns = split_off_system(ask, target.maker, user_first=True)
     contents = [{"role": gemini_role(turn), "parts": gemini_parts(turn, target)} for turn in turns]
-    body: Json = {"contents": [content for content in contents if content["parts"]]}
+    body: Json = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": part.text} for part in system]}
     settings = {GEMINI_SAMPLING[k]: v for k, v in ask.sampling.items() if k in GEMINI_SAMPLING}
     if ask.limit:
         settings["maxOutputTokens"] = ask.limit
     if ask.stops:
-        settings["stopSequences"] = ask.stops[:5]
+        settings["stopSequences"] = ask.stops[: MOST_STOPS["gemini"]]
     if ask.schema is not None:
         settings["responseMimeType"] = "application/json"
         if ask.schema:
@@ -4666,38 +4823,51 @@ def gemini_role(turn: Turn) -> str:
 
 
 def gemini_parts(turn: Turn, target: Target) -> list[Json]:
-    """The parts of a turn.  A seal goes to the part behind its thought, results before all else."""
+    """The parts of a turn; pictures of results stand behind the results."""
+    results = [part for part in turn.parts if isinstance(part, ToolResult)]
+    others = [part for part in turn.parts if not isinstance(part, ToolResult)]
+    parts = [{"functionResponse": gemini_response(result, target)} for result in results]
+    parts += [gemini_data(p) for result in results for p in result.parts if isinstance(p, Media)]
+    pairs: list[tuple[Part, Json]] = [(part, gemini_part(part, target)) for part in others]
+    calls = [written for part, written in pairs if isinstance(part, ToolCall)]
+    parts += with_seals(pairs, lambda seal: seal.data)
+    if calls and wants_seals(target.model):
+        calls[0].setdefault("thoughtSignature", NO_SEAL)
+    return parts
+
+
+def with_seals(pairs: list[tuple[Part, Json]], seal_words: Callable[[Seal], str]) -> list[Json]:
+    """The written parts; a seal goes from its thought to the part behind it."""
     parts: list[Json] = []
-    behind: list[Json] = []
     seal = ""
-    calls = 0
-    for part in turn.parts:
-        match part:
-            case Thought(seal=Seal(maker, data)) if maker == target.maker:
-                if part.text:
-                    parts.append({"text": part.text, "thought": True})
-                seal = data
-                continue
-            case ToolResult():
-                parts.append({"functionResponse": gemini_response(part, target)})
-                behind += [gemini_data(inner) for inner in part.parts if isinstance(inner, Media)]
-                continue
-            case ToolCall():
-                calls += 1
-                written = gemini_call(part, target)
-                if calls == 1 and wants_seals(target.model):
-                    seal = seal or NO_SEAL
-            case Text():
-                written = {"text": part.text}
-            case Media():
-                written = gemini_data(part)
-            case _:
-                continue
+    for part, written in pairs:
+        if not isinstance(part, Thought):
+            if seal:
+                written["thoughtSignature"] = seal
+            seal = ""
+            parts.append(written)
+            continue
         if seal:
-            written["thoughtSignature"] = seal
-        seal = ""
-        parts.append(written)
-    return parts + behind
+            parts.append({"text": "", "thoughtSignature": seal})
+        seal = seal_words(part.seal) if part.seal else ""
+        if part.text:
+            parts.append(written)
+    if seal:
+        parts.append({"text": "", "thoughtSignature": seal})
+    return parts
+
+
+def gemini_part(part: Part, target: Target) -> Json:
+    match part:
+        case Text():
+            return {"text": part.text}
+        case Thought():
+            return {"text": part.text, "thought": True}
+        case Media():
+            return gemini_data(part)
+        case ToolCall():
+            return gemini_call(part, target)
+    raise TypeError(part)  # results stand elsewhere
 
 
 def wants_seals(model: str) -> bool:
@@ -4718,7 +4888,8 @@ def gemini_response(result: ToolResult, target: Target) -> Json:
     if not result.failed and words[:1] == "{":
         with suppress(ValueError):
             response = parse_object(words.encode())
-    told: Json = {"name": target.names.of(result.name), "response": response}
+    call = result.call or ToolCall("", "")
+    told: Json = {"name": target.names.of(call.name, call.namespace), "response": response}
     if target.maker == "gemini/claude":
         told["id"] = fitted(result.id, WORD_NAME)
     return told
@@ -4742,13 +4913,13 @@ def write_gemini_tools(body: Json, ask: Ask, target: Target) -> None:
     for tool in map(described, usable_tools(ask)):
         name = target.names.of(tool.name, tool.namespace)
         function: Json = {"name": name, "description": tool.description}
-        schema = google_schema(tool.schema)
+        schema = google_schema(object_schema(tool.schema))
         if schema.get("properties"):  # an object without any is refused
             function["parameters"] = schema
         functions.append(function)
     tools: list[Json] = [{"functionDeclarations": functions}] if functions else []
     hosted = {"web_search": "googleSearch", "code_execution": "codeExecution"}
-    for name in ask.hosted:
+    for name in free_hosted(ask):
         if functions:
             log.debug("the tool %s is left out: Google takes none beside functions", name)
         else:
@@ -4756,15 +4927,18 @@ def write_gemini_tools(body: Json, ask: Ask, target: Target) -> None:
     if not tools:
         return
     body["tools"] = tools
-    modes = {"any": "ANY", "tool": "ANY", "none": "NONE", "auto": "AUTO"}
-    if functions and ask.choice in modes:
-        config: Json = {"mode": modes[ask.choice]}
-        if ask.choice == "tool" or (ask.choice == "any" and ask.allowed):
-            config["allowedFunctionNames"] = [function["name"] for function in functions]
+    forced = forced_tool(ask)
+    modes = {"any": "ANY", "none": "NONE", "auto": "AUTO"}
+    config: Json = {"mode": "ANY" if forced else modes.get(ask.choice, "")}
+    if forced:
+        config["allowedFunctionNames"] = [target.names.of(forced.name, forced.namespace)]
+    if functions and config["mode"]:
         body["toolConfig"] = {"functionCallingConfig": config}
 
 
 class GeminiReader(Reader):
+    may_just_end = True
+
     def read(self, event: Json) -> None:
         reply = self.reply
         reply.name(event.get("responseId"))
@@ -4832,31 +5006,16 @@ def gemini_usage_of(usage: Usage) -> Json:
 
 
 def gemini_answer_parts(blocks: list[Block]) -> list[Json]:
-    """The parts of whole blocks; a seal goes to the part behind its thought."""
-    parts: list[Json] = []
-    seal = ""
-    for block in blocks:
-        if isinstance(block, Thought):
-            if seal:
-                parts.append({"text": "", "thoughtSignature": seal})
-            if block.text:
-                parts.append({"text": block.text, "thought": True})
-            seal = seal_text(block.seal, "gemini") if block.seal else ""
-            continue
-        part = gemini_answer_part(block)
-        if seal:
-            part["thoughtSignature"] = seal
-        seal = ""
-        parts.append(part)
-    if seal:
-        parts.append({"text": "", "thoughtSignature": seal})
-    return parts
+    pairs: list[tuple[Part, Json]] = [(block, gemini_answer_part(block)) for block in blocks]
+    return with_seals(pairs, lambda seal: seal_text(seal, "gemini"))
 
 
-def gemini_answer_part(block: Text | ToolCall | Media) -> Json:
+def gemini_answer_part(block: Block) -> Json:
     match block:
         case Text():
             return {"text": block.text}
+        case Thought():
+            return {"text": block.text, "thought": True}
         case ToolCall():
             told = {"id": block.id, "name": block.name, "args": arguments_of(block)}
             return {"functionCall": told}
@@ -4866,7 +5025,7 @@ def gemini_answer_part(block: Text | ToolCall | Media) -> Json:
 def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
     candidate: Json = {"content": {"role": "model", "parts": parts}, "index": 0}
     if ended:
-        candidate["finishReason"] = GEMINI_ENDS.get(reply.stop) or flip(GEMINI_STOPS)[reply.stop]
+        candidate["finishReason"] = GEMINI_REASONS[reply.stop]
         pages = [s for block in reply.blocks if isinstance(block, Text) for s in block.sources]
         if pages:
             chunks = [{"web": {"uri": page.url, "title": page.title}} for page in pages]
@@ -5585,6 +5744,11 @@ def levels_of(told: str) -> tuple[list[str], list[int]]:
     return levels, limits if len(limits) == 2 else []
 
 
+def levels_for(thinking: dict[str, str], model: str) -> tuple[list[str], list[int]]:
+    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
+    return levels_of(thinking.get(pattern, ""))
+
+
 def with_effort(
     body: Json, dialect: str, thinking: dict[str, str], effort: str, model: str
 ) -> Json:
@@ -5592,8 +5756,7 @@ def with_effort(
 
     The body is in the dialect of the provider; `thinking`: its row's table.
     """
-    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
-    levels, limits = levels_of(thinking.get(pattern, ""))
+    levels, limits = levels_for(thinking, model)
     asked = BUDGETS[effort] if effort in BUDGETS else int(effort)
     if not levels and not limits:
         return body  # it does not think
@@ -6225,7 +6388,8 @@ async def translated(
                     break
                 if reply.stop:
                     settle()
-        if not (reader.over or reply.stop):
+        whole = reader.over or reply.stop or (reader.may_just_end and reply.usage.written)
+        if not whole:
             raise fault(502, "the stream stopped before its end")
     except ProxyError:
         if not reply.stop:
@@ -6671,6 +6835,8 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
 def own_body(call: Call, way: Way, provider: Provider) -> Json:
     """The client's body for a provider of its own dialect."""
     body = call.body
+    if SEAL_MARK.encode() in call.raw or SEAL_MARK_64.encode() in call.raw:
+        body = without_our_seals(body)
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
     if call.verb == "messages" and not body.get("max_tokens"):
@@ -6680,6 +6846,53 @@ def own_body(call: Call, way: Way, provider: Provider) -> Json:
         told = (call.dialect.name, provider.thinking, way.effort, call.served_model)
         body = with_effort(body, *told)
     return body
+
+
+SEAL_KEYS = ("signature", "data", "encrypted_content")  # of thoughts, in their dialects
+
+
+HISTORY_KEYS = ("messages", "input", "contents")  # of a body
+CONTENT_KEYS = ("content", "parts", "reasoning_details")  # of what stands in a history
+
+
+def without_our_seals(body: Json) -> Json:
+    """A body without the thoughts of other providers, which its own one would refuse.
+
+    They came to the client in our mark while another model answered.
+    """
+    body = {**body}
+    for key in HISTORY_KEYS:
+        if isinstance(body.get(key), list):
+            items = [item for item in body[key] if not is_foreign_thought(item)]
+            body[key] = [item for each in items if (item := without_foreign_content(each))]
+    return body
+
+
+def without_foreign_content(item: Any) -> Any:
+    """An item of a history; None where it held nothing but foreign thoughts."""
+    if not isinstance(item, dict):
+        return item
+    item = {**item}
+    for key in CONTENT_KEYS:
+        parts = item.get(key)
+        if isinstance(parts, list) and parts:
+            item[key] = [without_foreign_seal(p) for p in parts if not is_foreign_thought(p)]
+            if not item[key] and key != "reasoning_details":
+                return None
+    return item
+
+
+def without_foreign_seal(part: Any) -> Any:
+    """For Gemini, where the seal of a thought stands on the part behind it."""
+    if isinstance(part, dict) and text_of(part.get("thoughtSignature")).startswith(SEAL_MARK_64):
+        return {**part, "thoughtSignature": NO_SEAL}
+    return part
+
+
+def is_foreign_thought(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    return any(text_of(item.get(key)).startswith(SEAL_MARK + ":") for key in SEAL_KEYS)
 
 
 def translated_body(
@@ -6692,10 +6905,11 @@ def translated_body(
     target = Target(model, maker, names, provider.max_tokens, provider.hosted)
     body = theirs.write_request(ask, target)
     effort = way.effort or ask.effort
-    if maker.endswith("/claude") and is_cut_off(split_off_system(ask, False)[1], maker):
+    takes_budgets = bool(levels_for(provider.thinking, model)[1])
+    if maker.endswith("/claude") and is_cut_off(ask, maker, takes_budgets):
         effort = "none"
     body = with_asked_thoughts(body, theirs.name, provider.thinking, effort, model)
-    stops = ask.stops if theirs is RESPONSES else []  # which that dialect does not know
+    stops = ask.stops[MOST_STOPS[theirs.name] :]
     settings = {name: call.body[name] for name in REPEATED if call.body.get(name) is not None}
     tells_usage = bool(as_dict(call.body.get("stream_options")).get("include_usage"))
     ours, asked_model, streams = call.dialect, call.model, call.streams
@@ -6719,7 +6933,7 @@ def with_asked_thoughts(
         return body
     if effort == "auto":
         return with_automatic_effort(body, dialect, thinking, model)
-    known = effort in BUDGETS or effort.isdecimal()
+    known = effort in BUDGETS or re.fullmatch("[0-9]{1,9}", effort)
     body = with_effort(body, dialect, thinking, effort if known else "medium", model)
     if dialect == "responses" and effort not in ("none", "0") and "reasoning" in body:
         body = {**body, "reasoning": {"summary": "auto", **body["reasoning"]}}
@@ -6728,8 +6942,7 @@ def with_asked_thoughts(
 
 def with_automatic_effort(body: Json, dialect: str, thinking: dict[str, str], model: str) -> Json:
     """For a client that leaves it to the model how much it thinks."""
-    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
-    levels, limits = levels_of(thinking.get(pattern, ""))
+    levels, limits = levels_for(thinking, model)
     if dialect == "responses" and levels:
         return {**body, "reasoning": {"summary": "auto"}}
     if dialect == "gemini" and (levels or limits):

@@ -45,7 +45,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -7059,7 +7059,7 @@ def read(dialect, body):
 
 def told(turns):
     """A history as it will be written, without what tells no two histories apart."""
-    system, rest = ampproxy.split_off_system(ampproxy.Ask(turns), False)
+    system, rest = ampproxy.split_off_system(ampproxy.Ask(turns), "")
     calls = {}
     lines = [("system", "".join(part.text for part in system))]
     for turn in rest:
@@ -7535,6 +7535,1021 @@ def test_a_stream_that_is_damaged_is_an_error_or_an_answer(pair, data):
     events[index] = ampproxy.data_event(event)
     with suppress(ampproxy.ProxyError):
         asyncio.run(translate(b"".join(events), theirs, ours))
+
+
+# -- Histories of real clients, as a provider takes them --
+
+
+def anthropic_turns(*turns):
+    return {"model": "m", "max_tokens": 9, "messages": [*turns]}
+
+
+def user(*content):
+    return {"role": "user", "content": [*content]}
+
+
+def assistant(*content):
+    return {"role": "assistant", "content": [*content]}
+
+
+def said_text(words):
+    return {"type": "text", "text": words}
+
+
+def result(id, words, **more):
+    return {"type": "tool_result", "tool_use_id": id, "content": words, **more}
+
+
+HI = user(said_text("hi"))
+INTERRUPTED = "The call was interrupted: it has no result."
+HISTORIES = {  # name: (Anthropic's messages, the messages that a Chat provider gets)
+    "a call without a result": (
+        [HI, assistant(tool_use("a", "Rom")), user(said_text("well?"))],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a", "Rom")]},
+            {"role": "tool", "tool_call_id": "a", "content": INTERRUPTED},
+            {"role": "user", "content": "well?"},
+        ],
+    ),
+    "a call at the very end": (
+        [HI, assistant(tool_use("a", "Rom"))],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a", "Rom")]},
+            {"role": "tool", "tool_call_id": "a", "content": INTERRUPTED},
+        ],
+    ),
+    "results without a call, and twice": (
+        [
+            HI,
+            assistant(tool_use("a", "Rom")),
+            user(result("a", "one"), result("b", "two"), result("a", "three")),
+        ],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a", "Rom")]},
+            {"role": "tool", "tool_call_id": "a", "content": "one"},
+        ],
+    ),
+    "results in another order, behind a text": (
+        [
+            HI,
+            assistant(tool_use("a", "Rom"), tool_use("b", "Oslo")),
+            user(said_text("here"), result("b", "rain"), result("a", "sun")),
+        ],
+        [
+            {"role": "user", "content": "hi"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [chat_call("a", "Rom"), chat_call("b", "Oslo")],
+            },
+            {"role": "tool", "tool_call_id": "a", "content": "sun"},
+            {"role": "tool", "tool_call_id": "b", "content": "rain"},
+            {"role": "user", "content": "here"},
+        ],
+    ),
+    "one id for two calls": (
+        [
+            HI,
+            assistant(tool_use("a", "Rom")),
+            user(result("a", "sun")),
+            assistant(tool_use("a", "Oslo")),
+            user(result("a", "rain")),
+        ],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a", "Rom")]},
+            {"role": "tool", "tool_call_id": "a", "content": "sun"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a_2", "Oslo")]},
+            {"role": "tool", "tool_call_id": "a_2", "content": "rain"},
+        ],
+    ),
+    "empty and blank texts": (
+        [user(said_text(""), said_text("hi"), said_text(" \n")), assistant(said_text("")), HI],
+        [{"role": "user", "content": "hi\n\nhi"}],
+    ),
+    "a system message in the middle": (
+        [HI, {"role": "system", "content": "be brief"}, assistant(said_text("yes")), HI],
+        [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": "hi"},
+        ],
+    ),
+    "thoughts of another provider": (
+        [HI, assistant({"type": "thinking", "thinking": "hm", "signature": "EqQB"}), HI],
+        [{"role": "user", "content": "hi\n\nhi"}],
+    ),
+    "a picture in a result": (
+        [
+            HI,
+            assistant(tool_use("a", "Rom")),
+            user(
+                result(
+                    "a",
+                    [
+                        said_text("see"),
+                        {
+                            "type": "image",
+                            "source": {"type": "base64", "media_type": "image/png", "data": PNG},
+                        },
+                    ],
+                )
+            ),
+        ],
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": None, "tool_calls": [chat_call("a", "Rom")]},
+            {"role": "tool", "tool_call_id": "a", "content": "see"},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+                ],
+            },
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+def test_histories_are_put_right(name):
+    given, wanted = HISTORIES[name]
+    body = write("chat", read("anthropic", anthropic_turns(*given)))
+    assert body["messages"] == wanted
+
+
+@pytest.mark.parametrize("dialect", ["anthropic", "gemini"])
+def test_a_history_that_begins_with_the_model(dialect):
+    turns = [ampproxy.Turn("assistant", [ampproxy.Text("yes?")])]
+    body = write(dialect, ampproxy.Ask(turns))
+    messages = body.get("messages") or body["contents"]
+    assert messages[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_system_texts_alone_are_what_the_user_says(dialect):
+    turns = [ampproxy.Turn("system", [ampproxy.Text("be kind")])]
+    body = write(dialect, ampproxy.Ask(turns))
+    assert told(read(dialect, body).turns) == [("system", ""), ("user", "Text", "be kind")]
+
+
+def test_system_messages_stay_in_their_place_where_the_provider_has_one():
+    given = anthropic_turns(HI, {"role": "system", "content": "be brief"})
+    items = write("responses", read("anthropic", given))["input"]
+    assert [item["role"] for item in items] == ["user", "developer"]
+
+
+def test_the_billing_line_of_claude_code_stays_at_home():
+    bodies = []
+    for turn in ("cch=1", "cch=2"):
+        system = [said_text(f"x-anthropic-billing-header: {turn};"), said_text("be kind")]
+        body = {**anthropic_turns(HI), "system": system}
+        bodies.append(write("responses", read("anthropic", body)))
+    assert bodies[0] == bodies[1]
+    assert bodies[0]["instructions"] == "be kind"
+
+
+ODD_IDS = ["x" * 65, "call:1/2", "ü", "toolu_ok", "x" * 64 + "y"]
+
+
+@pytest.mark.parametrize("dialect", ["anthropic", "chat", "responses"])
+def test_odd_ids_fit_and_are_told_apart(dialect):
+    calls = [ampproxy.ToolCall(id, "weather", '{"city":"Rom"}') for id in ODD_IDS]
+    results = [ampproxy.ToolResult(id, [ampproxy.Text(id)]) for id in reversed(ODD_IDS)]
+    ask = ampproxy.Ask([ampproxy.Turn("assistant", calls), ampproxy.Turn("user", results)])
+    ids = re.findall(r'"(?:id|call_id)": "([^"]*)"', json.dumps(write(dialect, ask)))
+    assert len(set(ids)) == len(ODD_IDS)
+    assert all(re.fullmatch("[a-zA-Z0-9_-]{1,64}", id) for id in ids)
+    back = ampproxy.repaired(read(dialect, write(dialect, ask)).turns)
+    said = [part.parts[0].text for turn in back for part in turn.parts
+            if isinstance(part, ampproxy.ToolResult)]  # fmt: skip
+    assert said == ODD_IDS
+
+
+def test_calls_of_a_gemini_client_get_the_same_ids_each_time_and_keep_their_own():
+    call = {"functionCall": {"name": "weather", "args": {"city": "Rom"}}}
+    own = {"functionCall": {"name": "weather", "args": {}, "id": "mine"}}
+    answer = {"functionResponse": {"name": "weather", "response": {"output": "sun"}}}
+    known = {"functionResponse": {"name": "weather", "id": "mine", "response": {"output": "x"}}}
+    body = {
+        "contents": [
+            {"role": "user", "parts": [{"text": "hi"}]},
+            {"role": "model", "parts": [call, call, own]},
+            {"role": "user", "parts": [known, answer, answer]},
+        ]
+    }
+    first, second = (write("chat", read("gemini", body)) for _ in range(2))
+    assert first == second
+    ids = [call["id"] for call in first["messages"][1]["tool_calls"]]
+    assert len(set(ids)) == 3
+    assert ids[2] == "mine"
+    assert [m["content"] for m in first["messages"][2:]] == ["sun", "sun", "x"]
+
+
+# -- Tools --
+
+NAMES = ["get.weather", "get:weather", "get weather", "z" * 70, "z" * 69 + "y", "ok"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@in_loop
+async def test_odd_names_of_tools_come_back_as_they_were(dialect):
+    tools = [ampproxy.Tool(name, "", WEATHER) for name in NAMES]
+    ask = ampproxy.Ask([ampproxy.Turn("user", [ampproxy.Text("hi")])], tools)
+    target = target_of(dialect, ask)
+    DIALECTS[dialect].write_request(ask, target)
+    wire = [target.names.of(name) for name in NAMES]
+    assert len(set(wire)) == len(NAMES)
+    assert all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_.:-]{0,63}", name) for name in wire)
+    assert [target.names.meant(name).name for name in wire] == NAMES
+
+
+LITE = {  # Codex's Responses Lite: the tools are an item, some in namespaces (clients.md)
+    "model": "gpt-x",
+    "input": [
+        {
+            "type": "additional_tools",
+            "role": "developer",
+            "tools": [
+                {
+                    "type": "namespace",
+                    "name": "mcp__files__",
+                    "tools": [{"type": "function", "name": "read", "parameters": WEATHER}],
+                },
+                {
+                    "type": "custom",
+                    "name": "apply_patch",
+                    "description": "edits",
+                    "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"},
+                },
+                {"type": "web_search", "external_web_access": True},
+            ],
+        },
+        {"type": "message", "role": "developer", "content": "be kind"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("theirs", ["anthropic", "chat", "gemini"])
+@in_loop
+async def test_namespaces_and_free_text_tools_come_back_as_what_they_were(theirs):
+    ask = read("responses", LITE)
+    target = target_of(theirs, ask)
+    body = json.dumps(DIALECTS[theirs].write_request(ask, target))
+    assert "mcp__files__read" in body
+    assert "start: x" in body
+
+    def story(reply):
+        reply.call(1, "a", "mcp__files__read")
+        reply.call_done(1, '{"city":"Rom"}')
+        reply.call(2, "b", "apply_patch")
+        reply.call_done(2, '{"input":"*** Begin\\n"}')
+        reply.finish()
+
+    reply = ampproxy.ResponsesWriter([], "m", target.maker, target.names)
+    reader = DIALECTS[theirs].reader(reply)
+    ampproxy.read_run(FakeCall("responses"), reader, stream_of(theirs, story))
+    reply.finish()
+    *_, last = frames(b"".join(reply.out))
+    read_file, patch = last["response"]["output"]
+    assert (read_file["name"], read_file["namespace"]) == ("read", "mcp__files__")
+    assert (patch["type"], patch["name"], patch["input"]) == (
+        "custom_tool_call",
+        "apply_patch",
+        "*** Begin\n",
+    )
+    # ... and the next turn finds its way there again.
+    back = {**LITE, "input": [*LITE["input"], read_file, patch,
+            {"type": "custom_tool_call_output", "call_id": "b", "output": "ok"},
+            {"type": "function_call_output", "call_id": "a", "output": "text"}]}  # fmt: skip
+    again = told(read(theirs, write(theirs, read("responses", back))).turns)
+    calls = [what for _, kind, what in again[2:] if kind == "ToolCall"]
+    assert [name for name, _, _ in calls] == ["mcp__files__read", "apply_patch"]
+    assert calls[1][1] == {"input": "*** Begin\n"}
+
+
+SEARCH = {
+    "anthropic": [{"type": "web_search_20250305", "name": "web_search"}],
+    "responses": [{"type": "web_search"}],
+    "gemini": [{"googleSearch": {}}],
+}
+
+
+@pytest.mark.parametrize("theirs", SEARCH)
+@pytest.mark.parametrize("ours", SEARCH)
+def test_hosted_search_of_one_stands_for_that_of_another(ours, theirs):
+    body = {**SPELLINGS[ours], "tools": SEARCH[ours]}
+    for gone in ("tool_choice", "toolConfig"):
+        body.pop(gone, None)
+    there = write(theirs, read(ours, body))
+    assert there["tools"][0] | {"cache_control": 0} == SEARCH[theirs][0] | {"cache_control": 0}
+
+
+@pytest.mark.parametrize("theirs", ["gemini", "chat"])
+def test_hosted_search_is_left_out_beside_functions_where_it_would_be_refused(theirs, caplog):
+    caplog.set_level("DEBUG", "ampproxy")
+    body = {**SPELLINGS["anthropic"], "tools": [*TOOLS["anthropic"], *SEARCH["anthropic"]]}
+    assert write(theirs, read("anthropic", body))["tools"] == TOOLS[theirs]
+    assert "web_search is left out" in caplog.text
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_settings_of_tools_go_without_tools_and_declarations_stand_once(dialect):
+    ask = ampproxy.Ask([ampproxy.Turn("user", [ampproxy.Text("hi")])], choice="any", parallel=False)
+    body = write(dialect, ask)
+    assert not body.keys() & {"tools", "tool_choice", "toolConfig", "parallel_tool_calls"}
+    ask.tools = [ampproxy.Tool("weather", "", WEATHER)] * 2
+    assert json.dumps(write(dialect, ask)).count('"weather"') == 1
+
+
+# -- Schemas --
+
+SCHEMAS = {  # name: (JSON Schema, what Google gets)
+    "a ref": (
+        {"properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "string"}}},
+        {"type": "object", "properties": {"a": {"type": "string"}}},
+    ),
+    "a cycle": (
+        {
+            "type": "object",
+            "properties": {"next": {"$ref": "#/$defs/N"}},
+            "$defs": {
+                "N": {"type": "object", "properties": {"next": {"$ref": "#/$defs/N"}}}
+            },
+        },
+        {
+            "type": "object",
+            "properties": {
+                "next": {"type": "object", "properties": {"next": {"type": "object"}}}
+            },
+        },
+    ),
+    "properties with the names of words": (
+        {"type": "object", "properties": {"pattern": {"type": "string"}, "format": {}}},
+        {"type": "object",
+         "properties": {"pattern": {"type": "string"}, "format": {"type": "string"}}},
+    ),
+    "words that Google refuses": (
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "$schema": "x",
+            "properties": {
+                "n": {"type": "integer", "exclusiveMinimum": 0, "default": 1},
+                "u": {"type": "string", "format": "uri"},
+                "t": {"type": "string", "format": "date-time"},
+            },
+            "required": ["n", "gone"],
+        },
+        {
+            "type": "object",
+            "properties": {
+                "n": {"type": "integer"},
+                "u": {"type": "string"},
+                "t": {"type": "string", "format": "date-time"},
+            },
+            "required": ["n"],
+        },
+    ),
+    "null": (
+        {"properties": {"a": {"type": ["string", "null"]}, "b": {"anyOf": [
+            {"type": "integer"}, {"type": "null"}]}}},
+        {"type": "object", "properties": {"a": {"type": "string", "nullable": True},
+                                          "b": {"type": "integer", "nullable": True}}},
+    ),
+    "enums": (
+        {"properties": {"a": {"enum": ["", "x", 1]}, "b": {"const": "y"}}},
+        {"type": "object", "properties": {"a": {"type": "string", "enum": ["x", "1"]},
+                                          "b": {"type": "string", "enum": ["y"]}}},
+    ),
+    "allOf": (
+        {"allOf": [{"properties": {"a": {"type": "string"}}, "required": ["a"]},
+                   {"properties": {"b": {"type": "string"}}}]},
+        {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "string"}},
+         "required": ["a"]},
+    ),
+    "a tuple": (
+        {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}]},
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}},
+    ),
+    "an array of anything": (
+        {"type": "object", "properties": {"a": {"type": "array"}}},
+        {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "string"}}}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schemas_in_google_s_words(name):
+    given, wanted = SCHEMAS[name]
+    before = json.dumps(given)
+    assert ampproxy.google_schema(given) == wanted
+    assert json.dumps(given) == before
+
+
+JSON_VALUES = st.recursive(
+    st.sampled_from([None, True, "object", "array", "null", "#", "#/$defs/a", 1, ""]),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from([*sorted(ampproxy.GOOGLE_WORDS), "$ref", "$defs", "allOf", "oneOf",
+                             "const", "prefixItems", "a"]), inner, max_size=4),
+    ),
+    max_leaves=20,
+)  # fmt: skip
+
+
+def words_of(schema):
+    """The words of a schema, at every depth, but for the names of properties."""
+    for name, value in schema.items():
+        yield name
+        inner = (
+            value.values()
+            if name == "properties"
+            else value
+            if isinstance(value, list)
+            else [value]
+        )
+        for each in inner:
+            if isinstance(each, dict):
+                yield from words_of(each)
+
+
+@settings(max_examples=ROUNDS, deadline=None, suppress_health_check=[*HealthCheck])
+@given(st.dictionaries(st.sampled_from(["type", "properties", "$ref", "$defs", "anyOf", "items",
+                                        "allOf", "enum", "required"]), JSON_VALUES))  # fmt: skip
+def test_any_schema_gets_words_of_google_s_list(schema):
+    assert set(words_of(ampproxy.google_schema(schema))) <= ampproxy.GOOGLE_WORDS
+    root = ampproxy.object_schema(schema)
+    assert root["type"] == "object"
+    assert not root.keys() & {"anyOf", "oneOf", "allOf"}
+    ampproxy.closed_schema(schema)
+
+
+def test_claude_and_openai_get_no_union_at_the_root():
+    union = {"anyOf": [{"properties": {"a": {}}, "required": ["a", "b"]},
+                       {"properties": {"b": {}}, "required": ["b"]}]}  # fmt: skip
+    for dialect, place in (("anthropic", "input_schema"), ("responses", "parameters")):
+        ask = ampproxy.Ask(CONVERSATION.turns, [ampproxy.Tool("weather", "", union)])
+        schema = write(dialect, ask)["tools"][0][place]
+        assert schema == {
+            "type": "object",
+            "properties": {"a": {}, "b": {}},
+            "required": ["b"],
+        }
+
+
+# -- Seals --
+
+CLAUDE_SEAL = ampproxy.Seal("anthropic/claude", "EqQBsignature")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [p for p in PAIRS if p[0] != p[1]])
+@pytest.mark.parametrize("redacted", [False, True])
+@in_loop
+async def test_a_seal_travels_through_a_foreign_client_and_back_to_its_maker(
+    ours, theirs, redacted
+):
+    """Provider -> client -> the same provider; another provider never sees it."""
+    maker = ampproxy.family_of(theirs, MODELS[theirs])
+    redacted = redacted and theirs == "anthropic"
+
+    def story(reply):
+        if theirs == "gemini":
+            reply.think("")
+            reply.seal("U0VBTA==")
+        elif theirs != "chat":
+            reply.think("" if redacted else "hm")
+            reply.seal("U0VBTA==", redacted)
+        else:
+            reply.think("hm")
+        reply.call(1, "call_1", "weather")
+        reply.call_done(1, '{"city":"Rom"}')
+        reply.finish()
+
+    _, reply = await translate(stream_of(theirs, story, maker=maker), theirs, ours, maker=maker)
+    answer = json.loads(json.dumps(DIALECTS[ours].write_answer(reply)))
+    turn = history_with(ours, answer)
+    back = json.dumps(write(theirs, read(ours, turn)))
+    if theirs == "chat":
+        assert '"reasoning_content": "hm"' in back
+    else:
+        assert "U0VBTA==" in back
+        assert ("redacted_thinking" in back) == redacted
+    for other in DIALECTS:
+        if other not in (theirs, ours):
+            elsewhere = json.dumps(write(other, read(ours, turn)))
+            assert "U0VBTA==" not in elsewhere
+            assert "ampproxy" not in elsewhere
+            assert '"hm"' not in elsewhere
+
+
+def history_with(dialect, answer):
+    """The next request of a client that sends an answer back."""
+    match dialect:
+        case "anthropic":
+            said = {"role": "assistant", "content": answer["content"]}
+            return anthropic_turns(HI, said, user(result("call_1", "sun")))
+        case "chat":
+            said = answer["choices"][0]["message"]
+            tool = {"role": "tool", "tool_call_id": "call_1", "content": "sun"}
+            return {"model": "m", "messages": [{"role": "user", "content": "hi"}, said, tool]}
+        case "responses":
+            output = {"type": "function_call_output", "call_id": "call_1", "output": "sun"}
+            return {"model": "m", "input": ["hi", *answer["output"], output][1:]}
+    said = answer["candidates"][0]["content"]
+    response = {"name": "weather", "id": "call_1", "response": {"output": "sun"}}
+    return {
+        "contents": [
+            {"role": "user", "parts": [{"text": "hi"}]},
+            said,
+            {"role": "user", "parts": [{"functionResponse": response}]},
+        ]
+    }
+
+
+def test_for_a_gemini_client_every_seal_is_base64():
+    for seal in (
+        CLAUDE_SEAL,
+        ampproxy.Seal("responses/gpt", "gAAAA-_x"),
+        ampproxy.Seal("chat/q", ""),
+    ):
+        text = ampproxy.seal_text(seal, "gemini")
+        base64.b64decode(text, validate=True)
+        assert ampproxy.read_seal(text, "gemini/gemini") == seal
+
+
+@pytest.mark.parametrize("model", ["gemini-3-pro-preview", "gemini-2.5-pro"])
+def test_gemini_3_gets_a_seal_on_the_first_call_of_a_turn(model):
+    parts = write("gemini", CONVERSATION, model)["contents"][1]["parts"]
+    seals = [part.get("thoughtSignature") for part in parts]
+    wanted = "skip_thought_signature_validator" if "-3-" in model else None
+    assert seals == [None, wanted, None]
+
+
+# -- Content --
+
+SOUND = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+def test_sound_goes_where_the_provider_has_a_place_for_it():
+    ask = read("chat", {"model": "m", "messages": [{"role": "user", "content": [SOUND]}]})
+    data = write("gemini", ask)["contents"][0]["parts"][0]["inlineData"]
+    assert data == {"mimeType": "audio/wav", "data": "AAAA"}
+    assert write("responses", ask)["input"][0]["content"] == [SOUND]
+    with pytest.raises(ampproxy.ProxyError, match="Sound cannot be translated") as error:
+        write("anthropic", ask)
+    assert error.value.problem.status == 400
+
+
+REFUSED = [  # what has no words elsewhere
+    ("chat", {"n": 2}),
+    ("chat", {"logprobs": True}),
+    ("chat", {"modalities": ["text", "audio"]}),
+    ("responses", {"previous_response_id": "resp_1"}),
+    ("responses", {"input": [{"type": "item_reference", "id": "x"}]}),
+    ("responses", {"input": [{"type": "compaction_trigger"}]}),
+    ("anthropic", {"mcp_servers": [{"url": "x"}]}),
+    ("gemini", {"generationConfig": {"candidateCount": 2}}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "more"), REFUSED)
+def test_what_cannot_be_translated_is_a_400_that_says_so(dialect, more):
+    with pytest.raises(ampproxy.ProxyError, match="cannot be translated") as error:
+        read(dialect, {**SPELLINGS[dialect], **more})
+    assert error.value.problem.status == 400
+
+
+ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1}}}
+
+
+@pytest.mark.parametrize("ours", DIALECTS)
+def test_json_answers_by_a_schema_in_all_pairs(ours):
+    turns = [ampproxy.Turn("user", [ampproxy.Text("hi")])]
+    ask = read(ours, write(ours, ampproxy.Ask(turns, schema=ANSWER_SCHEMA, schema_name="n")))
+    wanted = write("anthropic", ask)["output_config"]["format"]["schema"]
+    assert wanted["additionalProperties"] is False
+    assert wanted["properties"] == {"n": {"type": "integer"}}
+    formats = write("responses", ask)["text"]["format"]
+    assert formats["schema"]["properties"]["n"]["type"] == "integer"
+    assert write("chat", ask)["response_format"]["json_schema"]["schema"]["properties"]
+    settings = write("gemini", ask)["generationConfig"]
+    assert settings["responseMimeType"] == "application/json"
+    assert settings["responseSchema"]["properties"]["n"]["type"] == "integer"
+
+
+def test_cache_marks_of_a_chat_client_reach_claude_and_no_others_are_set():
+    marked = {"type": "text", "text": "long", "cache_control": {"type": "ephemeral"}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [marked]},
+                                       {"role": "user", "content": "short"}]}  # fmt: skip
+    content = write("anthropic", read("chat", body))["messages"][0]["content"]
+    assert ["cache_control" in block for block in content] == [True, False]
+
+
+# -- Effort --
+
+EFFORTS = [  # client's words -> the provider's
+    ("anthropic", {"thinking": {"type": "enabled", "budget_tokens": 8000}}, "8000"),
+    ("anthropic", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}}, "max"),
+    ("anthropic", {"thinking": {"type": "adaptive"}}, "auto"),
+    ("anthropic", {"thinking": {"type": "disabled"}}, "none"),
+    ("anthropic", {}, ""),
+    ("chat", {"reasoning_effort": "high"}, "high"),
+    ("chat", {"reasoning": {"max_tokens": 2000}}, "2000"),
+    ("chat", {"reasoning": {"enabled": False}}, "none"),
+    ("responses", {"reasoning": {"effort": "xhigh"}}, "xhigh"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingBudget": -1}}}, "auto"),
+    ("gemini", {"generationConfig": {"thinking_config": {"thinking_budget": 0}}}, "none"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingLevel": "HIGH"}}}, "high"),
+]
+
+
+@pytest.mark.parametrize(("dialect", "more", "effort"), EFFORTS)
+def test_how_much_thought_a_client_asks_for(dialect, more, effort):
+    assert read(dialect, {**SPELLINGS[dialect], **more}).effort == effort
+
+
+# -- What broke once --
+
+
+def chunk(**delta):
+    return {"id": "x", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+
+
+def piece(arguments="", **more):
+    name = more.pop("name", None)
+    function = {"arguments": arguments} | ({"name": name} if name else {})
+    return {**more, "function": function}
+
+
+PIECES = {  # name: (pieces of calls in a Chat stream, the calls that they are)
+    "no index at all": (
+        [
+            piece('{"a"', id="a", name="f"),
+            piece(":1}"),
+            piece('{"b"', id="b", name="g"),
+            piece(":2}"),
+        ],
+        [("a", "f", '{"a":1}'), ("b", "g", '{"b":2}')],
+    ),
+    "all counted as 0": (
+        [piece('{"a":1}', index=0, id="a", name="f"), piece('{"b":2}', index=0, id="b", name="f")],
+        [("a", "f", '{"a":1}'), ("b", "f", '{"b":2}')],
+    ),
+    "id and name said again with each piece": (
+        [piece('{"a"', index=0, id="a", name="f"), piece(":1}", index=0, id="a", name="f")],
+        [("a", "f", '{"a":1}')],
+    ),
+    "an empty name behind the first piece": (
+        [piece('{"a"', index=0, id="a", name="f"), piece(":1}", index=0, id="", name="")],
+        [("a", "f", '{"a":1}')],
+    ),
+    "arguments in front of the name": (
+        [piece('{"a"', index=0, id="a"), piece(":1}", index=0, id="a", name="f")],
+        [("a", "f", '{"a":1}')],
+    ),
+    "pieces of two calls in turn": (
+        [
+            piece('{"a"', index=0, id="a", name="f"),
+            piece('{"b"', index=1, id="b", name="g"),
+            piece(":1}", index=0),
+            piece(":2}", index=1),
+        ],
+        [("a", "f", '{"a":1}'), ("b", "g", '{"b":2}')],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_calls_of_a_chat_stream_however_they_are_cut(name):
+    pieces, wanted = PIECES[name]
+    reply = new_reply("chat", ampproxy.Reply)
+    reader = ampproxy.ChatReader(reply)
+    for each in pieces:
+        reader.read(chunk(tool_calls=[each]))
+    reply.finish()
+    assert [(b.id, b.name, b.text) for b in reply.blocks] == wanted
+
+
+REUSED = {  # name: (ids of calls and results in turns, (id, result) at the provider)
+    "called again after an interruption": (
+        [("a",), (), ("a",), ("a=two",)],
+        [("a", INTERRUPTED), ("a_2", "two")],
+    ),
+    "a name that is taken already": (
+        [("a", "a", "a_2"), ("a=1", "a=2", "a_2=3")],
+        [("a", "1"), ("a_2", "2"), ("a_2_2", "3")],
+    ),
+    "a second result, then the id once more": (
+        [("a",), ("a=1", "a=again"), ("a",), ()],
+        [("a", "1"), ("a_2", INTERRUPTED)],
+    ),
+    "a result in front of its call": ([(), ("a=1",), ("a",), ()], [("a", "1")]),
+}
+
+
+@pytest.mark.parametrize("name", REUSED)
+def test_ids_that_are_used_again(name):
+    turns, wanted = REUSED[name]
+    read_turns = []
+    for index, ids in enumerate(turns):
+        role = "user" if index % 2 else "assistant"
+        parts = [ampproxy.Text("so")]
+        for id in ids:
+            call, _, words = id.partition("=")
+            if words:
+                parts.append(ampproxy.ToolResult(call, [ampproxy.Text(words)]))
+            else:
+                parts.append(ampproxy.ToolCall(call, "f"))
+        read_turns.append(ampproxy.Turn(role, parts))
+    found = [part for turn in ampproxy.repaired(read_turns) for part in turn.parts]
+    results = [part for part in found if isinstance(part, ampproxy.ToolResult)]
+    assert [(part.id, part.parts[0].text) for part in results] == wanted
+    calls = [part.id for part in found if isinstance(part, ampproxy.ToolCall)]
+    assert calls == [id for id, _ in wanted]
+
+
+def test_several_thoughts_through_a_chat_client_come_back_each_with_its_seal():
+    reply = new_reply("chat")
+    reply.seal("ONE", redacted=True)
+    reply.think("two")
+    reply.seal("TWO")
+    reply.think("three")
+    reply.seal("THREE")
+    reply.call(1, "call_1", "f")
+    reply.finish()
+    answer = json.loads(json.dumps(ampproxy.write_chat_answer(reply)))
+    details = [
+        detail
+        for e in frames(b"".join(reply.out))
+        for choice in e["choices"]
+        for detail in choice["delta"].get("reasoning_details", [])
+    ]
+    assert answer["choices"][0]["message"]["reasoning_details"] == details
+    assert [detail["index"] for detail in details] == [0, 1, 2]
+    body = write("anthropic", read("chat", history_with("chat", answer)))
+    assert body["messages"][1]["content"][:3] == [
+        {"type": "redacted_thinking", "data": "ONE"},
+        {"type": "thinking", "thinking": "two", "signature": "TWO"},
+        {"type": "thinking", "thinking": "three", "signature": "THREE"},
+    ]
+
+
+def test_text_that_waits_for_a_stop_sequence_stays_in_front_of_a_call():
+    reply = new_reply("anthropic", ampproxy.Reply, stops=["\n\nHuman:"])
+    reply.say("Let me look\n")
+    reply.call(1, "a", "f")
+    reply.finish()
+    assert blocks(reply) == [("Text", "Let me look\n", ""), ("ToolCall", "", "a")]
+
+
+def test_the_seal_behind_a_gemini_answer_comes_back():
+    def story(reply):
+        reply.say("hello")
+        reply.seal("U0VBTA==")
+        reply.finish()
+
+    reply = new_reply("anthropic", ampproxy.Reply, maker="gemini/gemini")
+    reader = ampproxy.GeminiReader(reply)
+    ampproxy.read_run(
+        FakeCall("anthropic"), reader, stream_of("gemini", story, maker="gemini/gemini")
+    )
+    reply.finish()
+    said = ampproxy.write_anthropic_answer(reply)
+    turn = anthropic_turns(HI, {"role": "assistant", "content": said["content"]}, HI)
+    parts = write("gemini", read("anthropic", turn))["contents"][1]["parts"]
+    assert parts == [{"text": "hello"}, {"text": "", "thoughtSignature": "U0VBTA=="}]
+
+
+def test_a_forced_tool_hides_no_other_one():
+    body = {**SPELLINGS["chat"], "tools": [*TOOLS["chat"], chat_tool("other")]}
+    body["tool_choice"] = {"type": "function", "function": {"name": "other"}}
+    there = write("anthropic", read("chat", body))
+    assert [tool["name"] for tool in there["tools"]] == ["weather", "other"]
+    assert there["tool_choice"] == {"type": "tool", "name": "other"}
+    config = write("gemini", read("chat", body))["toolConfig"]["functionCallingConfig"]
+    assert config == {"mode": "ANY", "allowedFunctionNames": ["other"]}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "other"}}]}
+    body["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
+    there = write("anthropic", read("chat", body))
+    assert [tool["name"] for tool in there["tools"]] == ["other"]
+    assert there["tool_choice"] == {"type": "any"}
+
+
+def chat_tool(name):
+    return {"type": "function", "function": {"name": name, "parameters": WEATHER}}
+
+
+def test_a_choice_that_nobody_knows_is_none():
+    body = {**SPELLINGS["anthropic"], "tool_choice": {"type": "required"}}
+    for dialect in DIALECTS:
+        assert (
+            "tool_choice" not in write(dialect, read("anthropic", body)) or dialect == "anthropic"
+        )
+
+
+@pytest.mark.parametrize(("ours", "place"), [("anthropic", "messages"), ("responses", "input"),
+                                             ("gemini", "contents"), ("chat", "messages")])  # fmt: skip
+def test_our_seals_do_not_reach_another_provider_of_the_clients_dialect(ours, place):
+    reply = new_reply(ours, ampproxy.Reply, maker="other/model")
+    reply.think("hm")
+    reply.seal("U0VBTA==")
+    reply.call(1, "call_1", "weather")
+    reply.finish()
+    answer = json.loads(json.dumps(DIALECTS[ours].write_answer(reply)))
+    body = history_with(ours, answer)
+    assert ampproxy.SEAL_MARK in json.dumps(body) or ampproxy.SEAL_MARK_64 in json.dumps(body)
+    clean = json.dumps(ampproxy.without_our_seals(body))
+    assert ampproxy.SEAL_MARK not in clean
+    assert ampproxy.SEAL_MARK_64 not in clean
+    assert "weather" in clean
+
+
+def test_schemas_that_name_each_other_in_circles_come_to_an_end():
+    names = [f"n{i}" for i in range(12)]
+    node = {"type": "object", "properties": {n: {"$ref": f"#/$defs/{n}"} for n in names}}
+    began = time.monotonic()
+    ampproxy.google_schema({**node, "$defs": dict.fromkeys(names, node)})
+    assert time.monotonic() - began < 1
+
+
+# -- Through the proxy --
+
+
+@asynccontextmanager
+async def four_providers(tmp_path):
+    """A proxy with one key each, of four fakes that answer with a stream of their dialect."""
+    fakes = {name: FakeUpstream((200, SSE, [stream_of(name)])) for name in DIALECTS}
+    async with AsyncExitStack() as stack:
+        for fake in fakes.values():
+            await stack.enter_async_context(fake.open())
+        urls = {name: fake.url for name, fake in fakes.items()}
+        fakes["responses"].usual = openai_answers
+        keys = {
+            "claude-api-key": [{"api-key": "k1", "base-url": urls["anthropic"]}],
+            "codex-api-key": [{"api-key": "k2", "base-url": urls["responses"]}],
+            "gemini-api-key": [{"api-key": "k3", "base-url": urls["gemini"]}],
+            "openai-compatibility": [
+                {
+                    "name": "qwen",
+                    "base-url": urls["chat"] + "/v1",
+                    "api-key-entries": [{"api-key": "k4"}],
+                    "models": [{"name": "qwen-x"}],
+                }
+            ],
+        }
+        async with world(tmp_path, tokens=(), **keys) as w:
+            w.fakes = fakes
+            yield w
+
+
+async def openai_answers(request):
+    """A key of OpenAI's has both dialects."""
+    dialect = "chat" if request.path.endswith("chat/completions") else "responses"
+    response = web.Response(body=stream_of(dialect), headers=SSE)
+    await response.prepare(request)
+    await response.write_eof()
+    return response
+
+
+PATHS = {
+    "anthropic": "/v1/messages",
+    "chat": "/v1/chat/completions",
+    "responses": "/v1/responses",
+    "gemini": "/v1beta/models/{model}:{verb}",
+}
+
+
+def asked(dialect, model, stream=True, **more):
+    """Path and body of a call in a dialect."""
+    verb = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    body = {**SPELLINGS[dialect], "model": model, "stream": stream, **more}
+    if dialect == "gemini":
+        body = {**SPELLINGS[dialect], **more}
+    return PATHS[dialect].format(model=model, verb=verb), body
+
+
+@pytest.mark.parametrize("ours", DIALECTS)
+@in_loop
+async def test_any_client_with_any_provider_streamed_and_in_one_piece(tmp_path, ours):
+    async with four_providers(tmp_path) as w:
+        for theirs, model in MODELS.items():
+            native = ours == theirs or (ours, theirs) == ("chat", "responses")
+            for stream in (True,) if native else (True, False):
+                response = await w.ask(*asked(ours, model, stream))
+                assert response.status == 200, response.bytes
+                route = [response.headers[f"x-ampproxy-{n}"] for n in ("route", "model")]
+                assert route == ["local", model]
+                kind = "text/event-stream" if stream else "application/json"
+                assert response.headers["Content-Type"].startswith(kind)
+                reply = new_reply(ours, ampproxy.Reply)
+                reader = DIALECTS[ours].reader(reply)
+                if stream:
+                    ampproxy.read_run(FakeCall(ours), reader, response.bytes)
+                else:
+                    reader.read_whole(json.loads(response.bytes))
+                reply.finish()
+                assert blocks(reply) == WHOLE
+                sent = w.fakes[theirs].last
+                secrets_of = {name.lower(): value for name, value in sent.headers.items()}
+                assert "x-amp-thread-id" not in secrets_of
+        status = (await w.ask_json("/status", method="GET"))[1]
+        assert {row["input_tokens"] for row in status["requests"]} == {12}
+        assert {row["output_tokens"] for row in status["requests"]} == {9}
+
+
+ERRORS = {
+    "anthropic": {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}},
+    "chat": {"error": {"message": "busy", "type": "server_error", "code": "x"}},
+    "responses": {"error": {"message": "busy", "type": "server_error", "code": "x"}},
+    "gemini": {"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}},
+}
+
+
+@pytest.mark.parametrize("theirs", DIALECTS)
+@pytest.mark.parametrize("ours", DIALECTS)
+@in_loop
+async def test_errors_of_a_foreign_provider_in_the_words_of_the_client(tmp_path, ours, theirs):
+    async with four_providers(tmp_path) as w:
+        w.fakes[theirs].usual = answer_json(ERRORS[theirs] | {"request_id": "r"}, 400)
+        status, body, _ = await w.ask_json(*asked(ours, MODELS[theirs]))
+        assert status == 400
+        assert "busy" in body["error"]["message"]
+        if ours != theirs and (ours, theirs) != ("chat", "responses"):
+            wanted = DIALECTS[ours].error(400, body["error"]["message"])
+            assert body == wanted
+
+
+@pytest.mark.parametrize("theirs", DIALECTS)
+@pytest.mark.parametrize("ours", ["anthropic", "chat", "responses"])
+@in_loop
+async def test_a_foreign_stream_that_breaks_ends_in_the_clients_own_error(tmp_path, ours, theirs):
+    if ours == theirs or (ours, theirs) == ("chat", "responses"):
+        return
+    async with four_providers(tmp_path) as w:
+        whole = stream_of(theirs)
+        w.fakes[theirs].usual = (200, SSE, [whole[: len(whole) // 2], "cut"])
+        response = await w.ask(*asked(ours, MODELS[theirs]))
+        last = frames(response.bytes)[-1]
+        if ours == "responses":
+            numbers = [e["sequence_number"] for e in frames(response.bytes)]
+            assert numbers == [*range(len(numbers))]
+            last = last["response"]
+        assert "broke off" in last["error"]["message"] or "stopped" in last["error"]["message"]
+
+
+@pytest.mark.parametrize(("path", "body", "key"), [
+    ("/v1/messages/count_tokens", {"model": "gpt-x", "messages": [{"role": "user", "content": "x" * 400}]},
+     "input_tokens"),
+    ("/v1beta/models/gpt-x:countTokens", {"contents": [{"parts": [{"text": "x" * 400}]}]}, "totalTokens"),
+])  # fmt: skip
+@in_loop
+async def test_counting_for_a_model_of_another_dialect_is_an_estimate(tmp_path, path, body, key):
+    async with four_providers(tmp_path) as w:
+        status, counted, headers = await w.ask_json(path, body)
+        assert (status, counted) == (200, {key: 100})
+        assert headers["x-ampproxy-estimate"] == "true"
+        assert headers["x-ampproxy-route"] == "local"
+        assert not any(fake.requests for fake in w.fakes.values())
+
+
+@in_loop
+async def test_a_client_of_any_dialect_is_shown_all_models(tmp_path):
+    async with four_providers(tmp_path) as w:
+        for headers, key in (({}, "data"), ({"anthropic-version": "2023-06-01"}, "data")):
+            _, body, _ = await w.ask_json("/v1/models", method="GET", headers=headers)
+            assert "qwen-x" in {row["id"] for row in body[key]}
+        _, body, _ = await w.ask_json("/v1beta/models", method="GET")
+        assert "models/qwen-x" in {row["name"] for row in body["models"]}
+
+
+@in_loop
+async def test_no_header_of_the_client_goes_to_a_foreign_provider(tmp_path):
+    async with four_providers(tmp_path) as w:
+        own = {"anthropic-version": "2026-10-21", "anthropic-beta": "x", "x-stainless-os": "y",
+               "user-agent": "claude-cli", "x-api-key": "secret"}  # fmt: skip
+        await w.ask(*asked("anthropic", "gpt-x"), headers=own)
+        sent = w.fakes["responses"].last.headers
+        assert not {name.lower() for name in sent} & {"anthropic-version", "anthropic-beta",
+                                                      "x-stainless-os", "x-api-key"}  # fmt: skip
+        assert "secret" not in str(sent)
+
+
+@in_loop
+async def test_a_claude_thinks_no_more_in_a_tool_loop_whose_thoughts_are_gone(tmp_path):
+    async with four_providers(tmp_path) as w:
+        path, body = asked("chat", "claude-opus-4-6", reasoning_effort="high")
+        await w.ask(path, body)
+        assert b"adaptive" not in w.fakes["anthropic"].last.bytes
+        body["messages"] = body["messages"][:2]
+        await w.ask(path, {**body, "tool_choice": "auto"})
+        assert b'"thinking":{"type":"adaptive"}' in w.fakes["anthropic"].last.bytes
 
 
 # == The official SDK ==============================================================================
