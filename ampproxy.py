@@ -2495,7 +2495,14 @@ GOOGLE_WORDS = {  # of Google's Schema; another one is a 400 there
     *("maxItems", "properties", "required", "minProperties", "maxProperties", "minLength"),
     *("maxLength", "pattern", "anyOf", "minimum", "maximum", "propertyOrdering"),
 }
-GOOGLE_TEXTS = {"format", "title", "description", "pattern"}
+GOOGLE_KINDS: dict[str, Any] = {  # what these may be
+    **dict.fromkeys(("format", "title", "description", "pattern"), str),
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), int),
+    **dict.fromkeys(("minProperties", "maxProperties"), int),
+    **dict.fromkeys(("minimum", "maximum"), (int, float)),
+    "nullable": bool,
+    "propertyOrdering": list,
+}
 GOOGLE_FORMATS = ("enum", "date-time", "float", "double", "int32", "int64")
 DEEPEST_SCHEMA = 40
 
@@ -2518,8 +2525,8 @@ class GoogleSchema:
             return {"type": "object"}
         whole = self.with_merged(whole)
         kept = {name: value for name, value in whole.items() if name in GOOGLE_WORDS}
-        for name in GOOGLE_TEXTS & kept.keys():
-            if not isinstance(kept[name], str):
+        for name, kinds in GOOGLE_KINDS.items():
+            if name in kept and not isinstance(kept[name], kinds):
                 del kept[name]
         self.put_type(kept, whole)
         self.put_enum(kept, whole)

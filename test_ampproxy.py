@@ -8750,6 +8750,30 @@ class Plan:
         return first + b"".join(self.delta(i, at) for i, at in enumerate(times)) + last
 
 
+WORDED = 20_000  # small deltas in a stream that is translated
+WORDED_PATHS = {
+    b"/v1/messages ": "anthropic",
+    b"/chat/completions ": "chat",
+    b"/responses ": "responses",
+    b":streamGenerateContent": "gemini",
+}
+
+
+@functools.lru_cache
+def worded_stream(dialect):
+    """An answer of so many small deltas, in chunks of 64 kB."""
+
+    def story(reply):
+        for index in range(WORDED):
+            reply.say(f"word {index} ")
+        reply.usage.update(read=10, written=WORDED)
+        reply.finish()
+
+    raw = stream_of(dialect, story)
+    chunks = [http_chunk(raw[i : i + 65536]) for i in range(0, len(raw), 65536)]
+    return [FakeProvider.HEAD, *chunks, b"0\r\n\r\n"]
+
+
 def http_chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
@@ -8796,6 +8820,11 @@ class FakeProvider(asyncio.Protocol):
             self.refused.add(plan.seed)
             self.transport.write(b"HTTP/1.1 200 OK\r\nX: \x00garbage\r\n")
             return self.transport.close()
+        line = asked.partition(b"\r\n")[0]
+        dialect = next((name for path, name in WORDED_PATHS.items() if path in line), "")
+        if plan is None and dialect:
+            self.pieces = iter(worded_stream(dialect))
+            return self.pump()
         if plan is None or plan.kind == "json":
             return self.send(plan.json() if plan else json.dumps(self.state()).encode())
         kind = self.dripping if plan.kind == "drip" else self.paced if plan.rate else self.batches
@@ -9179,8 +9208,13 @@ class Bench:
         self.tokens = [
             token_file(self.folder / "auth", f"{n}@example.com", **ends) for n in ("a", "b", "c")
         ]
+        codex_file(self.folder / "auth", **ends)
         row = {"base-url": self.fake, "token-url": self.fake, "profile-url": self.fake}
-        config = {"auth-dir": str(self.folder / "auth"), "providers": {"claude": row},
+        key = {"api-key": "k", "base-url": self.fake}
+        chat = {"name": "qwen", "base-url": self.fake + "/v1", "models": [{"name": "qwen-x"}],
+                "api-key-entries": [{"api-key": "k"}]}  # fmt: skip
+        config = {"auth-dir": str(self.folder / "auth"), "providers": {"claude": row, "codex": row},
+                  "gemini-api-key": [key], "openai-compatibility": [chat],
                   "ampcode": {"upstream-url": self.fake, "fallback": "never"}, **more}  # fmt: skip
         self.config.write_text(yaml.safe_dump(config))
 
@@ -9338,6 +9372,21 @@ class Bench:
     async def start(self, name, wires):
         return self.launch(name).took * 1000
 
+    async def translation(self, theirs, ours):
+        """CPU of the process in microseconds for each event of a stream at full speed."""
+        process = self.processes["ampproxy"]
+        path, body = asked(ours, MODELS[theirs])
+        url, costs = URL(f"http://127.0.0.1:{process.port}{path}", encoded=True), []
+        async with aiohttp.ClientSession() as http:
+            for _ in range(3):
+                before = process.cpu
+                async with http.post(url, json=body) as response:
+                    raw = await response.read()
+                costs.append((process.cpu - before) / WORDED * 1e6)
+                if raw.count(b"word ") < WORDED:
+                    self.wrong.append(f"translated {theirs} -> {ours}: {raw[:200]!r}")
+        return min(costs)
+
     # -- All of it --
 
     async def measure(self):
@@ -9354,6 +9403,12 @@ class Bench:
             one = {n: [pair[i] for pair in pairs] for n, pairs in got.items()}
             self.add(name, unit, one, target, at_least=i == 0)
         await self.measure_streams(few, proxies)
+        for theirs, ours in PAIRS:
+            if theirs != ours:
+                cost = await self.translation(theirs, ours)
+                columns = {"direct": math.nan, "plain": math.nan, "ampproxy": cost}
+                name = f"CPU of a translated event, {theirs} -> {ours}"
+                self.figures.append(Figure(name, "us", columns, cost, 30))
         await self.measure_memory(few, proxies)
 
     async def measure_streams(self, few, proxies):
