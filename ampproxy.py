@@ -2493,7 +2493,7 @@ def cannot(what: str) -> ProxyError:
 GOOGLE_WORDS = {  # of Google's Schema; another one is a 400 there
     *("type", "format", "title", "description", "nullable", "enum", "items", "minItems"),
     *("maxItems", "properties", "required", "minProperties", "maxProperties", "minLength"),
-    *("maxLength", "pattern", "anyOf", "minimum", "maximum", "propertyOrdering"),
+    *("maxLength", "pattern", "anyOf", "minimum", "maximum"),
 }
 GOOGLE_KINDS: dict[str, Any] = {  # what these may be
     **dict.fromkeys(("format", "title", "description", "pattern"), str),
@@ -2501,7 +2501,6 @@ GOOGLE_KINDS: dict[str, Any] = {  # what these may be
     **dict.fromkeys(("minProperties", "maxProperties"), int),
     **dict.fromkeys(("minimum", "maximum"), (int, float)),
     "nullable": bool,
-    "propertyOrdering": list,
 }
 GOOGLE_FORMATS = ("enum", "date-time", "float", "double", "int32", "int64")
 DEEPEST_SCHEMA = 40
