@@ -3997,7 +3997,8 @@ class ChatWriter(Reply):
     head = b""  # of a chunk, up to its delta
     call_index = -1
     thoughts = -1  # the index of the latest
-    thinks = False  # that one had words
+    thinks = False  # words of one were told
+    apart = False  # those of the latest stand apart from them
     WORDS: ClassVar[dict[type, bytes]] = {Text: b"content", Thought: b"reasoning_content"}
     TAIL = b',"finish_reason":null}]}\n\n'
 
@@ -4028,9 +4029,7 @@ class ChatWriter(Reply):
             self.put({})
         if isinstance(block, Thought):
             self.thoughts += 1
-            if self.thoughts and self.thinks:
-                self.put({"reasoning_content": "\n\n"})
-            self.thinks = False
+            self.apart = self.thinks
 
     def grew(self, block: Block, words: str) -> None:
         text = write_json(words)
@@ -4041,7 +4040,10 @@ class ChatWriter(Reply):
         else:
             told = (self.call_index, text)
             delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % told
-        self.thinks = self.thinks or isinstance(block, Thought)
+        if isinstance(block, Thought):
+            if self.apart:
+                self.put({"reasoning_content": "\n\n"})
+            self.thinks, self.apart = True, False
         self.out.append(self.head + delta + self.TAIL)
 
     def cited(self, block: Text, source: Source) -> None:
@@ -4646,7 +4648,11 @@ def read_gemini_request(body: Json) -> Ask:
     history = GeminiHistory()
     for index, content in enumerate(gemini_contents(body.get("contents"))):
         role = {"model": "assistant", "system": "system"}.get(text_of(content.get("role")), "user")
-        ask.turns.append(Turn(role, history.parts(content.get("parts"), index)))
+        parts = history.parts(content.get("parts"), index)
+        if role == "assistant":
+            put_answered(ask.turns, parts)
+        else:
+            ask.turns.append(Turn(role, parts))
     read_gemini_tools(ask, body)
     ask.stops = [stop for stop in as_list(settings.get("stopSequences")) if isinstance(stop, str)]
     found = {name: settings.get(theirs) for name, theirs in GEMINI_SAMPLING.items()}
@@ -4662,6 +4668,22 @@ def read_gemini_request(body: Json) -> Ask:
     if settings.get("responseModalities") not in (None, [], ["TEXT"]):
         raise cannot("responseModalities")
     return ask
+
+
+def put_answered(turns: list[Turn], parts: list[Part]) -> None:
+    """What a model said comes back in the pieces of its stream, maybe each as a turn."""
+    if turns[-1].role != "assistant":
+        turns.append(Turn("assistant", []))
+    told = turns[-1].parts
+    for part in parts:
+        last = told[-1] if told else None
+        if isinstance(part, Text) and isinstance(last, Text):
+            last.text += part.text
+        elif isinstance(part, Thought) and isinstance(last, Thought) and last.seal is None:
+            last.text += part.text
+            last.seal = part.seal
+        else:
+            told.append(part)
 
 
 def gemini_contents(contents: Any) -> list[Json]:
@@ -4831,7 +4853,7 @@ def gemini_role(turn: Turn) -> str:
 def gemini_parts(turn: Turn, target: Target) -> list[Json]:
     """The parts of a turn; pictures of results stand behind the results."""
     results = [part for part in turn.parts if isinstance(part, ToolResult)]
-    others = [part for part in turn.parts if not isinstance(part, ToolResult)]
+    others = sealed_calls([part for part in turn.parts if not isinstance(part, ToolResult)])
     parts = [{"functionResponse": gemini_response(result, target)} for result in results]
     parts += [gemini_data(p) for result in results for p in result.parts if isinstance(p, Media)]
     pairs: list[tuple[Part, Json]] = [(part, gemini_part(part, target)) for part in others]
@@ -4840,6 +4862,20 @@ def gemini_parts(turn: Turn, target: Target) -> list[Json]:
     if calls and wants_seals(target.model):
         calls[0].setdefault("thoughtSignature", NO_SEAL)
     return parts
+
+
+def sealed_calls(parts: list[Part]) -> list[Part]:
+    """The seal in front of the first call, which Google seals rather than the text before it.
+
+    A Chat client tells all thoughts first.
+    """
+    call = next((i for i, part in enumerate(parts) if isinstance(part, ToolCall)), 0)
+    last = next((i for i in reversed(range(call)) if isinstance(parts[i], Thought)), -1)
+    thought = parts[last] if 0 <= last < call - 1 else None
+    if not isinstance(thought, Thought):
+        return parts
+    words, seal = dataclasses.replace(thought, seal=None), dataclasses.replace(thought, text="")
+    return [*parts[:last], words, *parts[last + 1 : call], seal, *parts[call:]]
 
 
 def with_seals(pairs: list[tuple[Part, Json]], seal_words: Callable[[Seal], str]) -> list[Json]:
@@ -5079,10 +5115,10 @@ class GeminiWriter(Reply):
             self.put(gemini_answer_part(block))
 
     def ended(self) -> None:
-        parts: list[Json] = []
+        part: Json = {"text": ""}  # Google's chats forget an answer that has a chunk without parts
         if self.seal_waits:
-            parts = [{"text": "", "thoughtSignature": self.seal_waits}]
-        self.out.append(data_event(gemini_answer(self, parts, ended=True)))
+            part["thoughtSignature"] = self.seal_waits
+        self.out.append(data_event(gemini_answer(self, [part], ended=True)))
 
 
 # == Dialects ======================================================================================

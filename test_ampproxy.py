@@ -19,6 +19,7 @@ import asyncio
 import base64
 import bisect
 import dataclasses
+import enum
 import functools
 import gzip
 import hashlib
@@ -35,6 +36,7 @@ import re
 import secrets
 import signal
 import socket
+import ssl
 import stat
 import statistics
 import struct
@@ -48,6 +50,7 @@ from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import aiohttp
@@ -8550,6 +8553,1185 @@ async def test_a_claude_thinks_no_more_in_a_tool_loop_whose_thoughts_are_gone(tm
         body["messages"] = body["messages"][:2]
         await w.ask(path, {**body, "tool_choice": "auto"})
         assert b'"thinking":{"type":"adaptive"}' in w.fakes["anthropic"].last.bytes
+
+
+# == Translation: the official SDKs ================================================================
+#
+# Each SDK against a provider of each other dialect.  The fakes refuse what the real ones refuse, by
+# the two tables below (SHAPES: the names that they know; REFUSALS: what they say no to), so a test
+# that fails shows the reason.  ANSWERS is what they say, in each dialect's own stream.
+
+SHAPES = {  # of an object: its names, those with ! must be there, those behind : are objects again
+    "anthropic": {
+        "request": "model! messages!:message max_tokens! system:block tools:tool tool_choice:choice"
+                   " stream thinking:thinking output_config:output stop_sequences temperature top_p"
+                   " top_k metadata",
+        "message": "role! content!:block",
+        "block text": "type! text! cache_control:cache",
+        "block image": "type! source!:source cache_control:cache",
+        "block thinking": "type! thinking! signature!",
+        "block tool_use": "type! id! name! input! cache_control:cache",
+        "block tool_result": "type! tool_use_id! content:block is_error cache_control:cache",
+        "source base64": "type! media_type! data!",
+        "cache ephemeral": "type! ttl",
+        "tool": "name! description input_schema! strict cache_control:cache",
+        "choice auto": "type! disable_parallel_tool_use",
+        "choice any": "type! disable_parallel_tool_use",
+        "choice tool": "type! name! disable_parallel_tool_use",
+        "choice none": "type!",
+        "thinking adaptive": "type! display",
+        "thinking enabled": "type! budget_tokens! display",
+        "thinking disabled": "type!",
+        "output": "effort format:format",
+        "format json_schema": "type! schema!",
+    },
+    "responses": {
+        "request": "model! input!:item instructions stream! store include tools:tool tool_choice"
+                   " text:text parallel_tool_calls reasoning:reasoning max_output_tokens"
+                   " temperature top_p prompt_cache_key",
+        "item message": "type! role! content!:content",
+        "item function_call": "type! call_id! name! arguments!",
+        "item function_call_output": "type! call_id! output!:content",
+        "item reasoning": "type! id summary!:content content encrypted_content",
+        "content input_text": "type! text!",
+        "content output_text": "type! text! annotations",
+        "content summary_text": "type! text!",
+        "content input_image": "type! image_url! detail!",
+        "tool function": "type! name! description parameters! strict!",
+        "text": "format:format verbosity",
+        "format json_schema": "type! name! schema! strict description",
+        "reasoning": "effort summary",
+    },
+    "chat": {
+        "request": "model! messages!:message stream stream_options:options tools:tool tool_choice"
+                   " stop max_tokens parallel_tool_calls response_format:format reasoning_effort"
+                   " temperature top_p seed",
+        "options": "include_usage",
+        "message": "role! content:part tool_calls:call tool_call_id reasoning_content",
+        "part text": "type! text!",
+        "part image_url": "type! image_url!:image",
+        "image": "url! detail",
+        "call function": "id! type! function!:called",
+        "called": "name! arguments!",
+        "tool function": "type! function!:function",
+        "function": "name! description parameters strict",
+        "format json_schema": "type! json_schema!:wanted",
+        "wanted": "name! schema! strict description",
+    },
+    "gemini": {
+        "request": "contents!:content systemInstruction:content tools:tool toolConfig:toolConfig"
+                   " generationConfig:settings safetySettings",
+        "content": "role parts!:part",
+        "part": "text thought thoughtSignature inlineData:blob functionCall:call"
+                " functionResponse:result",
+        "blob": "mimeType! data!",
+        "call": "id name! args",
+        "result": "id name! response!",
+        "tool": "functionDeclarations:function googleSearch",
+        "function": "name! description parameters:schema",
+        "schema": "type format title description nullable enum items:schema minItems maxItems"
+                  " minLength maxLength properties:properties required pattern anyOf:schema minimum"
+                  " maximum propertyOrdering",
+        "properties": "*:schema",
+        "toolConfig": "functionCallingConfig:calling",
+        "calling": "mode! allowedFunctionNames",
+        "settings": "temperature topP topK seed maxOutputTokens stopSequences responseMimeType"
+                    " thinkingConfig:thinking responseSchema:schema",
+        "thinking": "includeThoughts thinkingBudget thinkingLevel",
+    },
+}  # fmt: skip
+
+
+def misfits(shapes, name, value, place="body"):
+    """What a provider that knows these shapes alone does not understand."""
+    if isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from misfits(shapes, name, inner, f"{place}[{index}]")
+    if not isinstance(value, dict):
+        return
+    told = shapes.get(name) or shapes.get(f"{name} {value.get('type')}")
+    if told is None:
+        yield f"{place}: no {name} of type {value.get('type')!r}"
+        return
+    fields = dict((field + ":").split(":")[:2] for field in told.split())
+    yield from (
+        f"{place}.{f[:-1]}: required" for f in fields if f[-1] == "!" and f[:-1] not in value
+    )
+    children = {field.rstrip("!"): child for field, child in fields.items()}
+    for key, inner in value.items():
+        child = children.get(key, children.get("*"))
+        if child is None:
+            yield f"{place}.{key}: unknown name"
+        elif child:
+            yield from misfits(shapes, child, inner, f"{place}.{key}")
+
+
+def inside(value, key):
+    """All that stands under the key, at any depth."""
+    for inner in value if isinstance(value, list) else value.values():
+        if isinstance(inner, (dict, list)):
+            yield from inside(inner, key)
+    if isinstance(value, dict) and key in value:
+        yield value[key]
+
+
+def is_open(schema):
+    """Whether an object in it lets more in than it names, which strict ones may not."""
+    objects = [value for value in [schema, *each_dict(schema)] if value.get("type") == "object"]
+    return any(value.get("additionalProperties") is not False for value in objects)
+
+
+def each_dict(value):
+    for inner in value if isinstance(value, list) else value.values():
+        if isinstance(inner, (dict, list)):
+            yield from [inner] if isinstance(inner, dict) else []
+            yield from each_dict(inner)
+
+
+def blocks_in(message):
+    content = message.get("content") or message.get("parts") or []
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def unpaired(turns, call, result):
+    """Whether calls lack their results in the very next turn, in front, or the other way round."""
+    calls = [[c for c in map(call, blocks_in(turn)) if c] for turn in turns]
+    results = [[r for r in map(result, blocks_in(turn)) if r] for turn in turns]
+    late = [
+        not all(map(result, blocks_in(turn)[: len(r)]))
+        for turn, r in zip(turns, results, strict=True)
+    ]
+    return any(late) or [[], *calls] != [*results, []]
+
+
+def in_loop_step(turns, result):
+    return bool(turns) and any(map(result, blocks_in(turns[-1])))
+
+
+def tool_results(block):
+    return block.get("tool_use_id")
+
+
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+OWN_SEALS = {
+    "anthropic": "EqQBCkYIBxgCKkDtb2x5",
+    "responses": "gAAAAABpc2VhbGVk",
+    "gemini": "CsYBAVKhc2VhbGVk",
+}
+LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+def chat_unpaired(messages):
+    """Answers of tools stand right behind the calls, one for each, and nowhere else."""
+    waiting = []
+    for message in [*messages, {"role": "end"}]:
+        if message["role"] == "tool":
+            if message.get("tool_call_id") not in waiting or not isinstance(
+                message["content"], str
+            ):
+                return True
+            waiting.remove(message["tool_call_id"])
+        elif waiting:
+            return True
+        waiting += [call["id"] for call in message.get("tool_calls", [])]
+    return False
+
+
+def responses_unpaired(items):
+    def ids(kind):
+        return [item["call_id"] for item in items if item.get("type") == kind]
+
+    return ids("function_call") != ids("function_call_output")
+
+
+def lacks_signature(body):
+    """Of the first call in each step since the user's last word (providers.md 5.3)."""
+    asked = [
+        i
+        for i, c in enumerate(body["contents"])
+        if any("text" in p for p in c["parts"]) and c["role"] == "user"
+    ]
+    steps = [[p for p in c["parts"] if "functionCall" in p] for c in body["contents"][max(asked) :]]
+    return any(calls and not calls[0].get("thoughtSignature") for calls in steps)
+
+
+REFUSALS = {  # reason -> whether a body of the right shape is refused for it
+    "anthropic": {
+        "messages: at least one is required, the first the user's": lambda b: (
+            not b["messages"] or b["messages"][0]["role"] != "user"
+        ),
+        "messages: roles are user and assistant": lambda b: (
+            {m["role"] for m in b["messages"]} - {"user", "assistant"}
+        ),
+        "messages: text must not be blank": lambda b: any(
+            not block.get("text", "x").strip()
+            for message in [*b["messages"], {"content": b.get("system")}]
+            for block in blocks_in(message)
+        ),
+        "messages: content must not be empty": lambda b: (
+            not all(m["content"] for m in b["messages"])
+        ),
+        "tool_use without tool_result right behind it": lambda b: unpaired(
+            b["messages"], lambda p: p.get("id"), tool_results
+        ),
+        "ids and names are of [a-zA-Z0-9_-]": lambda b: (
+            not all(
+                map(
+                    NAME.fullmatch,
+                    [*inside(b["messages"], "id"), *(t["name"] for t in b.get("tools", []))],
+                )
+            )
+        ),
+        "Invalid signature in thinking block": lambda b: (
+            set(inside(b["messages"], "signature")) - {OWN_SEALS["anthropic"]}
+        ),
+        "thinking: temperature, top_p and top_k may not be set": lambda b: (
+            thinks(b) and {"temperature", "top_k"} & {*b}
+        ),
+        "thinking: tool_choice forces tool use": lambda b: (
+            (thinks(b) or b.get("output_config", {}).get("effort"))
+            and b.get("tool_choice", {}).get("type") in ("any", "tool")
+        ),
+        "thinking: a final assistant turn must start with a thinking block": lambda b: (
+            thinks(b)
+            and in_loop_step(b["messages"], tool_results)
+            and b["messages"][-2]["content"][0]["type"] != "thinking"
+        ),
+        "max_tokens must be greater than budget_tokens, which is 1024 at least": lambda b: any(
+            not 1024 <= budget < b["max_tokens"] for budget in inside(b, "budget_tokens")
+        ),
+        "temperature and top_p: one of them": lambda b: {"temperature", "top_p"} <= {*b},
+        "A maximum of 4 blocks with cache_control": lambda b: (
+            len([*inside(b, "cache_control")]) > 4
+        ),
+        "input_schema: an object without a union at its root": lambda b: any(
+            t["input_schema"].get("type") != "object"
+            or {"anyOf", "oneOf", "allOf"} & {*t["input_schema"]}
+            for t in b.get("tools", [])
+        ),
+        "tool_choice without tools": lambda b: "tool_choice" in b and not b.get("tools"),
+        "output_config.format: additionalProperties must be false": lambda b: any(
+            map(is_open, inside(b.get("output_config", {}), "schema"))
+        ),
+        "output_config.format: limits of figures are not supported": lambda b: any(
+            next(inside(b.get("output_config", {}), word), None) is not None
+            for word in ("minimum", "maximum", "maxLength", "pattern")
+        ),
+    },
+    "responses": {
+        "Stream must be true here": lambda b: b["stream"] is not True,
+        "input: a list is wanted": lambda b: not isinstance(b["input"], list) or not b["input"],
+        "input: user says input_*, the assistant output_text": lambda b: any(
+            (item["role"] == "assistant") != (part["type"] == "output_text")
+            for item in b["input"]
+            if item["type"] == "message"
+            for part in item["content"]
+        ),
+        "input: content must not be empty": lambda b: any(
+            i.get("content") == [] or i.get("output") == [] for i in b["input"]
+        ),
+        "No tool output found for function call, or no call for it": lambda b: responses_unpaired(
+            b["input"]
+        ),
+        "arguments and call_id: texts, at most 64 characters of call_id": lambda b: (
+            any(len(i) > 64 for i in inside(b["input"], "call_id"))
+            or any(not isinstance(json.loads(a), dict) for a in inside(b["input"], "arguments"))
+        ),
+        "The encrypted content could not be verified": lambda b: (
+            set(inside(b["input"], "encrypted_content")) - {OWN_SEALS["responses"]}
+        ),
+        "reasoning was provided without its required following item": lambda b: any(
+            i["type"] == "reasoning"
+            and j.get("type") not in ("reasoning", "message", "function_call")
+            for i, j in itertools.pairwise([*b["input"], {}])
+        ),
+        "Expected an id that begins with rs": lambda b: any(
+            not i.get("id", "rs").startswith("rs") for i in b["input"]
+        ),
+        "tool names": lambda b: not all(NAME.fullmatch(t["name"]) for t in b.get("tools", [])),
+        "parameters: an object is wanted": lambda b: any(
+            "properties" not in t["parameters"] for t in b.get("tools", [])
+        ),
+        "strict: additionalProperties must be false": lambda b: any(
+            t["strict"] and is_open(t["parameters"]) for t in b.get("tools", [])
+        ),
+        "text.format: additionalProperties must be false": lambda b: any(
+            f["strict"] and is_open(f["schema"]) for f in inside(b.get("text", {}), "format")
+        ),
+        "tool settings without tools": lambda b: {"tool_choice"} & {*b} and not b.get("tools"),
+        "reasoning.effort: unsupported value": lambda b: (
+            b.get("reasoning", {}).get("effort", "low") not in LEVELS
+        ),
+        "include is needed for encrypted reasoning, as nothing is stored": lambda b: (
+            b["store"] is not False or b["include"] != ["reasoning.encrypted_content"]
+        ),
+    },
+    "chat": {
+        "messages: unknown role": lambda b: (
+            {m["role"] for m in b["messages"]} - {"system", "user", "assistant", "tool"}
+        ),
+        "messages: content may be null beside tool_calls only": lambda b: any(
+            not m.get("content") and not m.get("tool_calls") for m in b["messages"]
+        ),
+        "an assistant message with tool_calls must be followed by tool messages": lambda b: (
+            chat_unpaired(b["messages"])
+        ),
+        "messages: pictures come from the user": lambda b: any(
+            p["type"] == "image_url"
+            for m in b["messages"]
+            if m["role"] != "user"
+            for p in blocks_in(m)
+        ),
+        "arguments are JSON texts": lambda b: any(
+            not isinstance(json.loads(a), dict) for a in inside(b["messages"], "arguments")
+        ),
+        "ids are at most 40 characters long": lambda b: any(
+            len(i) > 40 for key in ("id", "tool_call_id") for i in inside(b["messages"], key)
+        ),
+        "stream_options without stream": lambda b: "stream_options" in b and not b.get("stream"),
+        "tool settings without tools": lambda b: (
+            {"tool_choice", "parallel_tool_calls"} & {*b} and not b.get("tools")
+        ),
+        "tool names": lambda b: (
+            not all(NAME.fullmatch(t["function"]["name"]) for t in b.get("tools", []))
+        ),
+        "response_format: additionalProperties must be false": lambda b: any(
+            f.get("strict") and is_open(f["schema"])
+            for f in inside(b.get("response_format", {}), "json_schema")
+        ),
+        "reasoning_effort: unsupported value": lambda b: (
+            b.get("reasoning_effort", "low") not in LEVELS
+        ),
+    },
+    "gemini": {
+        "contents: roles are user and model, the user begins": lambda b: (
+            {c.get("role") for c in b["contents"]} - {"user", "model"}
+            or b["contents"][0]["role"] != "user"
+        ),
+        "parts must not be empty": lambda b: not all(c["parts"] for c in b["contents"]),
+        "required oneof field 'data' must have one initialized field": lambda b: any(
+            not {*p} & {"inlineData", "functionCall", "functionResponse"}
+            and not p.get("text")
+            and "thoughtSignature" not in p
+            for c in b["contents"]
+            for p in c["parts"]
+        ),
+        "the number of function response parts must be that of the function calls": lambda b: (
+            unpaired(
+                b["contents"],
+                lambda p: p.get("functionCall", {}).get("name"),
+                lambda p: p.get("functionResponse", {}).get("name"),
+            )
+        ),
+        "response: an object is wanted": lambda b: (
+            not all(
+                isinstance(r["response"], dict) for r in inside(b["contents"], "functionResponse")
+            )
+        ),
+        "Function call is missing a thought_signature": lacks_signature,
+        "Corrupted thought signature": lambda b: (
+            set(inside(b["contents"], "thoughtSignature"))
+            - {OWN_SEALS["gemini"], "skip_thought_signature_validator"}
+        ),
+        "thinking_budget and thinking_level together; or a level that the model lacks": lambda b: (
+            any(
+                {"thinkingBudget", "thinkingLevel"} <= {*t}
+                or t.get("thinkingLevel", "low") not in ("low", "high")
+                for t in inside(b, "thinkingConfig")
+            )
+        ),
+        "properties: should be non-empty for OBJECT type": lambda b: any(
+            not f["parameters"].get("properties")
+            for t in b.get("tools", [])
+            for f in t["functionDeclarations"]
+            if "parameters" in f
+        ),
+        "enum: only allowed for STRING type, cannot be empty": lambda b: any(
+            "" in s["enum"] or s.get("type") != "string" for s in each_dict(b) if "enum" in s
+        ),
+        "required: property is not defined": lambda b: any(
+            set(s["required"]) - {*s.get("properties", {})} for s in each_dict(b) if "required" in s
+        ),
+        "items: missing field": lambda b: any(
+            "items" not in s for s in each_dict(b) if s.get("type") == "array"
+        ),
+        "format: only 'enum' and 'date-time' are supported for STRING type": lambda b: any(
+            s["format"] not in ("enum", "date-time") for s in each_dict(b) if "format" in s
+        ),
+        "toolConfig without tools": lambda b: "toolConfig" in b and not b.get("tools"),
+    },
+}
+LOGIN_REFUSALS = {  # ChatGPT's own, beside those of the API (providers.md 2.3)
+    "Unsupported parameter": lambda b: {"max_output_tokens", "temperature", "top_p"} & {*b},
+    "Instructions are required": lambda b: not isinstance(b.get("instructions"), str),
+}
+HEADERS = {  # that a request must have, and whose value begins so
+    "anthropic": {"Authorization": "Bearer k-one", "anthropic-version": "2023-06-01"},
+    "responses": {"Authorization": "Bearer "},
+    "chat": {"Authorization": "Bearer k-one"},
+    "gemini": {"x-goog-api-key": "k-one"},
+}
+
+
+def thinks(body):
+    return body.get("thinking", {}).get("type") in ("adaptive", "enabled")
+
+
+def refusal(dialect, headers, body):
+    """Why the provider says no; "" if it does not."""
+    for name, start in HEADERS[dialect].items():
+        if not headers.get(name, "").startswith(start):
+            return f"header {name}: {headers.get(name)}"
+    is_login = "Chatgpt-Account-Id" in headers
+    reasons = [*misfits(SHAPES[dialect], "request", body)]
+    if not reasons:
+        table = REFUSALS[dialect] | (LOGIN_REFUSALS if is_login else {})
+        reasons = [reason for reason, is_refused in table.items() if is_refused(body)]
+    return "; ".join(reasons)
+
+
+OPEN = {"type": "object", "properties": {}}
+CALL_ID = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+TOO_MUCH = [  # dialect, what a request says beside the least that it must, a word of the reason
+    ("anthropic", {"max_tokens": None, "stop": "x"}, "stop: unknown name"),
+    ("anthropic", {"messages": [{"role": "user", "content": " "}]}, "blank"),
+    ("anthropic", {"messages": [{"role": "assistant", "content": "x"}]}, "the first the user's"),
+    ("anthropic", {"tools": [{"name": "f", "input_schema": {"anyOf": [OPEN]}}]}, "union"),
+    ("anthropic", {"thinking": {"type": "adaptive"}, "temperature": 1}, "may not be set"),
+    ("anthropic", {"output_config": {"format": {"type": "json_schema", "schema": OPEN}}}, "false"),
+    ("responses", {"input": [CALL_ID]}, "No tool output"),
+    ("responses", {"input": [{**CALL_ID, "type": "function_call_output"}]}, "arguments: unknown"),
+    ("responses", {"input": [{"type": "reasoning", "summary": []}]}, "required following item"),
+    ("responses", {"include": []}, "include"),
+    ("responses", {"tool_choice": "auto"}, "without tools"),
+    ("chat", {"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, "followed by"),
+    ("chat", {"messages": [{"role": "assistant", "content": None}]}, "null"),
+    ("chat", {"reasoning_effort": "max"}, "unsupported"),
+    ("gemini", {"contents": [{"role": "user", "parts": [{"text": ""}]}]}, "oneof"),
+    ("gemini", {"tools": [{"functionDeclarations": [{"name": "f", "parameters": {"const": 1}}]}]},
+     "parameters.const: unknown name"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingLevel": "max"}}}, "lacks"),
+    ("gemini", {"systemInstruction": {"text": "x"}}, "text: unknown name"),
+]  # fmt: skip
+LEAST = {
+    "anthropic": {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]},
+    "responses": {
+        "model": "m",
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+        ],
+        "stream": True,
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+    },
+    "chat": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
+    "gemini": {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]},
+}
+
+
+@pytest.mark.parametrize(("dialect", "more", "words"), TOO_MUCH)
+def test_the_fakes_are_strict(dialect, more, words):
+    assert not refusal(dialect, HEADERS[dialect], LEAST[dialect])
+    assert words in refusal(dialect, HEADERS[dialect], {**LEAST[dialect], **more})
+
+
+CITY = 'Zürich \U0001f3d4 "C:\\n"'
+TWO_CALLS = [("weather", {"city": CITY, "days": 2}), ("clock", {"zone": "Europe/Zurich"})]
+FORECAST = {"city": "Zürich", "degrees": 21, "kind": "day"}
+ANSWERS = {  # scenario -> what the provider answers: thoughts, text, calls, and why it ends
+    "text": ("", 'Grüezi, "Fred"\n', [], "end"),
+    "thinking": ("They say hi.", "Hello", [], "end"),
+    "tools": ("I need two tools.", "I look.", TWO_CALLS, "call"),
+    "forced": ("", "", TWO_CALLS[:1], "call"),
+    "image": ("", "A red dot", [], "end"),
+    "json": ("", json.dumps(FORECAST), [], "end"),
+    "length": ("", "Once upon a", [], "length"),
+}
+ENDS = {
+    "anthropic": {"end": "end_turn", "call": "tool_use", "length": "max_tokens"},
+    "responses": {"end": "completed", "call": "completed", "length": "incomplete"},
+    "chat": {"end": "stop", "call": "tool_calls", "length": "length"},
+    "gemini": {"end": "STOP", "call": "STOP", "length": "MAX_TOKENS"},
+}
+FIGURES = (100, 40, 20, 7)  # tokens: read, of these cached, written, of these thought
+
+
+def halves(text):
+    middle = len(text) // 2
+    return [piece for piece in (text[:middle], text[middle:]) if piece]
+
+
+def spoken_by_claude(turn, thought, text, calls, end):
+    blocks = []
+    if thought:
+        deltas = [{"type": "thinking_delta", "thinking": piece} for piece in halves(thought)]
+        deltas.append({"type": "signature_delta", "signature": OWN_SEALS["anthropic"]})
+        blocks.append(({"type": "thinking", "thinking": "", "signature": ""}, deltas))
+    if text:
+        deltas = [{"type": "text_delta", "text": piece} for piece in halves(text)]
+        blocks.append(({"type": "text", "text": ""}, deltas))
+    for index, (name, args) in enumerate(calls):
+        pieces = ["", *halves(json.dumps(args))]
+        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+        blocks.append(
+            ({"type": "tool_use", "id": f"toolu_{turn}{index}", "name": name, "input": {}}, deltas)
+        )
+    read, cached, written, _ = FIGURES
+    usage = {"input_tokens": read - cached, "cache_read_input_tokens": cached, "output_tokens": 1}
+    yield event(
+        "message_start", message={**message(), "content": [], "stop_reason": None, "usage": usage}
+    )
+    for index, (start, deltas) in enumerate(blocks):
+        yield event("content_block_start", index=index, content_block=start)
+        yield event("ping")
+        yield from (event("content_block_delta", index=index, delta=delta) for delta in deltas)
+        yield event("content_block_stop", index=index)
+    stop = {"stop_reason": ENDS["anthropic"][end], "stop_sequence": None}
+    yield event("message_delta", delta=stop, usage={"output_tokens": written})
+    yield event("message_stop")
+
+
+def spoken_in_responses(turn, thought, text, calls, end):
+    """The pieces of the calls alternate; the last event has no output, as ChatGPT's has none."""
+    told = []
+
+    def put(kind, **fields):
+        told.append(event("response." + kind, sequence_number=len(told), **fields))
+
+    put("created", response=reply(status="in_progress"))
+    items = []
+    if thought:
+        summary = [{"type": "summary_text", "text": thought}]
+        items.append(
+            {
+                "type": "reasoning",
+                "id": "rs_1",
+                "summary": summary,
+                "encrypted_content": OWN_SEALS["responses"],
+            }
+        )
+        put(
+            "output_item.added",
+            output_index=0,
+            item={"type": "reasoning", "id": "rs_1", "summary": []},
+        )
+        for piece in halves(thought):
+            put(
+                "reasoning_summary_text.delta",
+                item_id="rs_1",
+                output_index=0,
+                summary_index=0,
+                delta=piece,
+            )
+        put("output_item.done", output_index=0, item=items[0])
+    index = len(items)
+    if text:
+        place = {"item_id": "msg_1", "output_index": index}
+        said = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+        part = {"type": "output_text", "text": text, "annotations": []}
+        put("output_item.added", output_index=index, item={**said, "content": []})
+        for piece in halves(text):
+            put("output_text.delta", **place, content_index=0, delta=piece, logprobs=[])
+        put("output_text.done", **place, content_index=0, text=text, logprobs=[])
+        put("output_item.done", output_index=index, item={**said, "content": [part]})
+        index += 1
+    places = [{"item_id": f"fc_{i}", "output_index": index + i} for i, _ in enumerate(calls)]
+    called = [
+        {
+            "type": "function_call",
+            "id": f"fc_{i}",
+            "call_id": f"call_{turn}{i}",
+            "name": name,
+            "arguments": "",
+        }
+        for i, (name, _) in enumerate(calls)
+    ]
+    for where, item in zip(places, called, strict=True):
+        put("output_item.added", output_index=where["output_index"], item=item)
+    for piece in range(2):
+        for where, (_, args) in zip(places, calls, strict=True):
+            put("function_call_arguments.delta", **where, delta=halves(json.dumps(args))[piece])
+    for where, item, (_, args) in zip(places, called, calls, strict=True):
+        put("function_call_arguments.done", **where, arguments=json.dumps(args))
+        put(
+            "output_item.done",
+            output_index=where["output_index"],
+            item={**item, "arguments": json.dumps(args)},
+        )
+    read, cached, written, thoughts = FIGURES
+    usage = {
+        "input_tokens": read,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": written,
+        "output_tokens_details": {"reasoning_tokens": thoughts},
+        "total_tokens": read + written,
+    }
+    status = ENDS["responses"][end]
+    why = {"reason": "max_output_tokens"} if end == "length" else None
+    put(status, response=reply(status=status, usage=usage, incomplete_details=why))
+    return told
+
+
+def spoken_in_chat(turn, thought, text, calls, end):
+    """The pieces of the calls alternate; usage comes last."""
+    names = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "qwen3"}
+
+    def chunk(end=None, **delta):
+        return data({**names, "choices": [{"index": 0, "delta": delta, "finish_reason": end}]})
+
+    yield chunk(role="assistant", content="")
+    yield from (chunk(reasoning_content=piece) for piece in halves(thought))
+    yield from (chunk(content=piece) for piece in halves(text))
+    for index, (name, _) in enumerate(calls):
+        function = {"name": name, "arguments": ""}
+        yield chunk(
+            tool_calls=[
+                {
+                    "index": index,
+                    "id": f"call_{turn}{index}",
+                    "type": "function",
+                    "function": function,
+                }
+            ]
+        )
+    for piece in range(2):
+        for index, (_, args) in enumerate(calls):
+            words = {"arguments": halves(json.dumps(args))[piece]}
+            yield chunk(tool_calls=[{"index": index, "function": words}])
+    yield chunk(ENDS["chat"][end])
+    read, cached, written, thoughts = FIGURES
+    usage = {
+        "prompt_tokens": read,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens": written,
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
+        "total_tokens": read + written,
+    }
+    yield data({**names, "choices": [], "usage": usage})
+    yield b"data: [DONE]\n\n"
+
+
+def spoken_by_gemini(_, thought, text, calls, end):
+    """Without ids; the signature on the first call, else behind the text."""
+    parts = [{"text": piece, "thought": True} for piece in halves(thought)]
+    parts += [{"text": piece} for piece in halves(text)]
+    parts += [{"functionCall": {"name": name, "args": given}} for name, given in calls]
+    if calls:
+        parts[-len(calls)]["thoughtSignature"] = OWN_SEALS["gemini"]
+    elif thought:
+        parts.append({"text": "", "thoughtSignature": OWN_SEALS["gemini"]})
+    read, cached, written, thoughts = FIGURES
+    usage = {
+        "promptTokenCount": read,
+        "cachedContentTokenCount": cached,
+        "candidatesTokenCount": written - thoughts,
+        "thoughtsTokenCount": thoughts,
+        "totalTokenCount": read + written,
+    }
+    for index, part in enumerate(parts):
+        last = {"finishReason": ENDS["gemini"][end]} if index == len(parts) - 1 else {}
+        candidate = {"content": {"role": "model", "parts": [part]}, "index": 0, **last}
+        yield data(
+            {
+                "candidates": [candidate],
+                "usageMetadata": usage,
+                "modelVersion": "gemini-3-pro-preview",
+            }
+        )
+
+
+SPOKEN = {
+    "anthropic": spoken_by_claude,
+    "responses": spoken_in_responses,
+    "chat": spoken_in_chat,
+    "gemini": spoken_by_gemini,
+}
+SERVED = {
+    "anthropic": ("claude-api-key", "claude-opus-4-6"),
+    "responses": ("codex-api-key", "gpt-5.4"),
+    "chat": ("openai-compatibility", "gpt-oss"),
+    "gemini": ("gemini-api-key", "gemini-3-pro-preview"),
+}
+
+
+@asynccontextmanager
+async def strict_world(folder, client, provider):
+    """A proxy before one strict provider; for Chat a login: OpenAI's keys serve that as it is."""
+    is_login = (client, provider) == ("chat", "responses")
+    async with codex_world(folder) if is_login else key_world(folder, SERVED[provider][0]) as w:
+        w.strict = w.codex if is_login else w.keyed
+        w.answers = []  # (turn, what is answered)
+
+        async def answer(request):
+            reason = refusal(provider, request.headers, json.loads(request.bytes))
+            if reason:
+                return web.json_response({"error": {"message": reason}}, status=400)
+            return web.Response(body=b"".join(SPOKEN[provider](*w.answers.pop(0))), headers=SSE)
+
+        w.strict.usual = answer
+        yield w
+
+
+DOT = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGP4z8DwHwAFAAH"
+    "/q842iQAAAABJRU5ErkJggg=="
+)
+DOT_URL = f"data:image/png;base64,{DOT}"
+STOP = "THE END"
+SDK_TOOLS = {  # name -> schema, with words that one provider or the other refuses
+    "weather": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["city"],
+        "properties": {
+            "city": {"$ref": "#/$defs/city"},
+            "days": {"type": "integer", "exclusiveMinimum": 0, "default": 1},
+            "unit": {"const": "C"},
+            "link": {"type": ["string", "null"], "format": "uri"},
+        },
+        "$defs": {"city": {"type": "string", "minLength": 1}},
+    },
+    "clock": {
+        "type": "object",
+        "properties": {"zone": {"anyOf": [{"enum": ["Europe/Zurich", ""]}, {"type": "null"}]}},
+    },
+    "nothing": {"type": "object"},
+}
+RESULTS = ['{"degrees": 21}', "12:00"]
+
+
+@functools.cache
+def weather_model():
+    """What a JSON answer is read into."""
+    pydantic = pytest.importorskip("pydantic")
+    degrees = (int, pydantic.Field(ge=-90, le=60))
+    return pydantic.create_model("Weather", city=str, degrees=degrees, kind=(Kind, ...))
+
+
+class Kind(enum.StrEnum):
+    DAY, NIGHT = "day", "night"
+
+
+@dataclass
+class Seen:
+    """An answer as an SDK read it."""
+
+    text: str
+    thought: str
+    calls: list
+    ids: list
+    stop: str
+    usage: tuple  # as FIGURES
+    parsed: object = None
+
+
+class AnthropicSdk:
+    def __init__(self, url):
+        sdk = pytest.importorskip("anthropic")
+        self.client = sdk.AsyncAnthropic(base_url=url, api_key="any", max_retries=0)
+        self.close = self.client.close
+
+    def first(self, scenario, model):
+        content = [{"type": "text", "text": "hi"}, *[self.picture] * (scenario == "image")]
+        thinking = {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}
+        tools = [{"name": n, "description": n, "input_schema": s} for n, s in SDK_TOOLS.items()]
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        more = {
+            "text": {"stop_sequences": [STOP], "extra_body": {"temperature": 0.5}},
+            "thinking": thinking,
+            "tools": {"tools": tools, **thinking},
+            "forced": {"tools": tools, "tool_choice": choice, "output_config": {"effort": "high"}},
+            "json": {"output_format": weather_model()},
+        }
+        asked = {"model": model, "max_tokens": 2000, "system": "Be kind."}
+        asked["messages"] = [{"role": "user", "content": content}]
+        return asked | more.get(scenario, {})
+
+    picture: ClassVar = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": DOT},
+    }
+
+    async def ask(self, asked, streamed):
+        messages = self.client.messages
+        if not streamed:
+            return await (messages.parse if "output_format" in asked else messages.create)(**asked)
+        async with messages.stream(**asked) as stream:
+            self.pieces = [event.text async for event in stream if event.type == "text"]
+            return await stream.get_final_message()
+
+    def seen(self, answer):
+        def blocks(kind):
+            return [block for block in answer.content if block.type == kind]
+
+        calls, usage = blocks("tool_use"), answer.usage
+        cached = usage.cache_read_input_tokens
+        return Seen(
+            "".join(block.text for block in blocks("text")),
+            "".join(block.thinking for block in blocks("thinking")),
+            [(call.name, call.input) for call in calls],
+            [call.id for call in calls],
+            answer.stop_reason,
+            (usage.input_tokens + cached, cached, usage.output_tokens, 0),
+            getattr(answer, "parsed_output", None),
+        )
+
+    def second(self, asked, answer, seen):
+        said = []
+        for id, result in zip(seen.ids, RESULTS, strict=False):
+            told = [{"type": "text", "text": result}, self.picture]
+            said.append({"type": "tool_result", "tool_use_id": id, "content": told})
+        said = said or [{"type": "text", "text": "And now?"}]
+        turns = [
+            {"role": "assistant", "content": answer.content},
+            {"role": "user", "content": said},
+        ]
+        return {**asked, "messages": [*asked["messages"], *turns]}
+
+
+class OpenAiSdk:
+    def __init__(self, url):
+        self.sdk = pytest.importorskip("openai")
+        self.client = self.sdk.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+        self.close = self.client.close
+
+    effort: ClassVar = {
+        "reasoning": {"effort": "high", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+    }
+
+
+class ChatSdk(OpenAiSdk):
+    def first(self, scenario, model):
+        picture = {"type": "image_url", "image_url": {"url": DOT_URL}}
+        content = [{"type": "text", "text": "hi"}, *[picture] * (scenario == "image")]
+        functions = [{"name": n, "description": n, "parameters": s} for n, s in SDK_TOOLS.items()]
+        tools = [{"type": "function", "function": function} for function in functions]
+        forced = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+        more = {
+            "text": {"temperature": 0.5, "stop": STOP},
+            "thinking": {"reasoning_effort": "high"},
+            "tools": {"tools": tools, "reasoning_effort": "high"},
+            "forced": {**forced, "reasoning_effort": "high"},
+            "json": {"response_format": weather_model()},
+        }
+        system = {"role": "developer", "content": "Be kind."}
+        asked = {"messages": [system, {"role": "user", "content": content}]}
+        return {"model": model, "max_completion_tokens": 2000, **asked, **more.get(scenario, {})}
+
+    async def ask(self, asked, streamed):
+        chat = self.client.chat.completions
+        if not streamed:
+            return await (chat.parse if "response_format" in asked else chat.create)(**asked)
+        async with chat.stream(**asked, stream_options={"include_usage": True}) as stream:
+            told = [event.delta async for event in stream if event.type == "content.delta"]
+            self.pieces = [piece for piece in told if piece]
+            try:
+                return await stream.get_final_completion()
+            except self.sdk.LengthFinishReasonError as cut:  # what it does with every such stream
+                return cut.completion
+
+    def seen(self, answer):
+        choice, usage = answer.choices[0], answer.usage
+        calls = choice.message.tool_calls or []
+        cached = usage.prompt_tokens_details.cached_tokens
+        thoughts = usage.completion_tokens_details.reasoning_tokens
+        return Seen(
+            choice.message.content or "",
+            getattr(choice.message, "reasoning_content", ""),
+            [(call.function.name, json.loads(call.function.arguments)) for call in calls],
+            [call.id for call in calls],
+            choice.finish_reason,
+            (usage.prompt_tokens, cached, usage.completion_tokens, thoughts),
+            getattr(choice.message, "parsed", None),
+        )
+
+    def second(self, asked, answer, seen):
+        said = []
+        for id, result in zip(seen.ids, RESULTS, strict=False):
+            said.append({"role": "tool", "tool_call_id": id, "content": result})
+        said = said or [{"role": "user", "content": "And now?"}]
+        return {**asked, "messages": [*asked["messages"], answer.choices[0].message, *said]}
+
+
+class ResponsesSdk(OpenAiSdk):
+    picture: ClassVar = {"type": "input_image", "image_url": DOT_URL, "detail": "auto"}
+
+    def first(self, scenario, model):
+        content = [{"type": "input_text", "text": "hi"}, *[self.picture] * (scenario == "image")]
+        functions = [{"name": n, "description": n, "parameters": s} for n, s in SDK_TOOLS.items()]
+        tools = [{"type": "function", "strict": False, **function} for function in functions]
+        forced = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+        more = {
+            "text": {"temperature": 0.5},
+            "thinking": self.effort,
+            "tools": {"tools": tools, **self.effort},
+            "forced": {**forced, **self.effort},
+            "json": {"text_format": weather_model()},
+        }
+        asked = {"model": model, "max_output_tokens": 2000, "instructions": "Be kind."}
+        asked["input"] = [{"role": "user", "content": content}]
+        return {**asked, "store": False, **more.get(scenario, {})}
+
+    async def ask(self, asked, streamed):
+        responses = self.client.responses
+        if not streamed:
+            call = responses.parse if "text_format" in asked else responses.create
+            return await call(**asked)
+        async with responses.stream(**asked) as stream:
+            told = [event async for event in stream]
+        assert [event.sequence_number for event in told] == [*range(len(told))]
+        self.pieces = [event.delta for event in told if event.type == "response.output_text.delta"]
+        return told[-1].response
+
+    def seen(self, answer):
+        def items(kind):
+            return [item for item in answer.output if item.type == kind]
+
+        calls, usage = items("function_call"), answer.usage
+        cached = usage.input_tokens_details.cached_tokens
+        thoughts = usage.output_tokens_details.reasoning_tokens
+        return Seen(
+            answer.output_text,
+            "".join(part.text for item in items("reasoning") for part in item.summary),
+            [(call.name, json.loads(call.arguments)) for call in calls],
+            [call.call_id for call in calls],
+            answer.status,
+            (usage.input_tokens, cached, usage.output_tokens, thoughts),
+            getattr(answer, "output_parsed", None),
+        )
+
+    def second(self, asked, answer, seen):
+        said = []
+        for id, result in zip(seen.ids, RESULTS, strict=False):
+            told = [{"type": "input_text", "text": result}, self.picture]
+            said.append({"type": "function_call_output", "call_id": id, "output": told})
+        said = said or [{"role": "user", "content": "And now?"}]
+        return {**asked, "input": [*asked["input"], *answer.output, *said]}
+
+
+class GeminiSdk:
+    def __init__(self, url):
+        sdk = pytest.importorskip("google.genai")
+        self.client = sdk.Client(api_key="any", http_options={"base_url": url}).aio
+        self.close = self.client.aclose
+
+    def first(self, scenario, model):
+        picture = {"inline_data": {"mime_type": "image/png", "data": base64.b64decode(DOT)}}
+        parts = [{"text": "hi"}, *[picture] * (scenario == "image")]
+        named = [
+            {"name": n, "description": n, "parameters_json_schema": s} for n, s in SDK_TOOLS.items()
+        ]
+        tools = {"tools": [{"function_declarations": named}]}
+        thinking = {"thinking_config": {"thinking_level": "HIGH", "include_thoughts": True}}
+        mode = {"function_calling_config": {"mode": "ANY"}}
+        schema = {"response_schema": weather_model()}
+        more = {
+            "text": {"temperature": 0.5, "stop_sequences": [STOP]},
+            "thinking": thinking,
+            "tools": {**tools, **thinking},
+            "forced": {**tools, **thinking, "tool_config": mode},
+            "json": {"response_mime_type": "application/json", **schema},
+        }
+        config = {"max_output_tokens": 2000, "system_instruction": "Be kind."}
+        config |= more.get(scenario, {})
+        return {"model": model, "contents": [{"role": "user", "parts": parts}], "config": config}
+
+    async def ask(self, asked, streamed):
+        """A stream's chunks as one answer: the SDK leaves that to whoever calls."""
+        models = self.client.models
+        if not streamed:
+            return await models.generate_content(**asked)
+        chunks = [chunk async for chunk in await models.generate_content_stream(**asked)]
+        contents = [chunk.candidates[0].content for chunk in chunks]
+        parts = [part for content in contents if content for part in content.parts or []]
+        self.pieces = [part.text for part in parts if part.text and not part.thought]
+        chunks[-1].candidates[0].content.parts = parts
+        return chunks[-1]
+
+    def seen(self, answer):
+        parts, usage = answer.candidates[0].content.parts, answer.usage_metadata
+        calls = [part.function_call for part in parts if part.function_call]
+        thoughts = usage.thoughts_token_count or 0
+        written = usage.candidates_token_count + thoughts
+        return Seen(
+            "".join(part.text for part in parts if part.text and not part.thought),
+            "".join(part.text for part in parts if part.text and part.thought),
+            [(call.name, call.args) for call in calls],
+            [call.id for call in calls],
+            answer.candidates[0].finish_reason.name,
+            (usage.prompt_token_count, usage.cached_content_token_count, written, thoughts),
+            answer.parsed,
+        )
+
+    def second(self, asked, answer, seen):
+        said = []
+        for id, (name, _), result in zip(seen.ids, TWO_CALLS, RESULTS, strict=False):
+            told = {"id": id, "name": name, "response": {"output": result}}
+            said.append({"function_response": told})
+        said = said or [{"text": "And now?"}]
+        turns = [answer.candidates[0].content, {"role": "user", "parts": said}]
+        return {**asked, "contents": [*asked["contents"], *turns]}
+
+
+SDKS = {"anthropic": AnthropicSdk, "chat": ChatSdk, "responses": ResponsesSdk, "gemini": GeminiSdk}
+SDK_PAIRS = [pair for pair in itertools.product(SDKS, SPOKEN) if pair[0] != pair[1]]
+NAMES_ASKED = {  # where a provider's dialect has what the scenarios ask for
+    "anthropic": ("system", "stop_sequences", "thinking", "tool_choice", "output_config"),
+    "responses": ("instructions", "", "reasoning", "tool_choice", "format"),
+    "chat": ("messages", "stop", "reasoning_effort", "tool_choice", "json_schema"),
+    "gemini": ("systemInstruction", "stopSequences", "thinkingConfig", "mode", "responseSchema"),
+}
+THINKING_ASKED = {
+    "anthropic": {"type": "adaptive"},
+    "responses": {"effort": "high", "summary": "auto"},
+    "chat": "high",
+    "gemini": {"includeThoughts": True, "thinkingLevel": "high"},
+}
+
+
+def check_answer(seen, client, provider, scenario, turn):
+    thought, text, calls, end = ANSWERS[scenario]
+    assert (seen.text, seen.thought or "", seen.calls) == (text, thought, calls)
+    assert seen.stop == ENDS[client][end]
+    assert len(set(seen.ids)) == len(seen.ids) == len(calls)
+    if provider != "gemini":  # which gives none
+        start = "toolu" if provider == "anthropic" else "call"
+        assert seen.ids == [f"{start}_{turn}{i}" for i, _ in enumerate(calls)]
+    *figures, thoughts = FIGURES
+    is_counted = "anthropic" not in (client, provider)  # it counts them with the answer
+    assert seen.usage == (*figures, thoughts if is_counted else 0)
+
+
+def check_asked(raw, client, provider, scenario, turn):
+    """What reached the provider, as far as its strictness does not say it."""
+    body = json.loads(raw)
+    system, stops, effort, choice, schema = NAMES_ASKED[provider]
+    assert "Be kind." in str(body[system])
+    assert provider != "anthropic" or "cache_control" in str(body)
+    if scenario == "text":
+        is_login = (client, provider) == ("chat", "responses")
+        assert [*inside(body, "temperature")] == ([] if is_login else [0.5])
+        told = [*inside(body, stops)]
+        assert told in ([[STOP]], [STOP]) if stops and client != "responses" else told == []
+    if scenario in ("thinking", "tools"):
+        assert THINKING_ASKED[provider] in inside(body, effort)
+        assert provider != "anthropic" or body["output_config"] == {"effort": "high"}
+    if scenario in ("thinking", "tools") and provider in OWN_SEALS:
+        assert raw.count(OWN_SEALS[provider].encode()) == turn - 1, "its own seals come back"
+        assert b"skip_thought_signature_validator" not in raw, "to the calls that they stood on"
+    if scenario == "forced":
+        [told] = inside(body, choice)
+        assert (told["type"] if provider == "anthropic" else told) in ("any", "required", "ANY")
+        if client != "gemini" and provider != "gemini":  # which cannot say it
+            settings = told if provider == "anthropic" else body
+            assert (
+                settings.get("disable_parallel_tool_use"),
+                settings.get("parallel_tool_calls"),
+            ) in ((True, None), (None, False))
+    results = (turn - 1) * len(ANSWERS[scenario][2]) * (client in PICTURES_IN_RESULTS)
+    assert raw.count(DOT.encode()) == (1 if scenario == "image" else results)
+    if scenario == "json":
+        [told] = inside(body, schema)
+        assert [*next(inside(told, "properties"))] == [*FORECAST]
+    if scenario == "tools" and turn > 1:
+        written = re.sub(r"[\\ ]", "", raw.decode())
+        assert all(result.replace(" ", "") in written for result in RESULTS)
+
+
+PICTURES_IN_RESULTS = ("anthropic", "responses")
+THEN = {  # what is answered in the turns behind the first; else a text
+    "thinking": ("thinking", "text"),
+    "tools": ("tools", "text"),
+    "json": ("json",),
+}
+
+
+@pytest.fixture
+def no_certificates(monkeypatch):
+    """Each SDK's client loads them all, in 40 ms; here nobody needs any."""
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("no_certificates")
+@pytest.mark.parametrize("scenario", ANSWERS)
+@pytest.mark.parametrize(("client", "provider"), SDK_PAIRS)
+@in_loop
+async def test_sdk_against_a_provider_of_another_dialect(tmp_path, client, provider, scenario):
+    """A conversation, in one piece and streamed: both read alike."""
+    async with strict_world(tmp_path, client, provider) as w:
+        sdk = SDKS[client](w.url)
+        for streamed in (False, True):
+            asked = sdk.first(scenario, SERVED[provider][1])
+            for turn, said in enumerate((scenario, *THEN.get(scenario, ("text",))), 1):
+                w.answers.append((turn, *ANSWERS[said]))
+                answer = await sdk.ask(asked, streamed)
+                seen = sdk.seen(answer)
+                check_answer(seen, client, provider, said, turn)
+                check_asked(w.strict.last.bytes, client, provider, scenario, turn)
+                if streamed:
+                    assert sdk.pieces == halves(seen.text)
+                if scenario == "json" and not (streamed and client == "gemini"):
+                    assert seen.parsed.model_dump(mode="json") == FORECAST
+                asked = sdk.second(asked, answer, seen)
+        await sdk.close()
+
+
+BUDGETS = {  # models that think by a budget, and where it stands
+    "anthropic": ("claude-sonnet-4-5", "budget_tokens"),
+    "gemini": ("gemini-2.5-pro", "thinkingBudget"),
+}
+
+
+@pytest.mark.parametrize(("client", "provider"), [pair for pair in SDK_PAIRS if pair[1] in BUDGETS])
+@in_loop
+async def test_sdk_with_a_model_that_thinks_by_a_budget(tmp_path, client, provider):
+    model, name = BUDGETS[provider]
+    async with strict_world(tmp_path, client, provider) as w:
+        sdk = SDKS[client](w.url)
+        asked = sdk.first("tools", model)
+        for turn, said in enumerate(("tools", "tools", "text"), 1):
+            w.answers.append((turn, *ANSWERS[said]))
+            answer = await sdk.ask(asked, streamed=True)
+            seen = sdk.seen(answer)
+            check_answer(seen, client, provider, said, turn)
+            assert [*inside(w.strict.body(), name)] == [24576]
+            assert w.strict.last.bytes.count(OWN_SEALS[provider].encode()) == turn - 1
+            asked = sdk.second(asked, answer, seen)
+        await sdk.close()
+
+
+@pytest.mark.parametrize("provider", [dialect for dialect in SPOKEN if dialect != "gemini"])
+@in_loop
+async def test_googles_chat_keeps_a_stream_in_its_pieces(tmp_path, provider):
+    """Each chunk is a turn of its own in its history; said again it is one answer."""
+    async with strict_world(tmp_path, "gemini", provider) as w:
+        sdk = GeminiSdk(w.url)
+        asked = sdk.first("thinking", SERVED[provider][1])
+        chat = sdk.client.chats.create(model=asked["model"], config=asked["config"])
+        for words in ("hi", "And now?"):
+            w.answers.append((1, *ANSWERS["thinking"]))
+            told = [chunk.text or "" async for chunk in await chat.send_message_stream(words)]
+            assert "".join(told) == "Hello"
+        texts = {"anthropic": "text", "responses": "text", "chat": "content"}[provider]
+        assert [*inside(w.strict.body(), texts)].count("Hello") == 1
+        thoughts = [*inside(w.strict.body(), "thinking")]
+        assert provider != "anthropic" or ANSWERS["thinking"][0] in thoughts
+        await sdk.close()
+
+
+@pytest.mark.usefixtures("no_certificates")
+@pytest.mark.parametrize(("client", "provider"), SDK_PAIRS)
+@in_loop
+async def test_sdk_is_told_why_a_provider_refuses(tmp_path, client, provider):
+    async with strict_world(tmp_path, client, provider) as w:
+        sdk = SDKS[client](w.url)
+        w.strict.usual = answer_json({"error": {"message": "the moon is full"}}, 400)
+        for streamed in (False, True):
+            with pytest.raises(Exception, match="the moon is full") as caught:
+                await sdk.ask(sdk.first("text", SERVED[provider][1]), streamed)
+            assert getattr(caught.value, "status_code", getattr(caught.value, "code", 0)) == 400
+        await sdk.close()
 
 
 # == The official SDK ==============================================================================
