@@ -337,10 +337,11 @@ def give_back_memory() -> None:
 
 SECRET = re.compile(
     r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
-    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}"
+    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_|1//0|GOCSPX)[\w.~+/=-]{8,}"
     r"|(?<=Bearer )\S+"
 )
-HINTS = ("@", "sk-", "sgamp_", "ya29", "AIza", "eyJ", "rt_", "Bearer ")  # one is in every secret
+WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
+HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
 
 
 def equal(one: str, other: str) -> bool:
@@ -423,23 +424,30 @@ class Provider:
 
     # -- What it answers, and where --
     base_url: str = ""  # with or without the version part of the paths
+    more_hosts: tuple[str, ...] = ()  # asked in turn where that one fails; not with one's own
     paths: dict[str, str] = field(default_factory=dict)  # verb of a call -> path; none: no calls
     models: tuple[
         Any, ...
     ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
     excluded_models: tuple[str, ...] = ()
+    only_streams: tuple[str, ...] = ()  # patterns of models that give no answer in one piece
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
-    max_tokens: int = 32000  # for an Anthropic client that says none
+    max_tokens: int = 32000  # for an Anthropic client that says none; of Antigravity's Claude
 
     # -- What it is sent --
     headers: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
+    own_headers: tuple[str, ...] = ()  # of an answer: back to the account that gave them, alone
     drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
     identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
+    wraps: bool = False  # in Code Assist's envelope, which names a project (providers.md 3)
+    envelope: dict[str, str] = field(default_factory=dict)  # what else it says
 
     # -- How one signs in --
+    warning: str = ""  # said before the address
+    login_wait: int = 600  # seconds, then a login that nobody has finished ends
     authorize_url: str = ""
     authorize_query: dict[str, str] = field(default_factory=dict)
     token_url: str = ""
@@ -450,8 +458,22 @@ class Provider:
     profile_url: str = ""  # asked for an e-mail address that the token's answer lacks
     callback_port: int = 0
     callback_path: str = "/callback"
+    device_url: str = ""  # gives out codes to type in elsewhere (providers.md 2.1)
+    device_page_url: str = ""  # where they are typed in
+    device_callback_url: str = ""  # named when what they gave is redeemed
     refresh_lead: int = 300  # seconds before its expiry that a token is refreshed
     also: tuple[str, ...] = ()  # other words for `login`
+
+    # -- Where a Google login's project comes from (providers.md 3, 4) --
+    project: str = ""  # one's own, for paid licences; else the one that Code Assist names
+    load_path: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    onboard_path: str = ""
+    onboard_metadata: dict[str, str] = field(default_factory=dict)
+    tier_key: str = "tierId"
+    tier: str = ""  # where Code Assist names none as its default
+    onboard_tries: int = 15
+    onboard_pause: int = 2  # seconds between them
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
@@ -460,24 +482,75 @@ class Provider:
         return {pair["alias"] or pair["name"]: pair["name"] for pair in pairs}
 
 
+# The words of an effort, and the tokens that they stand for where a model takes a budget.
+BUDGETS = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": 24576,
+    "xhigh": 32768,
+    "max": 128000,
+    "ultra": 256000,
+}
+
 # What a suffix such as (high) may become: a model's levels, or its least and largest budget in
 # tokens.  Of several patterns that fit the longest counts; nothing: the model does not think.
-THINKING = {
-    "claude-*": "1024-59904",
+# Names that no row knows are taken for one of the newest.  A Claude model with the level `none`
+# thinks by itself, and has to be told not to (clients.md).
+OLDER_EFFORTS = "none minimal low medium high xhigh"
+CLAUDE_THINKING = {
+    "claude-*": "none low medium high xhigh max",
+    "claude-3-*": "",
+    "claude-3-7-*": "1024-4096",
+    "claude-haiku-4*": "1024-59904",
     "claude-opus-4-[012]*": "1024-27904",
+    "claude-opus-4-5*": "1024-59904",
     "claude-opus-4-6*": "low medium high max",
     "claude-opus-4-[78]*": "low medium high xhigh max",
-    "claude-fable-*": "low medium high xhigh max",
+    "claude-sonnet-4-[025]*": "1024-59904",
     "claude-sonnet-4-6*": "low medium high",
-    "claude-3-5-*": "",
+}
+GPT_THINKING = {
+    "gpt-*": "low medium high xhigh max ultra",
+    "gpt-*-luna*": "low medium high xhigh max",
+    "gpt-[34]*": "",
+    "gpt-5": OLDER_EFFORTS,
+    "gpt-5-*": OLDER_EFFORTS,
+    "gpt-5.[0-5]*": OLDER_EFFORTS,
+    "gpt-oss-*": "low medium high",
+    "codex-auto-review": "low medium high xhigh max",
+}
+GEMINI_THINKING = {
     "gemini-*": "minimal low medium high",
     "gemini-3-pro*": "low high",
     "gemini-3.1-pro*": "low medium high",
     "gemini-2*": "0-24576",
     "gemini-2.5-pro*": "128-32768",
     "gemma-*": "",
-    "*": "none minimal low medium high xhigh",
 }
+THINKING = {**CLAUDE_THINKING, **GPT_THINKING, **GEMINI_THINKING, "*": OLDER_EFFORTS}
+
+# The names that clients are shown; a pattern behind them serves what comes next year.
+CLAUDE_MODELS = (
+    *("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"),
+    *("claude-opus-5", "claude-sonnet-5"),
+    *("claude-fable-5-2", "claude-fable-5-1", "claude-fable-5"),
+    *("claude-mythos-5-2", "claude-mythos-5-1", "claude-mythos-5"),
+    *("claude-opus-4-8", "claude-opus-4-7", "claude-opus-4-6", "claude-opus-4-5-20251101"),
+    *("claude-sonnet-4-6", "claude-sonnet-4-5-20250929", "claude-haiku-4-5-20251001"),
+)
+GPT_MODELS = (
+    *("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-sol", "gpt-6.1-terra"),
+    *("gpt-6-sol", "gpt-6-astra", "gpt-6-luna"),
+    *("gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.4", "gpt-5.4-mini"),
+)
+GEMINI_MODELS = (
+    *("gemini-3.5-flash", "gemini-3.1-pro-preview", "gemini-3.1-flash-lite"),
+    *("gemini-3-pro-preview", "gemini-3-flash-preview"),
+    *("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"),
+)
+ANTIGRAVITYS_OWN = ("gemini-claude-*", "gemini-3*-pro-high", "gemini-3*-pro-low")
 MESSAGES = {
     "messages": "/v1/messages",
     "count_tokens": "/v1/messages/count_tokens",
@@ -487,7 +560,17 @@ GEMINI_METHODS = {
     "streamGenerateContent": "/v1beta/models/{model}:streamGenerateContent",
     "countTokens": "/v1beta/models/{model}:countTokens",
 }
+CODE_ASSIST_METHODS = {
+    "generateContent": "/v1internal:generateContent",
+    "streamGenerateContent": "/v1internal:streamGenerateContent",
+    "countTokens": "/v1internal:countTokens",
+}
 CHAT = {"completions": "/v1/chat/completions"}
+GOOGLE_SCOPES = (
+    "https://www.googleapis.com/auth/cloud-platform"
+    " https://www.googleapis.com/auth/userinfo.email"
+    " https://www.googleapis.com/auth/userinfo.profile"
+)
 CLIENT_HEADERS = (  # of every SDK; a key's own service may want any of them
     "anthropic-version",
     "anthropic-beta",
@@ -506,16 +589,8 @@ LOGINS = {
         also=("anthropic",),
         base_url="https://api.anthropic.com",
         paths=MESSAGES,
-        models=(
-            "claude-opus-4-8",
-            "claude-opus-4-7",
-            "claude-opus-4-6",
-            "claude-opus-4-5-20251101",
-            "claude-sonnet-4-6",
-            "claude-sonnet-4-5-20250929",
-            "claude-haiku-4-5-20251001",
-            "claude-*",
-        ),
+        models=(*CLAUDE_MODELS, "claude-*"),
+        excluded_models=("claude-*-thinking",),  # names of Antigravity's
         thinking=THINKING,
         headers={
             "anthropic-version": "2023-06-01",
@@ -542,7 +617,9 @@ LOGINS = {
             "responses": "/backend-api/codex/responses",
             "compact": "/backend-api/codex/responses/compact",
         },
-        models=("gpt-5.5", "gpt-5.4", "gpt-5.4-mini", "gpt-5.3-codex-spark", "gpt-*", "codex-*"),
+        models=(*GPT_MODELS, "gpt-5.3-codex-spark", "codex-auto-review", "gpt-*", "codex-*"),
+        excluded_models=("gpt-oss-*",),
+        only_streams=("*",),
         thinking=THINKING,
         headers={"originator": "codex_cli_rs", "User-Agent": "codex_cli_rs/0.101.0"},
         passes=(
@@ -552,8 +629,12 @@ LOGINS = {
             "openai-beta",
             "session-id",
             "session_id",
-            "x-codex-*",
+            "thread-id",
+            "x-client-request-id",
+            "x-openai-internal-codex-responses-lite",  # models refuse calls without it (clients.md)
+            "x-codex-[!r]*",  # not x-codex-routing-hint: it is of the login that the client has
         ),
+        own_headers=("x-codex-turn-state",),
         drops=(  # each of them is a 400 there (providers.md 2.3)
             *("max_*", "top_*", "temperature", "*_penalty", "n", "seed", "stop", "log*"),
             *("prompt_cache_[ro]*", "truncation", "context_*", "stream_o*", "user", "metadata"),
@@ -570,9 +651,107 @@ LOGINS = {
         scope="openid email profile offline_access",
         callback_port=1455,
         callback_path="/auth/callback",
+        device_url="https://auth.openai.com/api/accounts/deviceauth",
+        device_page_url="https://auth.openai.com/codex/device",
+        device_callback_url="https://auth.openai.com/deviceauth/callback",
     ),
-    "gemini": Provider(name="gemini"),  # served by nothing yet: no paths
-    "antigravity": Provider(name="antigravity"),
+    "gemini": Provider(
+        name="gemini",
+        also=("google", "gemini-cli"),
+        base_url="https://cloudcode-pa.googleapis.com",
+        paths=CODE_ASSIST_METHODS,
+        models=(*GEMINI_MODELS, "gemini-*"),
+        excluded_models=ANTIGRAVITYS_OWN,
+        thinking=THINKING,
+        headers={"User-Agent": "GeminiCLI/0.34.0"},
+        wraps=True,
+        warning=(
+            "Google ended Code Assist logins of consumer accounts in June 2026. Accounts with a\n"
+            "paid licence can still use it; they may have to name their Google Cloud project as\n"
+            "providers.gemini.project in config.yaml.\n"
+        ),
+        authorize_url="https://accounts.google.com/o/oauth2/v2/auth",
+        authorize_query={"access_type": "offline", "prompt": "consent"},
+        token_url="https://oauth2.googleapis.com/token",
+        token_form=True,
+        client_id="681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com",
+        # Of an installed app, as Google publishes it: no secret.  Scanners know the whole form.
+        client_secret="GOCSPX" + "-4uHgMPm-1o7Sk-geV6Cu5clXFsxl",
+        scope=GOOGLE_SCOPES,
+        profile_url="https://www.googleapis.com/oauth2/v1/userinfo?alt=json",
+        callback_port=8085,
+        callback_path="/oauth2callback",
+        load_path="/v1internal:loadCodeAssist",
+        metadata={
+            "ideType": "IDE_UNSPECIFIED",
+            "platform": "PLATFORM_UNSPECIFIED",
+            "pluginType": "GEMINI",
+        },
+        onboard_path="/v1internal:onboardUser",
+        onboard_metadata={
+            "ideType": "IDE_UNSPECIFIED",
+            "platform": "PLATFORM_UNSPECIFIED",
+            "pluginType": "GEMINI",
+        },
+        tier="legacy-tier",
+    ),
+    "antigravity": Provider(
+        name="antigravity",
+        base_url="https://daily-cloudcode-pa.googleapis.com",
+        more_hosts=("https://cloudcode-pa.googleapis.com",),
+        paths=CODE_ASSIST_METHODS,
+        models=(  # what clients call them -> what the backend does (providers.md 4)
+            {"alias": "gemini-3.1-pro-preview", "name": "gemini-3.1-pro-high"},
+            {"alias": "gemini-3-pro-preview", "name": "gemini-3-pro-high"},
+            {"alias": "gemini-3-flash-preview", "name": "gemini-3-flash"},
+            {"alias": "gemini-3-pro-image-preview", "name": "gemini-3-pro-image"},
+            {"alias": "gemini-2.5-computer-use-preview-10-2025", "name": "rev19-uic3-1p"},
+            {"alias": "gemini-claude-sonnet-4-5", "name": "claude-sonnet-4-5"},
+            {"alias": "gemini-claude-sonnet-4-5-thinking", "name": "claude-sonnet-4-5-thinking"},
+            {"alias": "gemini-claude-opus-4-5-thinking", "name": "claude-opus-4-5-thinking"},
+            {"alias": "gemini-claude-opus-4-6-thinking", "name": "claude-opus-4-6-thinking"},
+            *("gemini-3.1-pro-high", "gemini-3.1-pro-low", "gemini-3.1-flash-image"),
+            *("gemini-3-pro-high", "gemini-3-pro-low", "gemini-3-flash"),
+            *("claude-opus-4-6-thinking", "claude-sonnet-4-6", "gpt-oss-120b-medium"),
+            # No claude-*: a mapping of a Claude model would never come to its turn.
+            *("gemini-*", "claude-*-thinking", "gpt-oss-*"),
+        ),
+        only_streams=("claude-*", "gemini-3-pro*", "*-image*"),
+        thinking={**GEMINI_THINKING, "claude-*": "1024-64000", "*": ""},
+        max_tokens=64000,
+        headers={"User-Agent": "antigravity/2.1.0 darwin/arm64"},
+        wraps=True,
+        envelope={"userAgent": "antigravity", "requestType": "agent"},
+        warning=(
+            "Google has disabled accounts that used an Antigravity login in other programs than\n"
+            "Antigravity, with a 403 that speaks of its terms of service. It may happen to yours,\n"
+            "and the account is the one that your mail is in.\n"
+        ),
+        authorize_url="https://accounts.google.com/o/oauth2/v2/auth",
+        authorize_query={"access_type": "offline", "prompt": "consent"},
+        token_url="https://oauth2.googleapis.com/token",
+        token_form=True,
+        client_id="1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com",
+        client_secret="GOCSPX" + "-K58FWR486LdLJ1mLB8sXC4z6qDAf",  # as above
+        scope=(
+            f"{GOOGLE_SCOPES} https://www.googleapis.com/auth/cclog"
+            " https://www.googleapis.com/auth/experimentsandconfigs"
+        ),
+        profile_url="https://www.googleapis.com/oauth2/v2/userinfo?alt=json",
+        callback_port=51121,
+        callback_path="/oauth-callback",
+        load_path="/v1internal:loadCodeAssist",
+        metadata={"ideType": "ANTIGRAVITY"},
+        onboard_path="/v1internal:onboardUser",
+        onboard_metadata={
+            "ide_type": "ANTIGRAVITY",
+            "ide_version": "2.1.0",
+            "ide_name": "antigravity",
+        },
+        tier_key="tier_id",
+        tier="free-tier",
+        onboard_tries=5,
+    ),
 }
 
 API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's row
@@ -580,7 +759,7 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="claude-api-key",
         base_url="https://api.anthropic.com",
         paths=MESSAGES,
-        models=("claude-*",),
+        models=(*CLAUDE_MODELS, "claude-*"),
         thinking=THINKING,
         headers={"anthropic-version": "2023-06-01"},
         passes=CLIENT_HEADERS,
@@ -591,7 +770,7 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="codex-api-key",
         base_url="https://api.openai.com",
         paths={"responses": "/v1/responses", "compact": "/v1/responses/compact", **CHAT},
-        models=("gpt-*", "chatgpt-*", "codex-*", "o[1-9]*"),
+        models=(*GPT_MODELS, "gpt-*", "chatgpt-*", "codex-*", "o[1-9]*"),
         thinking=THINKING,
         passes=CLIENT_HEADERS,
     ),
@@ -599,7 +778,8 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="gemini-api-key",
         base_url="https://generativelanguage.googleapis.com",
         paths=GEMINI_METHODS,
-        models=("gemini-*", "gemma-*"),
+        models=(*GEMINI_MODELS, "gemini-*", "gemma-*"),
+        excluded_models=ANTIGRAVITYS_OWN,
         thinking=THINKING,
         passes=CLIENT_HEADERS,
         key_header="x-goog-api-key",
@@ -727,6 +907,8 @@ def rule_of(name: str, default: Any) -> Rule:
         return whole_key(default, 0, 65535)
     if name.endswith("_url"):
         return address_key(default)
+    if name == "more_hosts":
+        return ListOf(address_key(), default)
     match default:
         case bool():
             return switch_key(default)
@@ -954,6 +1136,8 @@ def overlaid(row: Provider, given: Json) -> Provider:
         if isinstance(getattr(row, one.name), tuple):
             value = tuple(value)
         changes[one.name] = value
+    if changes["base_url"] != row.base_url and changes["more_hosts"] == row.more_hosts:
+        changes["more_hosts"] = ()  # they stand for the row's own address only
     changes["name"] = given.get("name") or row.name
     return Provider(**changes)
 
@@ -1012,10 +1196,32 @@ class Live:
 #
 # One JSON file an account, `<type>-<email>.json`, in CLIProxyAPI's format.  Keys of others, and
 # what others changed meanwhile, survive each save.
+#
+# In Gemini's files the tokens stand in a table of their own, `token` (peers.md 1.12).  Here all
+# tokens are flat: reading lifts them out, and saving puts them back.
+
+NESTED = {"access_token": "access_token", "refresh_token": "refresh_token", "expired": "expiry"}
+
+
+def flat(token: Json) -> Json:
+    """A token file's table, with what stands in its inner one."""
+    inner = as_dict(token.get("token"))
+    return token | {name: inner[key] for name, key in NESTED.items() if key in inner}
+
+
+def nested(token: Json) -> Json:
+    """The same as it is kept in the file: in an inner table where the file has one."""
+    inner = token.get("token")
+    if not isinstance(inner, dict):
+        return token
+    outer = {name: value for name, value in token.items() if name not in NESTED}
+    changes = {key: token[name] for name, key in NESTED.items() if name in token}
+    return outer | {"token": inner | changes}
 
 
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
+    token = nested(token)
     path = path.resolve()  # the target of a link, not the link
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(OSError):  # somebody else's directory, that we may write to
@@ -1035,7 +1241,7 @@ def read_token(path: Path) -> Json:
     token = parse_object(read_file(path))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
-    return token
+    return flat(token)
 
 
 def sweep_drafts(folder: Path) -> None:
@@ -1144,6 +1350,18 @@ def short_url(url: str) -> URL:
 
 def as_url(url: str) -> URL:
     return short_url(url) if len(url) < 300 else URL(url, encoded=True)
+
+
+@functools.lru_cache(1024)
+def joined(base: str, path: str) -> str:
+    """An address with a path; a version part that both have stands there once."""
+    base = base.rstrip("/")
+    found = re.search(r"/(?:v\d\w{0,9}(?:/openai)?|backend-api(?:/codex)?)$", base)
+    if found and found[0].startswith("/backend-api"):
+        path = path.removeprefix(found[0])
+    elif found:
+        path = re.sub(r"^/v\d\w*", "", path)
+    return base + path
 
 
 def has_bytes(transport: Any) -> bool:
@@ -1390,8 +1608,10 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
 # == Signing in ====================================================================================
 #
 # OAuth with PKCE (RFC 7636).  The callback comes to this machine, or its address is pasted into the
-# terminal, whichever is first.
+# terminal, or a code is typed in on another device, whichever is first.  A login of Google's needs
+# a project, too, which Code Assist names or makes.
 
+DEVICE_PAUSE = 5  # seconds between questions whether a code was typed in, where nobody names them
 FATAL = (  # words of a token endpoint after which only a new login helps
     "invalid_grant",
     "refresh_token_reused",
@@ -1426,6 +1646,46 @@ def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) ->
 
 async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, Path]:
     """Who signed in, and the file that keeps the login."""
+    if provider.warning:
+        say(provider.warning)
+    net = Net(live)
+    try:
+        form = await await_grant(net, provider, browser)
+        answer = await ask_token(net, provider, form)
+        who = await identity_of(net, provider, answer)
+        if provider.wraps:
+            who |= await first_project(net, provider, answer["access_token"])
+    finally:
+        await net.close()
+    token = {"type": provider.name, **who, **token_fields(answer, time.time())}
+    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
+    path = live.auth_dir / name
+    save_token(path, merge_token(path, {"refresh_token": "", "id_token": ""}, token))
+    return token["email"], path
+
+
+async def await_grant(net: Net, provider: Provider, browser: bool) -> Json:
+    """What a login that somebody has finished, in whichever way, is redeemed with."""
+    waiting = {asyncio.create_task(grant_of_callback(provider, browser))}
+    if provider.device_url and not browser:
+        waiting.add(asyncio.create_task(grant_of_device(net, provider)))
+    try:
+        async with asyncio.timeout(provider.login_wait):
+            while True:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if form := task.result():
+                        return form
+    except TimeoutError:
+        minutes = f"{provider.login_wait / MINUTE:g} minutes"
+        raise Failure(f"nobody has finished the login within {minutes}: run it again") from None
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def grant_of_callback(provider: Provider, browser: bool) -> Json:
     verifier, challenge = pkce()
     state = secrets.token_urlsafe(24)
     query = {
@@ -1448,18 +1708,7 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
     }
     if not provider.token_form:
         form["state"] = state
-    net = Net(live)
-    try:
-        answer = await ask_token(net, provider, form)
-        who = await identity_of(net, provider, answer)
-    finally:
-        await net.close()
-    token = {"type": provider.name, "refresh_token": "", "id_token": "", **who}
-    token |= token_fields(answer, time.time())
-    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-    path = live.auth_dir / name
-    save_token(path, merge_token(path, {}, token))
-    return token["email"], path
+    return form
 
 
 async def await_callback(
@@ -1504,6 +1753,41 @@ async def await_callback(
         return await callback, redirect
 
 
+async def grant_of_device(net: Net, provider: Provider) -> Json:
+    """Of a code that is typed in on another device; {} where there is none to be had."""
+    status, told = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
+    code = told.get("user_code") or told.get("usercode")  # both occur (providers.md 2.1)
+    if status != 200 or not isinstance(code, str):
+        say(f"There is no code for another device ({status}: {error_text(told)}).")
+        return {}
+    say(f"Or open {provider.device_page_url} on any device, and type in the code {code}\n")
+    asked = {"device_auth_id": told.get("device_auth_id"), "user_code": code}
+    pause = max(1, number(told.get("interval")) or DEVICE_PAUSE)
+    while True:
+        await asyncio.sleep(pause)
+        status, told = await ask_device(net, provider, "token", asked)
+        if status == 200 and isinstance(told.get("authorization_code"), str):
+            return {
+                "grant_type": "authorization_code",
+                "code": told["authorization_code"],
+                "redirect_uri": provider.device_callback_url,
+                "code_verifier": str(told.get("code_verifier")),
+            }
+        # 403 and 404: nobody has typed it in yet.
+        if status not in (403, 404, 408, 429) and status < 500:
+            say(f"The code for another device has ended ({status}: {error_text(told)}).")
+            return {}
+
+
+async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
+    url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
+    try:
+        return await net.ask_json("POST", url, headers, write_json(body))
+    except (ProxyError, *NET_ERRORS) as error:
+        words = explain(error) if isinstance(error, ProxyError) else net_words(error)
+        return 502, {"error": words}
+
+
 async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     own = {"client_id": provider.client_id, "client_secret": provider.client_secret}
@@ -1521,12 +1805,21 @@ async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     raise fault(401 if final else 503, message)
 
 
-def token_fields(answer: Json, now: float) -> Json:
-    """What a token endpoint's answer changes in a token file."""
+def token_fields(answer: Json, now: float, known: Json | None = None) -> Json:
+    """What a token endpoint's answer changes in a token file, which says `known`."""
     names = ("access_token", "refresh_token", "id_token")
     given = {name: answer[name] for name in names if answer.get(name)}
     lasts = max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
+    if known and "timestamp" in known:  # CLIProxyAPI's files of Antigravity say it once more
+        given |= {"expires_in": int(lasts), "timestamp": int(now * 1000)}
     return given | {"last_refresh": rfc3339(now), "expired": rfc3339(now + lasts)}
+
+
+def client_of(token: Json) -> Json:
+    """The app that a token was given to, where its file names one; no other may refresh it."""
+    inner = as_dict(token.get("token"))
+    found = {name: inner.get(name) for name in ("client_id", "client_secret")}
+    return found if all(value and isinstance(value, str) for value in found.values()) else {}
 
 
 async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
@@ -1542,6 +1835,98 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
     if isinstance(email, str):
         who["email"] = email
     return who
+
+
+# -- The project of a Google login (providers.md 3, 4) --
+
+
+async def first_project(net: Net, provider: Provider, token: str) -> Json:
+    """For the token file; {} where it may be had later.  Failure where Google gives none."""
+    try:
+        return {"project_id": await find_project(net, provider, token)}
+    except ProxyError as error:
+        if error.problem.status < 500:
+            raise Failure(f"the login is of no use: {explain(error)}") from None
+        say(f"{explain(error)}. It is looked for again with the first request.")
+        return {}
+
+
+async def find_project(net: Net, provider: Provider, token: str, clock: Any = CLOCK) -> str:
+    """The login's project; where it has none, its onboarding makes one.  ProxyError if not."""
+    hosts = [provider.base_url, *provider.more_hosts]
+    named = {"cloudaicompanionProject": provider.project} if provider.project else {}
+    body = {"metadata": provider.metadata, **named}
+    # Antigravity's projects are known at its last host, production, and made at the first.
+    loaded = await ask_code_assist(net, provider, hosts[::-1], provider.load_path, token, body)
+    if found := project_of(loaded):
+        return found
+    tier, why_not = tier_of(loaded, provider), refused_tiers(loaded)
+    if tier:
+        given = {} if tier == "free-tier" else named
+        body = {provider.tier_key: tier, "metadata": provider.onboard_metadata, **given}
+        for _ in range(provider.onboard_tries):
+            made = await ask_code_assist(net, provider, hosts, provider.onboard_path, token, body)
+            if made.get("done"):
+                found = project_of(as_dict(made.get("response"))) or provider.project
+                break
+            await clock.sleep(provider.onboard_pause)
+    if not found:
+        hint = why_not or f"set providers.{provider.name}.project, if you have one"
+        raise fault(403, f"{provider.name} gave the login no project: {hint}")
+    return found
+
+
+async def ask_code_assist(
+    net: Net, provider: Provider, hosts: list[str], path: str, token: str, body: Json
+) -> Json:
+    """The answer of the first host that has one; ProxyError with the words of the last."""
+    own = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    problem = Problem(502, "it has no host")
+    for host in hosts:
+        url, headers = joined(host, path), {**provider.headers, **own}
+        try:
+            status, answer = await net.ask_json("POST", url, headers, write_json(body))
+        except (ProxyError, *NET_ERRORS) as error:
+            words = explain(error) if isinstance(error, ProxyError) else net_words(error)
+            status, answer = 502, {"error": words}
+        if status == 200 and "error" not in answer:
+            return answer
+        words = f"{provider.name} names no project, it answered {status}: {error_text(answer)}"
+        problem = Problem(status if 400 <= status <= 599 else 502, words, text=error_text(answer))
+        if not is_hosts_fault(status):
+            break
+    raise ProxyError(problem)
+
+
+def is_hosts_fault(status: int) -> bool:
+    """Whether another host may do better (providers.md 4)."""
+    return status in (404, 429) or status >= 500
+
+
+def project_of(answer: Json) -> str:
+    """A text, or a table with an id, under one of three names."""
+    for name in ("cloudaicompanionProject", "projectId", "project"):
+        value = answer.get(name)
+        found = as_dict(value).get("id") or value
+        if found and isinstance(found, str):
+            return found
+    return ""
+
+
+def tier_of(loaded: Json, provider: Provider) -> str:
+    """What to ask the onboarding for; "" where Google says why there is nothing to ask for."""
+    allowed = as_dicts(loaded.get("allowedTiers"))
+    default = next((tier for tier in allowed if tier.get("isDefault")), {})
+    current = as_dict(loaded.get("currentTier"))
+    if not allowed and not current and refused_tiers(loaded):
+        return ""
+    return str(default.get("id") or current.get("id") or provider.tier)
+
+
+def refused_tiers(loaded: Json) -> str:
+    rows = as_dicts(loaded.get("ineligibleTiers"))
+    reasons = [str(row.get("reasonMessage") or row.get("reasonCode")) for row in rows]
+    return "; ".join(dict.fromkeys(reasons))[:300]
 
 
 # == Accounts ======================================================================================
@@ -1583,17 +1968,21 @@ def rest_rules() -> tuple[RestRule, ...]:
     no_credit = ("*credit balance*", "*usage_not_included*")
     no_model = ("*model*not supported*",)  # ChatGPT's, for a model that the plan lacks
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
+    no_answer = some({"malformed_function_call", "unexpected_tool_call", "empty_answer"})
+    no_room = some({"model_capacity_exhausted"})
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
         RestRule(refused, some(), extra_usage, "", 0, "stop"),
         RestRule((401,), some(), (), "account", NEVER, "next"),
         RestRule((400,), some(), bad_key, "account", NEVER, "next"),
+        RestRule(any_status, no_answer, (), "", 0, "again"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
         RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
         RestRule((403,), some(), (), "account", DAY, "next"),
         RestRule((404,), some(), (), "model", 30 * MINUTE, "next"),
         RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
+        RestRule(any_status, no_room, ("*no capacity*",), "model", 5, "again"),
         RestRule((429,), quota, (), "model", MINUTE, "wait"),
         RestRule(any_status, some(), ("* at capacity*",), "model", MINUTE, "wait"),
         RestRule((429,), some(), (), "account", MINUTE, "wait"),
@@ -1712,6 +2101,7 @@ class Login(Account):
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
         self.replaced = "-"  # the access token in the file that the present one came for
         self.refreshing: asyncio.Task[None] | None = None
+        self.finding: asyncio.Task[Problem | None] | None = None  # its project
         self.take(token)
 
     def take(self, token: Json) -> None:
@@ -1719,6 +2109,8 @@ class Login(Account):
         told = claims(token)
         self.plan = str(told.get("plan") or token.get("plan") or "")
         self.account_id = str(token.get("account_id") or told.get("account_id") or "")
+        # CLIProxyAPI's files may list several projects; the first one is asked.
+        self.project = str(token.get("project_id") or "").partition(",")[0].strip()
         self.expires = expiry(token)
         self.disabled = token.get("disabled") is True
         self.priority = number(token.get("priority"))
@@ -1949,6 +2341,7 @@ class Pool:
             form = {
                 "grant_type": "refresh_token",
                 "refresh_token": account.token.get("refresh_token"),
+                **client_of(account.token),
             }
             if not form["refresh_token"]:
                 raise fault(401, "refused, and there is no refresh token")
@@ -1959,7 +2352,8 @@ class Pool:
                 return  # a new login came meanwhile
             on_disk = merge_token(account.path, account.token, {})
             account.replaced = str(on_disk.get("access_token"))
-            self.save(account, account.token | token_fields(answer, self.clock.time()))
+            fields = token_fields(answer, self.clock.time(), account.token)
+            self.save(account, account.token | fields)
             log.info("%s: token refreshed", account.name)
         except ProxyError as error:
             self.refresh_failed(account, error.problem)
@@ -1968,6 +2362,32 @@ class Pool:
             self.refresh_failed(account, Problem(503, net_words(error), codes=codes))
         finally:
             account.refreshing = None
+
+    async def project(self, account: Account, provider: Provider, token: str) -> str:
+        """What a Google login's calls are billed to; looked for once if its file names none."""
+        assert isinstance(account, Login)
+        if not provider.project and not account.project:
+            if account.finding is None:
+                finding = self.find_project(account, provider, token)
+                account.finding = asyncio.create_task(finding)
+            finished = account.finding
+            await asyncio.wait([finished])  # a client that leaves does not cancel it
+            if problem := finished.result():
+                raise ProxyError(dataclasses.replace(problem, headers=Headers()))
+        return provider.project or account.project
+
+    async def find_project(self, account: Login, provider: Provider, token: str) -> Problem | None:
+        """Found and saved, or why not."""
+        assert self.net
+        try:
+            found = await find_project(self.net, provider, token, self.clock)
+        except ProxyError as error:
+            return error.problem
+        finally:
+            account.finding = None
+        self.save(account, {"project_id": found})
+        log.info("%s: its project is known now", account.name)
+        return None
 
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
@@ -2383,7 +2803,7 @@ def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
     words = "\n\n".join(text for text in told if text and isinstance(text, str))
     kept |= {
         "input": items,
-        "instructions": words or "You are a helpful assistant.",
+        "instructions": words,  # must be there; nothing is made up (clients.md, Responses Lite)
         "store": False,
         "stream": True,
         "include": ["reasoning.encrypted_content"],
@@ -2418,8 +2838,13 @@ def is_readable(item: Json) -> bool:
     return item.get("type") != "item_reference"
 
 
+WHOLE_ITEMS = ("additional_tools", "compaction")  # as the backend and its client word them
+
+
 def readable(item: Json) -> Json:
     """Without its id, which nobody keeps there, and with a call_id of at most 64 characters."""
+    if item.get("type") in WHOLE_ITEMS:
+        return item
     if "id" in item:
         item = {name: value for name, value in item.items() if name != "id"}
     call_id = str(item.get("call_id") or "")
@@ -2434,6 +2859,219 @@ def without_reasoning(body: Json) -> Json:
     items = as_list(body.get("input"))
     kept = [item for item in items if not (isinstance(item, dict) and "summary" in item)]
     return {**body, "input": kept} if len(kept) < len(items) else body
+
+
+# -- Code Assist's two kinds of login: Gemini's words, and what Antigravity wants of them --
+
+UNKNOWN_SIGNATURE = (
+    "skip_thought_signature_validator"  # Google's own word for it (providers.md 5.3)
+)
+GOOGLE_SCHEMA = frozenset(  # what a schema of Antigravity's may say (providers.md 5.1)
+    "type format title description nullable enum properties required items anyOf minimum maximum"
+    " minItems maxItems".split()
+)
+
+
+def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> Json:
+    """A Gemini call as it stands in the envelope."""
+    body = with_camel_keys(as_dict(body.get("generateContentRequest")) or body)
+    if verb == "countTokens":
+        kept = {name: body[name] for name in body if name not in ("model", "safetySettings")}
+        return {"model": f"models/{model}", **kept}
+    if "model" in body:
+        body = {name: value for name, value in body.items() if name != "model"}
+    if model.startswith("claude-"):
+        body = google_claude_rules(body, provider)
+    elif re.match("gemini-(?![12])", model) and isinstance(body.get("contents"), list):
+        body = {**body, "contents": with_signatures(body["contents"])}
+    return antigravity_rules(body, model) if provider.envelope else body
+
+
+def with_camel_keys(body: Json) -> Json:
+    """Google takes system_instruction and systemInstruction; one body with both says both."""
+    if not any("_" in name for name in body):
+        return body
+    found: Json = {}
+    for name, value in body.items():
+        camel = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
+        if isinstance(value, dict) and isinstance(found.get(camel), dict):
+            value = found[camel] | value
+        found[camel] = value
+    return found
+
+
+def antigravity_rules(body: Json, model: str) -> Json:
+    """What Antigravity refuses goes; a number of its own keeps a session's cache (providers.md 4)."""
+    body = {name: value for name, value in body.items() if name != "safetySettings"}
+    config = body.get("generationConfig")
+    if isinstance(config, dict) and not model.startswith("claude-"):
+        kept = {name: config[name] for name in config if name != "maxOutputTokens"}
+        body["generationConfig"] = kept
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [with_plain_schemas(tool) for tool in body["tools"]]
+    digest = hashlib.sha256(first_words(body).encode(errors="replace")).digest()
+    body["sessionId"] = f"-{int.from_bytes(digest[:8], 'big') >> 1}"
+    return body
+
+
+def envelope_of(body: Json, model: str, provider: Provider, verb: str) -> Json:
+    """What stands around a request, but for the account's project."""
+    if verb == "countTokens":
+        return {}
+    around = {"model": model, **provider.envelope}
+    if "requestType" in around and "-image" in model:
+        around["requestType"] = "image_gen"
+    elif "requestType" in around and any("googleSearch" in t for t in as_dicts(body.get("tools"))):
+        around["requestType"] = "web_search"
+    return around
+
+
+def parts_of(content: Any) -> list[Json]:
+    return as_dicts(as_dict(content).get("parts"))
+
+
+def first_words(body: Json) -> str:
+    """Of the user; the same in each call of a conversation."""
+    for content in as_dicts(body.get("contents")):
+        for part in parts_of(content):
+            if content.get("role") != "model" and isinstance(part.get("text"), str):
+                return str(part["text"])
+    return ""
+
+
+def turn_start(contents: list[Any]) -> int:
+    """Where the user spoke last; results of calls are no words of his."""
+    for index in range(len(contents) - 1, -1, -1):
+        parts = parts_of(contents[index])
+        results = [part for part in parts if "functionResponse" in part]
+        speaks = not results or any(part.get("text") for part in parts)
+        if as_dict(contents[index]).get("role") != "model" and speaks:
+            return index
+    return 0
+
+
+def with_signatures(contents: list[Any]) -> list[Any]:
+    """Gemini 3 wants one on the first call of each step of the current turn (providers.md 5.3)."""
+    start = turn_start(contents)
+    return contents[:start] + [with_signature(content) for content in contents[start:]]
+
+
+def with_signature(content: Any) -> Any:
+    parts = as_list(as_dict(content).get("parts"))
+    for index, part in enumerate(parts):
+        if isinstance(part, dict) and "functionCall" in part:
+            if part.get("thoughtSignature") or part.get("thought_signature"):
+                return content
+            signed = {**part, "thoughtSignature": UNKNOWN_SIGNATURE}
+            return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
+    return content
+
+
+def google_claude_rules(body: Json, provider: Provider) -> Json:
+    """For Antigravity's Claude models (providers.md 4, 5.3)."""
+    body = dict(body)
+    if isinstance(body.get("contents"), list):
+        contents = [with_claudes_thoughts(content) for content in body["contents"]]
+        body["contents"] = [content for content in contents if content is not None]
+    config = dict(as_dict(body.get("generationConfig")))
+    thinking = as_dict(config.pop("thinkingConfig", None) or config.pop("thinking_config", None))
+    most = number(config.get("maxOutputTokens"))
+    budget = claude_budget(thinking, provider)
+    if budget and not lost_thoughts(as_list(body.get("contents"))):
+        # The limit must be above the budget.
+        most = min(provider.max_tokens, max(most or provider.max_tokens, budget + 1024))
+        how = {"includeThoughts": True, "thinkingBudget": int(min(budget, most - 1))}
+        config["thinkingConfig"] = how
+    if most:
+        config["maxOutputTokens"] = int(min(most, provider.max_tokens))
+    if config or "generationConfig" in body:
+        body["generationConfig"] = config
+    calling = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
+    if body.get("tools") and calling.get("mode") != "NONE":
+        body["toolConfig"] = {"functionCallingConfig": {**calling, "mode": "VALIDATED"}}
+    return body
+
+
+def claude_budget(thinking: Json, provider: Provider) -> float:
+    """The tokens for thoughts that a thinkingConfig asks for; 0 for none."""
+    budget = number(thinking.get("thinkingBudget"))
+    level = str(thinking.get("thinkingLevel") or "").lower()
+    if (
+        not thinking
+        or thinking.get("includeThoughts") is False
+        or thinking.get("thinkingBudget") == 0
+    ):
+        return 0
+    if budget <= 0:  # -1: as much as it likes
+        budget = BUDGETS.get(level, BUDGETS["medium"])
+    return max(1024, min(budget, provider.max_tokens - 1))
+
+
+def with_claudes_thoughts(content: Any) -> Any:
+    """Without thoughts that Claude has not signed; None where nothing is left."""
+    if not isinstance(content, dict) or not isinstance(content.get("parts"), list):
+        return content
+    kept = []
+    for part in content["parts"]:
+        given = part.get("thoughtSignature") if isinstance(part, dict) else None
+        own = isinstance(given, str) and SIGNATURE.match(given)
+        if own or not isinstance(part, dict):
+            kept.append(part)
+        elif not part.get("thought"):
+            kept.append({name: part[name] for name in part if name != "thoughtSignature"})
+    return {**content, "parts": kept} if kept or not content["parts"] else None
+
+
+def lost_thoughts(contents: list[Any]) -> bool:
+    """Whether the current turn has a call without the thoughts that led to it."""
+    for content in contents[turn_start(contents) :]:
+        parts = parts_of(content)
+        calls = any("functionCall" in part for part in parts)
+        if calls and not any(part.get("thought") for part in parts):
+            return True
+    return False
+
+
+def with_plain_schemas(tool: Any) -> Any:
+    """Antigravity knows no parametersJsonSchema."""
+    declared = tool.get("functionDeclarations") if isinstance(tool, dict) else None
+    if not isinstance(declared, list):
+        return tool
+    plain = []
+    for function in declared:
+        schema = as_dict(function).get("parametersJsonSchema")
+        if isinstance(schema, dict):
+            kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
+            function = {**kept, "parameters": plain_schema(schema, schema)}
+        plain.append(function)
+    return {**tool, "functionDeclarations": plain}
+
+
+def plain_schema(schema: Json, root: Json, depth: int = 12) -> Json:
+    """In the words of Google's list alone; a reference is what it refers to."""
+    if isinstance(schema.get("$ref"), str):
+        found: Any = root
+        for name in schema["$ref"].removeprefix("#/").split("/"):
+            found = as_dict(found).get(name)
+        schema = {**as_dict(found), **schema}
+    if depth == 0:
+        return {"type": "object"}
+    deeper = functools.partial(plain_schema, root=root, depth=depth - 1)
+    plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA and name != "format"}
+    if "const" in schema:
+        plain["enum"] = [schema["const"]]
+    if isinstance(plain.get("enum"), list):
+        plain |= {"enum": [str(value) for value in plain["enum"]], "type": "string"}
+    if isinstance(plain.get("type"), list):
+        kinds_told = [kind for kind in plain["type"] if kind != "null"]
+        plain |= {"type": (kinds_told or ["string"])[0], "nullable": "null" in plain["type"]}
+    for name, inner in as_dict(plain.get("properties")).items():
+        plain["properties"] = plain["properties"] | {name: deeper(as_dict(inner))}
+    if "items" in plain:
+        plain["items"] = deeper(as_dict(plain["items"]))
+    if "anyOf" in plain:
+        plain["anyOf"] = [deeper(inner) for inner in as_dicts(plain["anyOf"])]
+    return plain
 
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
@@ -2654,16 +3292,6 @@ async def read_body(request: Request) -> bytes | bytearray:
 # Who has the model here is asked, else the mappings name another; each is a way, tried in order.
 
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
-# The words of an effort, and the tokens that they stand for where a model takes a budget.
-BUDGETS = {
-    "none": 0,
-    "minimal": 512,
-    "low": 1024,
-    "medium": 8192,
-    "high": 24576,
-    "xhigh": 32768,
-    "max": 128000,
-}
 WAYS_KEPT = 1000  # names of models whose ways are remembered
 
 
@@ -3659,15 +4287,6 @@ def forget_reasoning(prepared: Prepared) -> bool:
     prepared.body = [write_json(changed)]
     prepared.headers["Content-Length"] = str(len(prepared.body[0]))
     return True
-
-
-@functools.lru_cache(1024)
-def joined(base: str, path: str) -> str:
-    """An address with a path; a version part that both have stands there once."""
-    base = base.rstrip("/")
-    if re.search(r"/(v\d\w{0,9}(/openai)?|backend-api/codex)$", base):
-        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
-    return base + path
 
 
 def address_of(call: Call, provider: Provider) -> str:
