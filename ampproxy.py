@@ -58,6 +58,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -70,6 +71,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -2525,6 +2527,9 @@ class Dialect:
     ending: Callable[[Json], str]  # of an event: "over", "whole" when the end may come, or ""
     usage: Callable[[Json], tuple[float, float]]  # input and output tokens, of what `holder` finds
     cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
+    speaks: Callable[[Json], bool] = lambda event: True  # it has some of the answer proper
+    thinks: Callable[[Json], bool] = lambda event: False  # it has a thought
+    flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
 
 
 # What SDKs look for in an error: Anthropic's type, OpenAI's type and code, Google's status.
@@ -2608,6 +2613,40 @@ def gemini_ending(event: Json) -> str:
     return "whole" if ended or blocked else ""
 
 
+def gemini_parts(event: Json) -> list[Json]:
+    candidates = as_dicts(event.get("candidates"))
+    contents = [as_dict(candidate.get("content")) for candidate in candidates]
+    return [part for content in contents for part in as_dicts(content.get("parts"))]
+
+
+def gemini_thinks(event: Json) -> bool:
+    return any(part.get("thought") and part.get("text") for part in gemini_parts(event))
+
+
+def gemini_speaks(event: Json) -> bool:
+    """Whether it has more than thoughts and empty texts."""
+    for part in gemini_parts(event):
+        if not part.get("thought") and (part.get("text") or part.keys() - SAID_BESIDE):
+            return True
+    return False
+
+
+SAID_BESIDE = {"text", "thought", "thoughtSignature", "partMetadata"}
+MALFORMED = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
+
+
+def gemini_flaw(event: Json) -> str:
+    """What makes an end no end; STOP alone is one only behind something that was said."""
+    if as_dict(event.get("promptFeedback")).get("blockReason"):
+        return ""
+    reasons = [one.get("finishReason") for one in as_dicts(event.get("candidates"))]
+    flaws = [reason for reason in reasons if reason in MALFORMED]
+    if flaws:
+        return str(flaws[0])
+    quiet = all(reason in (None, "STOP", "FINISH_REASON_UNSPECIFIED") for reason in reasons)
+    return "EMPTY_ANSWER" if quiet else ""
+
+
 def holder(event: Json) -> Json:
     """The part of an event, or of a whole answer, that names the model and counts tokens."""
     return as_dict(event.get("message")) or as_dict(event.get("response")) or event
@@ -2687,13 +2726,16 @@ GEMINI = Dialect(
     error=gemini_error,
     error_event=data_event,
     comment=b"",  # Google's SDKs raise, or drop the event behind it (clients.md)
-    marks=(b'"finishReason"', b'"blockReason"', b'"usageMetadata"', b'"error"'),
+    marks=(b'"candidates"', b'"blockReason"', b'"usageMetadata"', b'"error"'),  # all of them
     model_key="modelVersion",
-    model_marks=(b'"modelVersion"',),
+    model_marks=(),
     short_ends=False,
     ending=gemini_ending,
     usage=gemini_usage,
     cuts_errors=True,
+    speaks=gemini_speaks,
+    thinks=gemini_thinks,
+    flaw=gemini_flaw,
 )
 
 
@@ -2867,8 +2909,10 @@ UNKNOWN_SIGNATURE = (
     "skip_thought_signature_validator"  # Google's own word for it (providers.md 5.3)
 )
 GOOGLE_SCHEMA = frozenset(  # what a schema of Antigravity's may say (providers.md 5.1)
-    "type format title description nullable enum properties required items anyOf minimum maximum"
-    " minItems maxItems".split()
+    (
+        *("type", "title", "description", "nullable", "enum", "properties", "required"),
+        *("items", "anyOf", "minimum", "maximum", "minItems", "maxItems"),
+    )
 )
 
 
@@ -2894,14 +2938,13 @@ def with_camel_keys(body: Json) -> Json:
     found: Json = {}
     for name, value in body.items():
         camel = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
-        if isinstance(value, dict) and isinstance(found.get(camel), dict):
-            value = found[camel] | value
-        found[camel] = value
+        both = isinstance(value, dict) and isinstance(found.get(camel), dict)
+        found[camel] = found[camel] | value if both else value
     return found
 
 
 def antigravity_rules(body: Json, model: str) -> Json:
-    """What Antigravity refuses goes; a number of its own keeps a session's cache (providers.md 4)."""
+    """Without what Antigravity refuses; a session's number keeps its cache (providers.md 4)."""
     body = {name: value for name, value in body.items() if name != "safetySettings"}
     config = body.get("generationConfig")
     if isinstance(config, dict) and not model.startswith("claude-"):
@@ -3037,14 +3080,15 @@ def with_plain_schemas(tool: Any) -> Any:
     declared = tool.get("functionDeclarations") if isinstance(tool, dict) else None
     if not isinstance(declared, list):
         return tool
-    plain = []
-    for function in declared:
-        schema = as_dict(function).get("parametersJsonSchema")
-        if isinstance(schema, dict):
-            kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
-            function = {**kept, "parameters": plain_schema(schema, schema)}
-        plain.append(function)
-    return {**tool, "functionDeclarations": plain}
+    return {**tool, "functionDeclarations": [with_plain_schema(one) for one in declared]}
+
+
+def with_plain_schema(function: Any) -> Any:
+    schema = as_dict(function).get("parametersJsonSchema")
+    if not isinstance(schema, dict):
+        return function
+    kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
+    return {**kept, "parameters": plain_schema(schema, schema)}
 
 
 def plain_schema(schema: Json, root: Json, depth: int = 12) -> Json:
@@ -3057,7 +3101,7 @@ def plain_schema(schema: Json, root: Json, depth: int = 12) -> Json:
     if depth == 0:
         return {"type": "object"}
     deeper = functools.partial(plain_schema, root=root, depth=depth - 1)
-    plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA and name != "format"}
+    plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA}
     if "const" in schema:
         plain["enum"] = [schema["const"]]
     if isinstance(plain.get("enum"), list):
@@ -3210,16 +3254,18 @@ class Call:
         self.raw: bytes | bytearray = b""
         self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
-        self.was_read = False
+        self.was_read = self.was_packed = False
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
         self.trouble = ""
         self.tokens = {"input_tokens": 0, "output_tokens": 0}
 
     async def read(self) -> None:
-        """ProxyError 400 and 413 for a body that is none."""
-        self.raw = await read_body(self.request)
+        """ProxyError 400, 413 and 415 for a body that is none."""
+        packed = await read_body(self.request)
         self.was_read = True
+        self.raw = unpacked(packed, self.request.headers.get("Content-Encoding", ""))
+        self.was_packed = self.raw is not packed
         if has_too_many_values(self.raw):
             raise fault(400, "The request body holds more than a million values")
         try:
@@ -3267,6 +3313,68 @@ def header_value(text: str) -> str:
     return re.sub(r"[^ -~]", "?", text)
 
 
+def too_large() -> ProxyError:
+    return fault(413, "The request body is larger than 64 MiB")
+
+
+ZSTD_MODULES = (
+    "compression.zstd",
+    "backports.zstd",
+    "zstandard",
+)  # Python 3.14's, and two packages
+NO_ZSTD = (
+    "The request body is packed with zstd, which this Python cannot read: install backports.zstd"
+    " or, for Codex, set features.enable_request_compression = false in its config.toml"
+)
+
+
+def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
+    """A body without its packing; ProxyError 413 counts what was in it."""
+    kind = encoding.strip().lower()
+    if kind in ("", "identity"):
+        return raw
+    if kind not in ("gzip", "x-gzip", "deflate", "zstd"):
+        raise fault(
+            415, f"Content-Encoding {encoding[:40]!r} is not read here: gzip, deflate, zstd"
+        )
+    try:
+        plain = unpack_zstd(raw) if kind == "zstd" else inflated(raw)
+    except (zlib.error, EOFError, ValueError):
+        raise fault(400, f"The request body cannot be read: it is no {kind}") from None
+    if len(plain) > BODY_LIMIT:
+        raise too_large()
+    return plain
+
+
+def inflated(raw: bytes | bytearray) -> bytes:
+    """gzip, zlib, or bare deflate, which some take `deflate` for."""
+    bare_deflate = raw[:1] != b"\x1f" and (raw[:1] != b"\x78" or int.from_bytes(raw[:2]) % 31)
+    unpacker = zlib.decompressobj(-15 if bare_deflate else 47)
+    plain = unpacker.decompress(raw, BODY_LIMIT + 1)
+    if not unpacker.eof and len(plain) <= BODY_LIMIT:
+        raise EOFError
+    return plain
+
+
+def unpack_zstd(raw: bytes | bytearray) -> bytes:
+    module: Any = None
+    for name in ZSTD_MODULES:
+        with suppress(ImportError):
+            module = importlib.import_module(name)
+            break
+    if module is None:
+        raise fault(415, NO_ZSTD)
+    pieces, size = [], 0
+    try:
+        with module.open(io.BytesIO(raw), "rb") as file:
+            while size <= BODY_LIMIT and (piece := file.read(LARGE)):
+                pieces.append(piece)
+                size += len(piece)
+    except module.ZstdError:
+        raise ValueError from None
+    return b"".join(pieces)
+
+
 async def read_body(request: Request) -> bytes | bytearray:
     """The whole body.  A large one is put where it will stay as it comes in."""
     length = request.content_length or 0
@@ -3280,7 +3388,7 @@ async def read_body(request: Request) -> bytes | bytearray:
                 large[size : size + len(data)] = data
             size += len(data)
             if size > BODY_LIMIT:
-                raise fault(413, "The request body is larger than 64 MiB")
+                raise too_large()
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
     return b"".join(pieces) if large is None else large
@@ -3331,6 +3439,7 @@ def with_effort(body: Json, call: Call, provider: Provider, effort: str, model: 
     tokens = asked
     if limits:
         tokens = max(limits[0], min(asked, limits[1]))
+    by_itself = "none" in levels  # a Claude model thinks so, and has to be told not to
     levels = levels or levels_of(takes.get("*", ""))[0] or [*BUDGETS]
     level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
     match call.dialect.name:
@@ -3342,10 +3451,10 @@ def with_effort(body: Json, call: Call, provider: Provider, effort: str, model: 
             how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
             thinking = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
             return {**body, "generationConfig": as_dict(body.get("generationConfig")) | thinking}
-    return with_claude_effort(body, asked, tokens if limits else 0, level)
+    return with_claude_effort(body, asked, tokens if limits else 0, level, by_itself)
 
 
-def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
+def with_claude_effort(body: Json, asked: int, budget: int, level: str, by_itself: bool) -> Json:
     forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
     thinks = asked > 0 and not forced  # thinking and a forced tool are refused together
     gone = {"thinking", "temperature", "top_p", "top_k"} if thinks else {"thinking"}
@@ -3353,12 +3462,28 @@ def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
     output = body.get("output_config")
     if isinstance(output, dict):
         body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+    if not thinks:
+        body = without_clearing(body)
+        if by_itself:
+            body["thinking"] = {"type": "disabled"}
     if thinks and budget:
         body["thinking"] = {"type": "enabled", "budget_tokens": budget}
         body["max_tokens"] = max(number(body.get("max_tokens")), budget + 4096)
     elif thinks:
         body["thinking"] = {"type": "adaptive"}
         body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
+    return body
+
+
+def without_clearing(body: Json) -> Json:
+    """Claude refuses to clear thoughts in a call that has none (clients.md)."""
+    management = as_dict(body.get("context_management"))
+    edits = as_dicts(management.get("edits"))
+    kept = [edit for edit in edits if not str(edit.get("type")).startswith("clear_thinking")]
+    if len(kept) < len(edits):
+        body = {**body, "context_management": {**management, "edits": kept}}
+        if not kept:
+            del body["context_management"]
     return body
 
 
@@ -3431,6 +3556,12 @@ class Chooser:
             return f"after `ampproxy.py login {row.name}` would serve"
         return ""
 
+    def owner(self, model: str) -> str:
+        """Who serves a name, be it listed or not; "" for nobody."""
+        found = self.listed().get(model)
+        ways, _ = self.ways(*split_model(model), "")
+        return found or (ways[0].rows[0].name if ways else "")
+
     def listed(self, verb: str = "") -> dict[str, str]:
         """The names that the present accounts serve, and who does; patterns are no names."""
         pairs = []
@@ -3449,7 +3580,9 @@ class Chooser:
 
 # -- Lists of models, in the shapes of the dialects --
 
-LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?){0,3}/models")
+LISTING = re.compile(
+    r"(/api/provider/[^/]+)?(/v1(beta1?(/publishers/google)?)?){0,3}/models(/(?P<id>[^:]+))?"
+)
 
 
 def models_for_gemini(owners: dict[str, str]) -> Json:
@@ -3479,11 +3612,31 @@ def models_for_others(owners: dict[str, str]) -> Json:
     return {"object": "list", "data": rows, "has_more": False, **ends}
 
 
-def model_list(request: Request, chooser: Chooser) -> Json:
-    owners = dict(sorted(chooser.listed().items()))
-    if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
-        return models_for_gemini(owners)
-    return models_for_others(owners)
+def model_list(request: Request, chooser: Chooser, wanted: str) -> Json:
+    """The names that are served, or one of them; ProxyError 404 for one that is not."""
+    gemini = asks_as_gemini(request)
+    shape = models_for_gemini if gemini else models_for_others
+    if wanted:
+        owner = chooser.owner(wanted)
+        if not owner:
+            raise fault(404, f"no account here serves {wanted[:100]!r}")
+        listed = shape({wanted: owner})
+        return dict((listed.get("data") or listed["models"])[0])
+    listed = shape(dict(sorted(chooser.listed().items())))
+    if "client_version" in request.query:  # Codex wants a list of its own kind (clients.md)
+        listed["models"] = []
+    return listed
+
+
+def asks_as_gemini(request: Request) -> bool:
+    return "x-goog-api-key" in request.headers or bool(re.search("/v1beta|/google/", request.path))
+
+
+def dialect_of_list(request: Request) -> Dialect:
+    """Of who asks for models: the path is the same for three."""
+    if asks_as_gemini(request):
+        return GEMINI
+    return ANTHROPIC if "anthropic-version" in request.headers else CHAT_COMPLETIONS
 
 
 # == Answers on their way ==========================================================================
@@ -3684,12 +3837,13 @@ NO_EVENTS = (b"{", b"[", b"<", b'"')  # JSON, or a page; a stream begins with a 
 
 
 async def begin_answer(
-    call: Call, pieces: Pieces, folds: bool, settle: Callable[[], None]
+    call: Call, pieces: Pieces, folds: bool, settle: Callable[[], None], wrapped: bool = False
 ) -> Answer:
     """Read until success is certain; ProxyError otherwise.
 
     What is a stream is seen from its first bytes: labels are wrong too often.  `folds`: the backend
     only streams, and the client asked for one piece.  `settle` is called when the end may come.
+    `wrapped`: it comes in Code Assist's envelope.
     """
     first = b""
     async for data in pieces:
@@ -3698,8 +3852,9 @@ async def begin_answer(
             break
     pieces.unread = first
     if first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS):
-        return Answer(False, await whole_answer(call, pieces), pieces)
-    events = checked_events(call, whole_events(pieces), settle)
+        return Answer(False, await whole_answer(call, pieces, wrapped), pieces)
+    runs = whole_events(pieces)
+    events = checked_events(call, without_envelope(runs) if wrapped else runs, settle)
     if folds:
         return Answer(False, await folded(call, events), pieces)
     return Answer(True, await anext(events), events)
@@ -3708,7 +3863,7 @@ async def begin_answer(
 # -- In one piece --
 
 
-async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
+async def whole_answer(call: Call, pieces: AsyncIterator[bytes], wrapped: bool = False) -> bytes:
     """An answer in one piece, with the model's name that the client gave."""
     kept, size = [], 0
     async for data in pieces:
@@ -3721,15 +3876,21 @@ async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
         answer = parse_object(raw)
     except ValueError:
         raise no_whole_answer(call) from None
+    if wrapped and isinstance(answer.get("response"), dict):
+        answer = answer["response"]
+        raw = write_json(answer)
     inside = holder(answer)
     if has_error(answer, inside):
         raise ProxyError(failure(call, answer))
+    refuse_silence(call, answer, call.dialect.speaks(answer))
     call.count(*call.dialect.usage(inside))
     return renamed(raw, answer, inside, call) or raw
 
 
 async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
-    """The answer that a stream of Responses tells in its last event."""
+    """The answer that a stream of Responses tells in its last event, one of Gemini's in all."""
+    if call.dialect is GEMINI:
+        return await folded_contents(call, events)
     last = b""
     async for run in events:
         last = split_events(run)[-1]
@@ -3738,6 +3899,66 @@ async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
     if has_error(event, inside):
         raise ProxyError(failure(call, event))
     return write_json(inside)
+
+
+async def folded_contents(call: Call, events: AsyncIterator[bytes]) -> bytes:
+    """The chunks of a Gemini stream as one answer: the last one's fields, everybody's parts."""
+    whole: Json = {}
+    candidates: dict[int, Json] = {}
+    items = Items()
+    async for run in events:
+        items.grow(call, len(run))
+        for chunk in map(read_event, split_events(run)):
+            for candidate in as_dicts(chunk.get("candidates")):
+                index = int(number(candidate.get("index")))
+                candidates[index] = with_more(candidates.get(index, {}), candidate)
+            whole |= chunk
+    if candidates:
+        whole["candidates"] = [candidates[index] for index in sorted(candidates)]
+    return write_json(whole)
+
+
+def read_event(event: bytes) -> Json:
+    """What its data says; {} for what is no JSON object."""
+    try:
+        return parse_object(event_data(event))
+    except ValueError:
+        return {}
+
+
+def with_more(candidate: Json, more: Json) -> Json:
+    """A candidate with a later piece of it; neighbouring texts of one kind become one."""
+    parts = [*as_list(as_dict(candidate.get("content")).get("parts"))]
+    for part in as_list(as_dict(more.get("content")).get("parts")):
+        last = parts[-1] if parts else {}
+        if is_plain_text(part) and is_plain_text(last) and part.keys() == last.keys():
+            parts[-1] = {**last, "text": last["text"] + part["text"]}
+        else:
+            parts.append(part)
+    joined_up = {**candidate, **more}
+    if parts:
+        joined_up["content"] = {"role": "model", **as_dict(more.get("content")), "parts": parts}
+    return joined_up
+
+
+def is_plain_text(part: Any) -> bool:
+    """Nothing but words: a signature belongs to the part that it came with."""
+    if not isinstance(part, dict) or not part.keys() <= {"text", "thought"}:
+        return False
+    return isinstance(part.get("text"), str)
+
+
+def refuse_silence(call: Call, event: Json, spoke: bool) -> None:
+    """ProxyError 502 for an end that has nothing before it, or a call that nobody can read.
+
+    Clients would take either for an answer.
+    """
+    if not call.verb.endswith("enerateContent"):
+        return
+    flaw = call.dialect.flaw(event)
+    if flaw and not (spoke and flaw == "EMPTY_ANSWER"):
+        words = f"{call.provider} gave no answer: {flaw}"
+        raise ProxyError(Problem(502, words, codes=frozenset({flaw.lower()})))
 
 
 def no_whole_answer(call: Call) -> ProxyError:
@@ -3764,12 +3985,24 @@ def renamed(raw: bytes, answer: Json, inside: Json, call: Call) -> bytes | None:
 # -- In events --
 
 
+async def without_envelope(runs: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Events without Code Assist's envelope."""
+    async for run in runs:
+        events = split_events(run)
+        for index, event in enumerate(events):
+            inside = read_event(event).get("response")
+            if isinstance(inside, dict):
+                events[index] = with_data(event, write_json(inside))
+        yield b"".join(events)
+
+
 class Items:
     """The output items of a Responses answer by their index, and how much is kept in all."""
 
     def __init__(self) -> None:
         self.found: dict[int, Any] = {}
         self.size = 0
+        self.spoke = False  # see Dialect.speaks
 
     def grow(self, call: Call, size: int) -> None:
         self.size += size
@@ -3870,13 +4103,19 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     if b'"usage' in data:
         call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
+    speaks = call.dialect.speaks(event)
+    items.spoke = items.spoke or speaks
+    if ending:
+        refuse_silence(call, event, items.spoke)
     if kind == "response.output_item.done":
         index = event.get("output_index", len(items.found))
         if type(index) is not int:
             raise no_whole_answer(call)
         items.found[index] = event.get("item")
         items.grow(call, len(raw))
-    filled = ending == "over" and bool(items.found) and not inside.get("output")
+    lost = ending == "over" and not inside.get("output")  # it is [], null or missing
+    whole = kind in RESPONSE_ENDS[:2] and inside.get("output") is None
+    filled = lost and (bool(items.found) or whole)
     new = renamed(data, event, inside, call)
     if filled:  # ChatGPT's backend leaves it out of its last event
         inside["output"] = [item for _, item in sorted(items.found.items())]
@@ -3884,7 +4123,9 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
         raw = with_data(raw, write_json(event))
     elif new:
         raw = with_data(raw, new)
-    return Looked(raw, ending, kind not in TOLD_AFTER, new is not None)
+    says = speaks or bool(ending) or call.dialect.thinks(event)
+    tells = kind not in TOLD_AFTER and says
+    return Looked(raw, ending, tells, new is not None)
 
 
 # -- Errors --
@@ -3899,26 +4140,41 @@ def has_error(event: Json, inside: Json) -> bool:
 
 
 DELAYS = ("resets_in_seconds", "retryDelay", "quotaResetDelay")  # OpenAI's, and Google's two
+DELAY_WORDS = re.compile(r"(?:after|retry in) ((?:\d{1,9}(?:\.\d{1,9})?(?:ms|[hms])){1,4})")
 
 
-def asked_delay(error: Any, depth: int = 5) -> float:
-    """The seconds that an error asks to wait, wherever it says so."""
+def asked_delay(error: Json, now: float = NEVER) -> float:
+    """The seconds that an error asks to wait: the first that says some (providers.md 4.1).
+
+    `now`, in seconds since 1970: a time that is named counts, too, if it is to come.
+    """
+    for name in DELAYS:
+        for value in said_of(error, name):
+            told = duration(value) if isinstance(value, str) else number(value)
+            if told > 0:
+                return told
+    if found := DELAY_WORDS.search(str(error.get("message"))[:2000]):
+        return duration(found[1])
+    times = [parse_time(value) - now for value in said_of(error, "quotaResetTimeStamp")]
+    return max(0, *times) if times else 0
+
+
+def said_of(error: Any, name: str, depth: int = 5) -> list[Any]:
+    """What an error says under a name, wherever it does."""
     if isinstance(error, dict):
-        for name in DELAYS:
-            value = error.get(name)
-            if isinstance(value, (str, int, float)):
-                return duration(str(value)) if isinstance(value, str) else max(0, number(value))
-        error = list(error.values())
+        here = [error[name]] if name in error else []
+        return here + said_of(list(error.values()), name, depth)
     if isinstance(error, list) and depth:
-        return max((asked_delay(inner, depth - 1) for inner in error[:50]), default=0)
-    return 0
+        return [value for inner in error[:50] for value in said_of(inner, name, depth - 1)]
+    return []
 
 
-def failure(call: Call, answer: Json, status: int = 0) -> Problem:
+def failure(call: Call, answer: Json, status: int = 0, now: float = NEVER) -> Problem:
     """A provider's error as a Problem; `status` 0: it stood in an answer, and its code decides."""
     told = holder(answer)
     parts = error_parts(told)
     words = [str(parts[name]) for name in ("code", "type", "status") if parts.get(name)]
+    reasons = [str(one["reason"]) for one in as_dicts(parts.get("details")) if one.get("reason")]
     how = f"answered {status}" if status else "answered with an error:"
     message = f"{call.provider} {how} {error_text(told, 'type', 'status')}"
     if not status:
@@ -3928,9 +4184,9 @@ def failure(call: Call, answer: Json, status: int = 0) -> Problem:
     return Problem(
         status,
         message.rstrip(": "),
-        retry_after=asked_delay(parts),
+        retry_after=asked_delay(parts, now),
         text=text,
-        codes=frozenset(word.lower()[:100] for word in words),
+        codes=frozenset(word.lower()[:100] for word in words + reasons),
         body=write_json(call.dialect.error(status, text)) if answer else b"",
     )
 
@@ -3961,7 +4217,7 @@ async def refusal(
     raw = (unpack_gzip(raw) or raw).strip()
     with suppress(ValueError):
         answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
-    problem = failure(call, answer, upstream.status)
+    problem = failure(call, answer, upstream.status, now)
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
     waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
@@ -4026,6 +4282,11 @@ QUOTA_HEADER = re.compile(
     r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-"
     r"(?P<field>status|utilization|used-percent|reset(?:-at)?)"
 )
+STREAMING = {  # verb -> the one that streams, at backends that do nothing else
+    "responses": "responses",
+    "generateContent": "streamGenerateContent",
+    "streamGenerateContent": "streamGenerateContent",
+}
 NOT_ASKED = {  # fields that a helper call must not have
     "count_tokens": ("max_tokens", "stream"),
     "compact": ("stream",),
@@ -4043,12 +4304,14 @@ class Prepared:
     row: Row
     headers: Headers
     body: list[Any]  # in pieces of bytes
-    url: str
+    urls: list[str]  # the provider's hosts, in the order to ask them
     folds: bool  # it only streams, and the client wants one piece
+    envelope: Json | None = None  # see envelope_of; None: there is none
 
-    def data(self) -> Any:
-        """What aiohttp sends; large pieces are not put together."""
-        return self.body[0] if len(self.body) == 1 else in_pieces(self.body)
+
+def sendable(body: list[Any]) -> Any:
+    """What aiohttp sends; large pieces are not put together."""
+    return body[0] if len(body) == 1 else in_pieces(body)
 
 
 async def in_pieces(pieces: list[Any]) -> AsyncIterator[Any]:
@@ -4061,6 +4324,7 @@ class Forwarder:
         self.live, self.net, self.pool, self.pay = live, net, pool, pay
         self.chooser = Chooser(live, pool)
         self.clock = pool.clock
+        self.givers: OrderedDict[str, Account] = OrderedDict()  # of own_headers, by their value
 
     async def answer(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
@@ -4142,7 +4406,7 @@ class Forwarder:
                     token = await self.pool.bearer(account, refused)
                 except ProxyError as error:
                     return error.problem
-                outcome = await self.exchange(account, prepared, token, began, delivery)
+                outcome = await self.ask_hosts(account, prepared, token, began, delivery)
                 if not isinstance(outcome, Problem):
                     return outcome
                 tries += 1
@@ -4160,24 +4424,81 @@ class Forwarder:
                         self.pool.rest(account, outcome, prepared.way.model)
                     return outcome
 
-    async def exchange(
+    async def ask_hosts(
         self, account: Account, prepared: Prepared, token: str, began: float, delivery: Delivery
     ) -> Outcome:
+        """One try: the provider's hosts in turn, until one answers or says what they all would.
+
+        A spent quota is the better reason, whatever another host says.
+        """
+        problems: list[Problem] = []
+        for url in prepared.urls:
+            outcome = await self.exchange(account, prepared, url, token, began, delivery)
+            if not isinstance(outcome, Problem):
+                return outcome
+            problems.append(outcome)
+            if LOCAL in outcome.codes or not is_hosts_fault(outcome.status):
+                return outcome
+        spent = [problem for problem in problems if problem.status == 429]
+        return spent[0] if spent else problems[-1]
+
+    async def enveloped(self, account: Account, prepared: Prepared, token: str) -> list[Any]:
+        """The body in Code Assist's envelope, with the account's project."""
+        if prepared.envelope is None:
+            return prepared.body
+        around = dict(prepared.envelope)
+        if around:
+            provider = prepared.row.provider
+            around["project"] = await self.pool.project(account, provider, token)
+        if "requestType" in around:
+            around["requestId"] = f"agent-{uuid.uuid4()}"
+        start = write_json(around)[:-1] + (b"," if around else b"")
+        return [start + b'"request":', *prepared.body, b"}"]
+
+    def without_others_headers(
+        self, headers: Headers, account: Account, names: Iterable[str]
+    ) -> None:
+        """What an account gave goes back to it alone, and what nobody here gave to nobody."""
+        for name in names:
+            if name in headers and self.givers.get(headers[name][:1000]) is not account:
+                headers.popall(name)
+
+    def remember_headers(self, given: Any, account: Account, names: Iterable[str]) -> None:
+        for name in names:
+            if name in given:
+                self.givers[given[name][:1000]] = account
+                self.givers.move_to_end(given[name][:1000])
+        while len(self.givers) > THREADS:
+            self.givers.popitem(last=False)
+
+    async def exchange(
+        self,
+        account: Account,
+        prepared: Prepared,
+        url: str,
+        token: str,
+        began: float,
+        delivery: Delivery,
+    ) -> Outcome:
         """One request to a provider, and its answer to the client."""
-        call, model = delivery.call, prepared.way.model
-        sent: Any = {"headers": account_headers(prepared, account, token), "data": prepared.data()}
+        call, model, provider = delivery.call, prepared.way.model, prepared.row.provider
         upstream, over = None, False
         try:
-            upstream = await self.net.ask(
-                "POST", prepared.url, delivery.idle, auto_decompress=True, **sent
-            )
+            body = await self.enveloped(account, prepared, token)
+            headers = account_headers(prepared, url, account, token, body)
+            self.without_others_headers(headers, account, provider.own_headers)
+            sent: Any = {"headers": headers, "data": sendable(body)}
+            del body
+            upstream = await self.net.ask("POST", url, delivery.idle, auto_decompress=True, **sent)
             sent.clear()
+            self.remember_headers(upstream.headers, account, provider.own_headers)
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
             if upstream.status != 200:
                 return await refusal(call, upstream, windows, self.clock.time(), delivery)
             pieces = Pieces(upstream, delivery)
-            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle)
+            wrapped = prepared.envelope is not None
+            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle, wrapped)
             if delivery.response and not answer.events:  # a comment has gone out
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
@@ -4225,8 +4546,11 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     headers = client_headers(call.request.headers, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
-    streams = call.streams
-    only_streams = row.kind == "codex" and call.verb == "responses"
+    verb = call.verb
+    only_streams = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
+    if only_streams:
+        verb = STREAMING[verb]
+    streams = call.streams or only_streams
     body = call.body
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
@@ -4237,17 +4561,19 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
         body = with_effort(body, call, provider, way.effort, call.served_model)
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
+    if provider.wraps:
+        body = code_assist_rules(body, call.served_model, provider, verb)
     gone = [name for name in NOT_ASKED.get(call.verb, ()) if name in body]
     if gone:
         body = {name: value for name, value in body.items() if name not in gone}
-    headers["Accept"] = "text/event-stream" if streams or only_streams else "application/json"
+    headers["Accept"] = "text/event-stream" if streams else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
-    pieces = worded(call, body)
-    headers["Content-Length"] = str(sum(map(len, pieces)))
-    folds = only_streams and not streams
-    return Prepared(way, row, headers, pieces, address_of(call, provider), folds)
+    envelope = envelope_of(body, call.served_model, provider, verb) if provider.wraps else None
+    urls = addresses_of(call, provider, verb)
+    folds = only_streams and not call.streams
+    return Prepared(way, row, headers, worded(call, body), urls, folds, envelope)
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
@@ -4285,21 +4611,24 @@ def forget_reasoning(prepared: Prepared) -> bool:
     if changed is body:
         return False
     prepared.body = [write_json(changed)]
-    prepared.headers["Content-Length"] = str(len(prepared.body[0]))
     return True
 
 
-def address_of(call: Call, provider: Provider) -> str:
-    address = joined(provider.base_url, provider.paths[call.verb])
-    if "{model}" in address:
-        address = address.replace("{model}", quote(call.served_model, "", None, "replace"))
-    return address + ("?alt=sse" if call.verb == "streamGenerateContent" else "")
+def addresses_of(call: Call, provider: Provider, verb: str) -> list[str]:
+    """Of each host of a provider, in the order to ask them."""
+    path = provider.paths[verb]
+    path = path.replace("{model}", quote(call.served_model, "", None, "replace"))
+    query = "?alt=sse" if verb == "streamGenerateContent" else ""
+    return [joined(host, path) + query for host in (provider.base_url, *provider.more_hosts)]
 
 
-def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
+def account_headers(
+    prepared: Prepared, url: str, account: Account, token: str, body: list[Any]
+) -> Headers:
     provider = prepared.row.provider
     headers = prepared.headers.copy()
-    host = as_url(prepared.url).host
+    headers["Content-Length"] = str(sum(map(len, body)))
+    host = as_url(url).host
     if provider.key_header != "Authorization" and provider.key_host in ("", host):
         headers[provider.key_header] = token
     else:
@@ -4410,6 +4739,9 @@ class Ampcode:
         """A model call that nobody here answers, as it came; streams end as the dialect says."""
         request, idle = call.request, delivery.idle
         headers = self.headers(request, key)
+        if call.was_packed:
+            headers.popall("Content-Encoding")
+            headers["Content-Length"] = str(len(call.raw))
         url = self.address(request)
         upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
         over = False
@@ -4763,8 +5095,9 @@ class Server:
         local = self.live.config["ampcode"]["restrict-management-to-localhost"]
         if local and not model_path and not is_loopback(request.remote or ""):
             raise fault(403, "Access denied: management routes restricted to localhost")
-        if method == "GET" and LISTING.fullmatch(path) and not upgrades:
-            return web.json_response(model_list(request, self.forwarder.chooser))
+        listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
+        if listing:
+            return self.models(request, unquote(listing["id"] or ""))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         acts = path.startswith(("/api/thread-actors", "/actors/"))
@@ -4773,6 +5106,15 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
+
+    def models(self, request: Request, wanted: str) -> web.Response:
+        """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
+        try:
+            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
+        except ProxyError as error:
+            problem = error.problem
+            body = dialect_of_list(request).error(problem.status, problem.message)
+            return web.json_response(body, status=problem.status)
 
     def refuse(self, request: Request, call: Call | None, problem: Problem) -> web.Response:
         """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
