@@ -4103,29 +4103,39 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     if b'"usage' in data:
         call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
-    speaks = call.dialect.speaks(event)
-    items.spoke = items.spoke or speaks
-    if ending:
-        refuse_silence(call, event, items.spoke)
+    tells = proves(call, event, ending, items)
     if kind == "response.output_item.done":
         index = event.get("output_index", len(items.found))
         if type(index) is not int:
             raise no_whole_answer(call)
         items.found[index] = event.get("item")
         items.grow(call, len(raw))
-    lost = ending == "over" and not inside.get("output")  # it is [], null or missing
-    whole = kind in RESPONSE_ENDS[:2] and inside.get("output") is None
-    filled = lost and (bool(items.found) or whole)
     new = renamed(data, event, inside, call)
-    if filled:  # ChatGPT's backend leaves it out of its last event
+    if ending == "over" and lost_output(kind, inside, items):
         inside["output"] = [item for _, item in sorted(items.found.items())]
         inside["model"] = call.model
         raw = with_data(raw, write_json(event))
     elif new:
         raw = with_data(raw, new)
-    says = speaks or bool(ending) or call.dialect.thinks(event)
-    tells = kind not in TOLD_AFTER and says
     return Looked(raw, ending, tells, new is not None)
+
+
+def proves(call: Call, event: Json, ending: str, items: Items) -> bool:
+    """Whether the answer has begun with it.  ProxyError where it ends one that says nothing."""
+    dialect = call.dialect
+    speaks = dialect.speaks(event)
+    items.spoke = items.spoke or speaks
+    if ending:
+        refuse_silence(call, event, items.spoke)
+    says = speaks or bool(ending) or dialect.thinks(event)
+    return says and event.get("type") not in TOLD_AFTER
+
+
+def lost_output(kind: Any, inside: Json, items: Items) -> bool:
+    """ChatGPT's backend leaves it out of its last event: it says [], null or nothing."""
+    output = inside.get("output")
+    nulled = output is None and kind in RESPONSE_ENDS[:2]
+    return not output and (bool(items.found) or nulled)
 
 
 # -- Errors --
@@ -4307,6 +4317,7 @@ class Prepared:
     urls: list[str]  # the provider's hosts, in the order to ask them
     folds: bool  # it only streams, and the client wants one piece
     envelope: Json | None = None  # see envelope_of; None: there is none
+    token: str = ""  # of the account that is asked now
 
 
 def sendable(body: list[Any]) -> Any:
@@ -4406,7 +4417,8 @@ class Forwarder:
                     token = await self.pool.bearer(account, refused)
                 except ProxyError as error:
                     return error.problem
-                outcome = await self.ask_hosts(account, prepared, token, began, delivery)
+                prepared.token = token
+                outcome = await self.ask_hosts(account, prepared, began, delivery)
                 if not isinstance(outcome, Problem):
                     return outcome
                 tries += 1
@@ -4425,7 +4437,7 @@ class Forwarder:
                     return outcome
 
     async def ask_hosts(
-        self, account: Account, prepared: Prepared, token: str, began: float, delivery: Delivery
+        self, account: Account, prepared: Prepared, began: float, delivery: Delivery
     ) -> Outcome:
         """One try: the provider's hosts in turn, until one answers or says what they all would.
 
@@ -4433,7 +4445,7 @@ class Forwarder:
         """
         problems: list[Problem] = []
         for url in prepared.urls:
-            outcome = await self.exchange(account, prepared, url, token, began, delivery)
+            outcome = await self.exchange(account, prepared, url, began, delivery)
             if not isinstance(outcome, Problem):
                 return outcome
             problems.append(outcome)
@@ -4442,29 +4454,33 @@ class Forwarder:
         spent = [problem for problem in problems if problem.status == 429]
         return spent[0] if spent else problems[-1]
 
-    async def enveloped(self, account: Account, prepared: Prepared, token: str) -> list[Any]:
+    async def request_of(self, account: Account, prepared: Prepared, url: str) -> Json:
+        """Headers and body as this account asks."""
+        body = await self.enveloped(account, prepared)
+        headers = account_headers(prepared, url, account)
+        headers["Content-Length"] = str(sum(map(len, body)))
+        # What an account gave goes back to it alone, and what nobody here gave to nobody.
+        for name in prepared.row.provider.own_headers:
+            if name in headers and self.givers.get(headers[name][:1000]) is not account:
+                headers.popall(name)
+        return {"headers": headers, "data": sendable(body)}
+
+    async def enveloped(self, account: Account, prepared: Prepared) -> list[Any]:
         """The body in Code Assist's envelope, with the account's project."""
         if prepared.envelope is None:
             return prepared.body
         around = dict(prepared.envelope)
         if around:
             provider = prepared.row.provider
-            around["project"] = await self.pool.project(account, provider, token)
+            around["project"] = await self.pool.project(account, provider, prepared.token)
         if "requestType" in around:
             around["requestId"] = f"agent-{uuid.uuid4()}"
         start = write_json(around)[:-1] + (b"," if around else b"")
         return [start + b'"request":', *prepared.body, b"}"]
 
-    def without_others_headers(
-        self, headers: Headers, account: Account, names: Iterable[str]
-    ) -> None:
-        """What an account gave goes back to it alone, and what nobody here gave to nobody."""
-        for name in names:
-            if name in headers and self.givers.get(headers[name][:1000]) is not account:
-                headers.popall(name)
-
-    def remember_headers(self, given: Any, account: Account, names: Iterable[str]) -> None:
-        for name in names:
+    def remember_headers(self, given: Any, account: Account, prepared: Prepared) -> None:
+        """Who gave a header that is its giver's own."""
+        for name in prepared.row.provider.own_headers:
             if name in given:
                 self.givers[given[name][:1000]] = account
                 self.givers.move_to_end(given[name][:1000])
@@ -4472,26 +4488,16 @@ class Forwarder:
             self.givers.popitem(last=False)
 
     async def exchange(
-        self,
-        account: Account,
-        prepared: Prepared,
-        url: str,
-        token: str,
-        began: float,
-        delivery: Delivery,
+        self, account: Account, prepared: Prepared, url: str, began: float, delivery: Delivery
     ) -> Outcome:
         """One request to a provider, and its answer to the client."""
-        call, model, provider = delivery.call, prepared.way.model, prepared.row.provider
+        call, model = delivery.call, prepared.way.model
         upstream, over = None, False
         try:
-            body = await self.enveloped(account, prepared, token)
-            headers = account_headers(prepared, url, account, token, body)
-            self.without_others_headers(headers, account, provider.own_headers)
-            sent: Any = {"headers": headers, "data": sendable(body)}
-            del body
+            sent = await self.request_of(account, prepared, url)
             upstream = await self.net.ask("POST", url, delivery.idle, auto_decompress=True, **sent)
             sent.clear()
-            self.remember_headers(upstream.headers, account, provider.own_headers)
+            self.remember_headers(upstream.headers, account, prepared)
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
             if upstream.status != 200:
@@ -4622,12 +4628,9 @@ def addresses_of(call: Call, provider: Provider, verb: str) -> list[str]:
     return [joined(host, path) + query for host in (provider.base_url, *provider.more_hosts)]
 
 
-def account_headers(
-    prepared: Prepared, url: str, account: Account, token: str, body: list[Any]
-) -> Headers:
-    provider = prepared.row.provider
+def account_headers(prepared: Prepared, url: str, account: Account) -> Headers:
+    provider, token = prepared.row.provider, prepared.token
     headers = prepared.headers.copy()
-    headers["Content-Length"] = str(sum(map(len, body)))
     host = as_url(url).host
     if provider.key_header != "Authorization" and provider.key_host in ("", host):
         headers[provider.key_header] = token
