@@ -2918,7 +2918,8 @@ GOOGLE_SCHEMA = frozenset(  # what a schema of Antigravity's may say (providers.
 
 def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> Json:
     """A Gemini call as it stands in the envelope."""
-    body = with_camel_keys(as_dict(body.get("generateContentRequest")) or body)
+    body = as_dict(body.get("generateContentRequest")) or body
+    body = in_camel_case(body, CAMEL_PLACES)
     if verb == "countTokens":
         kept = {name: body[name] for name in body if name not in ("model", "safetySettings")}
         return {"model": f"models/{model}", **kept}
@@ -2931,12 +2932,39 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
     return antigravity_rules(body, model) if provider.envelope else body
 
 
-def with_camel_keys(body: Json) -> Json:
-    """Google takes system_instruction and systemInstruction; one body with both says both."""
-    if not any("_" in name for name in body):
-        return body
+def in_camel_case(value: Any, places: Json) -> Any:
+    """Google takes system_instruction and systemInstruction, and its own SDK sends both kinds.
+
+    Only the places of CAMEL_PLACES: what is in a tool's arguments or a schema is not ours to name.
+    """
+    if isinstance(value, list):
+        worded = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
+        same = all(new is old for new, old in zip(worded, value, strict=True))
+        return value if same else worded
+    if not isinstance(value, dict):
+        return value
+    found = with_camel_keys(value)
+    for name, inner in places.items():
+        worded_part = in_camel_case(found.get(name), inner)
+        if worded_part is not found.get(name):
+            found = {**found, name: worded_part}
+    return found
+
+
+CAMEL_PLACES: Json = {
+    "contents": {"parts": {"inlineData": {}, "fileData": {}}},
+    "generationConfig": {"thinkingConfig": {}},
+    "toolConfig": {"functionCallingConfig": {}},
+    "tools": {"functionDeclarations": {}},
+}
+
+
+def with_camel_keys(table: Json) -> Json:
+    """A table that says a thing in both ways says it once, in full."""
+    if not any("_" in name for name in table):
+        return table
     found: Json = {}
-    for name, value in body.items():
+    for name, value in table.items():
         camel = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
         both = isinstance(value, dict) and isinstance(found.get(camel), dict)
         found[camel] = found[camel] | value if both else value
@@ -3003,7 +3031,7 @@ def with_signature(content: Any) -> Any:
     parts = as_list(as_dict(content).get("parts"))
     for index, part in enumerate(parts):
         if isinstance(part, dict) and "functionCall" in part:
-            if part.get("thoughtSignature") or part.get("thought_signature"):
+            if part.get("thoughtSignature"):
                 return content
             signed = {**part, "thoughtSignature": UNKNOWN_SIGNATURE}
             return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
@@ -3017,7 +3045,7 @@ def google_claude_rules(body: Json, provider: Provider) -> Json:
         contents = [with_claudes_thoughts(content) for content in body["contents"]]
         body["contents"] = [content for content in contents if content is not None]
     config = dict(as_dict(body.get("generationConfig")))
-    thinking = as_dict(config.pop("thinkingConfig", None) or config.pop("thinking_config", None))
+    thinking = as_dict(config.pop("thinkingConfig", None))
     most = number(config.get("maxOutputTokens"))
     budget = claude_budget(thinking, provider)
     if budget and not lost_thoughts(as_list(body.get("contents"))):
