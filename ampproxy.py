@@ -1764,7 +1764,7 @@ async def grant_of_device(net: Net, provider: Provider) -> Json:
         return {}
     say(f"Or open {provider.device_page_url} on any device, and type in the code {code}\n")
     asked = {"device_auth_id": told.get("device_auth_id"), "user_code": code}
-    pause = max(1, number(told.get("interval")) or DEVICE_PAUSE)
+    pause = max(0.1, number(told.get("interval")) or DEVICE_PAUSE)
     while True:
         await asyncio.sleep(pause)
         status, told = await ask_device(net, provider, "token", asked)
@@ -2896,10 +2896,15 @@ def readable(item: Json) -> Json:
     return item
 
 
+def is_reasoning(item: Any) -> bool:
+    """Also one that names no type; not a compaction, which holds all that was said before."""
+    return isinstance(item, dict) and "summary" in item and item.get("type") not in WHOLE_ITEMS
+
+
 def without_reasoning(body: Json) -> Json:
     """For a login that cannot decrypt what another one encrypted."""
     items = as_list(body.get("input"))
-    kept = [item for item in items if not (isinstance(item, dict) and "summary" in item)]
+    kept = [item for item in items if not is_reasoning(item)]
     return {**body, "input": kept} if len(kept) < len(items) else body
 
 

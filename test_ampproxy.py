@@ -6877,6 +6877,501 @@ def test_no_scanner_takes_the_secrets_of_installed_apps_for_real_ones():
         assert re.fullmatch(r"GOCSPX-[\w-]{28}", ampproxy.LOGINS[kind].client_secret)
 
 
+# == ChatGPT, the last of it =======================================================================
+#
+# Device codes, Responses Lite, packed bodies, what belongs to one account, lists of models and the
+# words for an effort.
+
+
+class FakeDevices(FakeUpstream):
+    """ChatGPT's login for devices: `polls` are its answers until somebody has typed the code in."""
+
+    def __init__(self, usual):
+        super().__init__(usual)
+        self.code = answer_json(
+            {"device_auth_id": "d-1", "user_code": "ABCD-12345", "interval": "0.1"}
+        )
+        given = {"authorization_code": "a-code", "code_verifier": "v", "code_challenge": "c"}
+        self.polls = [answer_json({}, 403), answer_json({}, 404), answer_json(given)]
+
+    async def handle(self, request):
+        if request.path == "/device/usercode":
+            self.asked = json.loads(await request.read())
+            return await respond(request, self.code)
+        if request.path == "/device/token":
+            self.poll = json.loads(await request.read())
+            return await respond(
+                request, self.polls.pop(0) if len(self.polls) > 1 else self.polls[0]
+            )
+        return await super().handle(request)
+
+
+@asynccontextmanager
+async def device_authority(tmp_path, **row):
+    tokens = {
+        "access_token": "tok",
+        "refresh_token": "rt_1",
+        "id_token": id_token(),
+        "expires_in": 9,
+    }
+    fake = FakeDevices(answer_json(tokens))
+    async with fake.open():
+        row = {"authorize-url": fake.url + "/authorize", "token-url": fake.url + "/token", "callback-port": free_port(),
+               "device-url": fake.url + "/device", **row}  # fmt: skip
+        config = {"auth-dir": str(tmp_path / "auth"), "providers": {"codex": row}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        yield fake
+
+
+@pytest.mark.parametrize(("args", "env"), [(["--no-browser"], {}), ([], {"SSH_CONNECTION": "x"}), ([], {"SSH_TTY": "x"})])  # fmt: skip
+@in_loop
+async def test_a_device_code_stands_beside_the_callback(tmp_path, args, env):
+    async with device_authority(tmp_path) as fake:
+        with Cli(tmp_path, "login", "codex", *args, **env) as cli:
+            status, out, err = await cli.end()
+        assert (status, err) == (0, "")
+        assert "open https://auth.openai.com/codex/device on any device" in out
+        assert "type in the code ABCD-12345" in out
+        assert "/authorize?" in out
+        assert "paste the address" in out
+        assert fake.asked == {"client_id": "app_EMoamEEZ73f0CkXaXp7hrann"}
+        assert fake.poll == {"device_auth_id": "d-1", "user_code": "ABCD-12345"}
+        (redeemed,) = fake.requests
+        assert form_of(redeemed) == {
+            "grant_type": "authorization_code", "client_id": "app_EMoamEEZ73f0CkXaXp7hrann", "code": "a-code",
+            "redirect_uri": "https://auth.openai.com/deviceauth/callback", "code_verifier": "v",
+        }  # fmt: skip
+    token = json.loads((tmp_path / "auth/codex-fred@example.com.json").read_text())
+    assert (token["access_token"], token["refresh_token"]) == ("tok", "rt_1")
+
+
+@pytest.mark.parametrize("case", ["no codes", "another spelling", "refused", "garbage", "pending"])
+@in_loop
+async def test_the_callback_works_whatever_becomes_of_the_code(tmp_path, case):
+    async with device_authority(tmp_path) as fake:
+        words = "type in the code ABCD-12345"
+        if case == "no codes":
+            fake.code, words = (
+                answer_json({"error": "not enabled"}, 404),
+                "There is no code for another device (404: not enabled)",
+            )
+        if case == "garbage":
+            fake.code, words = (200, {}, [b"<html>"]), "There is no code for another device"
+        if case == "another spelling":
+            fake.code = answer_json({"device_auth_id": "d", "usercode": "ABCD-12345"})
+        if case == "refused":
+            fake.polls, words = (
+                [answer_json({"error": "declined"}, 400)],
+                "has ended (400: declined)",
+            )
+        if case == "pending":
+            fake.polls = [answer_json({}, 403)]
+        with Cli(tmp_path, "login", "codex", "--no-browser") as cli:
+            shown = await cli.until("paste the address")
+            asked = query_of(shown)
+            if words not in shown:
+                await cli.until(words)
+            status, _, err = await cli.end(f"code=c0de&state={asked['state']}\n")
+        assert (status, err) == (0, "")
+        assert form_of(fake.last)["code"] == "c0de"
+
+
+@pytest.mark.parametrize("kind", ["claude", "codex"])
+@in_loop
+async def test_a_login_that_nobody_finishes_ends_by_itself(tmp_path, kind):
+    assert ampproxy.LOGINS[kind].login_wait == 600
+    async with device_authority(tmp_path) as fake:
+        fake.polls = [answer_json({}, 403)]
+        row = {
+            "login-wait": 1,
+            "callback-port": free_port(),
+            "device-url": fake.url + "/device" if kind == "codex" else "",
+        }
+        config = {"auth-dir": str(tmp_path / "auth"), "providers": {kind: row}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        with Cli(tmp_path, "login", kind, "--no-browser") as cli:
+            status, out, err = await cli.end()
+        assert status == 1
+        assert "paste the address" in out
+        assert (
+            err
+            == "ampproxy: nobody has finished the login within 0.0166667 minutes: run it again\n"
+        )
+    assert not list(tmp_path.glob("auth/*"))
+
+
+# -- What Codex sends --
+
+LITE = {
+    "x-openai-internal-codex-responses-lite": "true", "thread-id": "t-1", "x-client-request-id": "r-1",
+    "session-id": "s-1", "version": "0.171.0", "x-codex-beta-features": "a",
+}  # fmt: skip
+LITE_INPUT = [
+    {"type": "additional_tools", "role": "developer", "id": "at_1",
+     "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": {}}]}]},
+    {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "be kind"}]},
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+]  # fmt: skip
+
+
+@in_loop
+async def test_responses_lite_passes_whole(tmp_path):
+    async with codex_world(tmp_path) as w:
+        asked = {
+            "model": "gpt-6.2-sol", "input": LITE_INPUT, "stream": True, "parallel_tool_calls": False, "store": False,
+            "reasoning": {"effort": "ultra", "context": "all_turns"}, "text": {"verbosity": "low"},
+            "service_tier": "priority", "include": ["reasoning.encrypted_content"], "client_metadata": {"a": "b"},
+            "prompt_cache_key": "k",
+        }  # fmt: skip
+        sent = {**LITE, "x-codex-routing-hint": "h", "chatgpt-account-id": "theirs"}
+        assert (await w.ask(CODEX, asked, headers=sent)).status == 200
+        got = w.codex.last.headers
+        assert {name: got.get(name) for name in LITE} == LITE
+        assert "x-codex-routing-hint" not in got
+        assert got["Chatgpt-Account-Id"] == "acc-fred@example.com"
+        assert w.codex.body() == {**asked, "instructions": ""}, "no tools, no instructions made up"
+
+
+COMPACTION = {"type": "compaction", "id": "cmp_1", "encrypted_content": "gAAAAblob", "summary": []}
+
+
+@in_loop
+async def test_compaction_goes_and_comes_as_it_is(tmp_path):
+    async with codex_world(tmp_path) as w:
+        done = event(
+            "response.output_item.done", sequence_number=1, output_index=0, item=COMPACTION
+        )
+        w.codex.usual = (200, SSE, [codex_events()[0], done, codex_events()[4]])
+        asked = {**QUESTION, "input": [*QUESTION["input"], {"type": "compaction_trigger"}]}
+        got = data_of((await w.ask(CODEX, asked)).bytes)
+        assert got[1]["item"] == COMPACTION
+        assert got[-1]["response"]["output"] == [COMPACTION]
+        assert w.codex.body()["input"] == asked["input"]
+        await w.ask(CODEX, {**QUESTION, "input": [COMPACTION, *QUESTION["input"]]})
+        assert w.codex.body()["input"] == [COMPACTION, *QUESTION["input"]]
+        refused = answer_json(
+            {"error": {"code": "invalid_encrypted_content", "message": "no"}}, 400
+        )
+        w.codex.usual = refused
+        response = await w.ask(CODEX, {**QUESTION, "input": [COMPACTION, *QUESTION["input"]]})
+        assert response.status == 400
+        assert w.codex.body()["input"][0] == COMPACTION, "what was said before is in it alone"
+
+
+def packed_as(kind, raw):
+    if kind == "deflate":
+        return zlib.compress(raw)
+    if kind == "bare deflate":
+        packer = zlib.compressobj(wbits=-15)
+        return packer.compress(raw) + packer.flush()
+    if kind == "zstd":
+        return zstd_frame(raw)
+    return gzip.compress(raw)
+
+
+def zstd_frame(raw):
+    """RFC 8878: magic, a header with the size in eight bytes, blocks as they are or of one byte."""
+    frame = [b"\x28\xb5\x2f\xfd\xe0", len(raw).to_bytes(8, "little")]
+    pieces = [raw[i : i + 100_000] for i in range(0, len(raw), 100_000)] or [b""]
+    for index, piece in enumerate(pieces):
+        repeats = len(piece) > 1 and piece.count(piece[:1]) == len(piece)
+        head = len(piece) << 3 | repeats << 1 | (index == len(pieces) - 1)
+        frame += [head.to_bytes(3, "little"), piece[:1] if repeats else piece]
+    return b"".join(frame)
+
+
+# For a machine without any of the three modules: a reader of such frames with the same surface.
+ZSTD_STAND_IN = """
+import io
+
+class ZstdError(Exception):
+    pass
+
+def open(file, mode):
+    if file.read(5) != b"\\x28\\xb5\\x2f\\xfd\\xe0":
+        raise ZstdError("magic")
+    size, plain, head = int.from_bytes(file.read(8), "little"), [], 0
+    while not head & 1:
+        raw = file.read(3)
+        if len(raw) < 3:
+            raise EOFError
+        head = int.from_bytes(raw, "little")
+        plain.append(file.read(1) * (head >> 3) if head & 2 else file.read(head >> 3))
+    whole = b"".join(plain)
+    if len(whole) < size:
+        raise EOFError
+    return io.BytesIO(whole)
+"""
+
+
+@pytest.fixture(params=[*ampproxy.ZSTD_MODULES, "stand-in"])
+def zstd(request, tmp_path, monkeypatch):
+    """Each of the modules that are there, alone; and a stand-in that always is."""
+    name, place = request.param, tmp_path / "modules"
+    if name == "stand-in":
+        place.mkdir()
+        (place / "zstd_stand_in.py").write_text(ZSTD_STAND_IN)
+        monkeypatch.syspath_prepend(str(place))
+        name = "zstd_stand_in"
+    pytest.importorskip(name)
+    monkeypatch.setattr(ampproxy, "ZSTD_MODULES", (name,))
+
+
+@pytest.mark.parametrize("kind", ["gzip", "x-gzip", "GZIP", "deflate", "bare deflate"])
+@in_loop
+async def test_packed_bodies_are_read(tmp_path, kind):
+    await ask_packed(tmp_path, kind)
+
+
+@in_loop
+async def test_bodies_packed_with_zstd_are_read(tmp_path, zstd):
+    await ask_packed(tmp_path, "zstd")
+
+
+async def ask_packed(tmp_path, kind):
+    said = {"Content-Encoding": kind.removeprefix("bare ")}
+    async with codex_world(tmp_path) as w:
+        asked = {**QUESTION, "input": [{"role": "user", "content": "x" * 300_000}]}
+        packed = packed_as(kind, json.dumps(asked).encode())
+        assert (await w.ask(CODEX, packed, headers=said)).status == 200
+        assert w.codex.body()["input"] == asked["input"]
+        assert "Content-Encoding" not in w.codex.last.headers
+        for broken in (packed[: len(packed) // 2], b"nonsense", b""):
+            status, body, _ = await w.ask_json(CODEX, broken, headers=said)
+            assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+        large = packed_as(kind, b" " * (65 << 20))
+        assert len(large) < 1 << 20
+        assert (await w.ask(CODEX, large, headers=said)).status == 413, "counted unpacked"
+        # Nobody here has the model: what ampcode.com gets is whole, and says what it is.
+        unserved = packed_as(kind, json.dumps({**asked, "model": "o9"}).encode())
+        response = await w.ask("/api/provider/openai" + CODEX, unserved, headers=said)
+        assert (response.status, w.amp.body()["model"]) == (200, "o9")
+        assert "Content-Encoding" not in w.amp.last.headers
+        assert len(w.codex.requests) == 1
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("zstd", "features.enable_request_compression = false"), ("br", "gzip, deflate, zstd"), ("gzip, gzip", "gzip, deflate, zstd"),
+])  # fmt: skip
+@in_loop
+async def test_packing_that_cannot_be_read_is_a_415_that_says_what_to_do(
+    tmp_path, monkeypatch, kind, words
+):
+    monkeypatch.setattr(ampproxy, "ZSTD_MODULES", ("no_module_of_that_name",))
+    async with codex_world(tmp_path) as w:
+        packed = zstd_frame(json.dumps(QUESTION).encode())
+        for path in (CODEX, "/api/provider/openai" + CODEX):
+            status, body, _ = await w.ask_json(path, packed, headers={"Content-Encoding": kind})
+            assert (status, words in body["error"]["message"]) == (415, True)
+        assert not w.codex.requests + w.amp.requests
+
+
+@in_loop
+async def test_what_is_no_model_call_stays_packed(tmp_path):
+    async with codex_world(tmp_path) as w:
+        packed = gzip.compress(b"{}")
+        await w.ask("/api/telemetry", packed, headers={"Content-Encoding": "gzip"})
+        assert (w.amp.last.bytes, w.amp.last.headers["Content-Encoding"]) == (packed, "gzip")
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize("output", [[], None, GONE])
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete"])
+@in_loop
+async def test_a_lost_output_comes_back_however_it_was_lost(tmp_path, output, kind):
+    async with codex_world(tmp_path) as w:
+        sent = codex_events(kind=kind, output=output if output is not GONE else [])
+        if output is GONE:
+            last = json.loads(event_json(sent[4]))
+            del last["response"]["output"]
+            sent[4] = event(last.pop("type"), **last)
+        for items in (True, False):
+            w.codex.usual = (200, SSE, sent if items else [*sent[:3], sent[4]])
+            wanted = [TEXT_ITEM] if items else []
+            got = data_of((await w.ask(CODEX, QUESTION)).bytes)
+            assert got[-1]["response"]["output"] == wanted
+            whole = (await w.ask_json(CODEX, {**QUESTION, "stream": False}))[1]
+            assert (whole["output"], whole["status"]) == (wanted, kind.partition(".")[2])
+
+
+def event_json(raw):
+    return re.search(rb"^data: (.*)$", raw, re.M)[1]
+
+
+@in_loop
+async def test_a_turns_state_goes_back_to_its_own_account_only(tmp_path):
+    ann, bob = "ann@example.com", "bob@example.com"
+    async with codex_world(tmp_path, (ann, bob)) as w:
+
+        async def play(request):
+            who = request.headers["Authorization"].removeprefix("Bearer tok-")
+            state = {"x-codex-turn-state": f"state-of-{who}"}
+            return web.Response(headers={**SSE, **state}, body=b"".join(codex_events()))
+
+        async def ask(thread, state=None):
+            given = {"session-id": thread, **({"X-Codex-Turn-State": state} if state else {})}
+            response = await w.ask(CODEX, QUESTION, headers=given)
+            assert response.status == 200
+            return response.headers["x-codex-turn-state"], w.codex.last.headers.get(
+                "x-codex-turn-state"
+            )
+
+        w.codex.usual = play
+        first, _ = await ask("one")
+        second, _ = await ask("two")
+        assert {first, second} == {f"state-of-{ann}", f"state-of-{bob}"}
+        assert await ask("one", first) == (first, first)
+        assert await ask("two", first) == (second, None), "another account's"
+        assert await ask("two", second) == (second, second)
+        assert await ask("one", "of-nobody-here") == (first, None)
+        w.codex.script = [answer_json(SPENT, 429)]
+        assert await ask("one", first) == (second, None), "it moved to the other account"
+        sent = [r.headers.get("x-codex-turn-state") for r in w.codex.requests[-2:]]
+        assert sent == [first, None]
+
+
+@in_loop
+async def test_the_states_that_are_remembered_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "THREADS", 3)
+    async with codex_world(tmp_path) as w:
+        for number in range(9):
+            w.codex.usual = (200, {**SSE, "x-codex-turn-state": str(number)}, codex_events())
+            await w.ask(CODEX, QUESTION)
+        assert [*w.server.forwarder.givers] == ["6", "7", "8"]
+
+
+@pytest.mark.parametrize(
+    "suffix", ["/backend-api", "/backend-api/", "/proxy/backend-api", "/proxy/backend-api/codex"]
+)
+@in_loop
+async def test_a_base_url_as_codex_itself_has_it(tmp_path, suffix):
+    async with codex_world(tmp_path, suffix=suffix) as w:
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        before = "/proxy" if "proxy" in suffix else ""
+        assert w.codex.last.raw_path == before + "/backend-api/codex/responses"
+
+
+# -- Lists, one entry, efforts --
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "/api/provider/openai/v1/models"])
+@in_loop
+async def test_codex_gets_a_list_of_its_own_kind_beside_the_other(tmp_path, path):
+    async with codex_world(tmp_path) as w:
+        _, got, _ = await w.ask_json(path + "?client_version=0.171.0", method="GET")
+        assert got["models"] == []
+        assert {"gpt-6.2-sol", "gpt-5.6-luna"} <= {row["id"] for row in got["data"]}
+        assert "models" not in (await w.ask_json(path, method="GET"))[1]
+
+
+@pytest.mark.parametrize(("path", "headers", "dialect"), [
+    ("/v1/models/{}", {}, "openai"), ("/models/{}", {}, "openai"), ("/v1/models/{}", {"anthropic-version": "x"}, "anthropic"),
+    ("/api/provider/openai/v1/models/{}", {}, "openai"), ("/v1beta/models/{}", {}, "gemini"), ("/v1/models/{}", {"x-goog-api-key": "k"}, "gemini"),
+    ("/api/provider/google/v1beta1/publishers/google/models/{}", {}, "gemini"),
+])  # fmt: skip
+@in_loop
+async def test_one_model_or_a_404_in_the_dialect(tmp_path, path, headers, dialect):
+    more = {"ampcode": {"model-mappings": [{"from": "quick", "to": "gpt-5.5"}]}}
+    async with codex_world(tmp_path, **more) as w:
+        for name in ("gpt-6.2-sol", "gpt-9-new", "quick", "gpt-5.5%28high%29"):
+            status, got, _ = await w.ask_json(path.format(name), method="GET", headers=headers)
+            plain = name.replace("%28", "(").replace("%29", ")")
+            assert (
+                status,
+                got["name" if dialect == "gemini" else "id"].removeprefix("models/"),
+            ) == (200, plain)
+        status, got, _ = await w.ask_json(
+            path.format("claude-opus-4-8"), method="GET", headers=headers
+        )
+        assert status == 404
+        told = {
+            "openai": got["error"].get("type"),
+            "anthropic": got["error"].get("type"),
+            "gemini": got["error"].get("status"),
+        }
+        assert told[dialect] == ("NOT_FOUND" if dialect == "gemini" else "not_found_error")
+        assert (got.get("type") == "error") == (dialect == "anthropic")
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_todays_names_are_listed_for_who_has_them(tmp_path):
+    """Of each login and key that is present, and of no other."""
+    todays = {
+        "claude": {"claude-opus-5", "claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "claude-fable-5-2", "claude-mythos-5"},
+        "codex": {"gpt-5.5", "gpt-5.6-sol", "gpt-6-astra", "gpt-6.1-terra", "gpt-6.2-astra", "codex-auto-review"},
+        "gemini": {"gemini-3.1-pro-preview", "gemini-3-flash-preview", "gemini-2.5-pro"},
+    }  # fmt: skip
+
+    async def names(w):
+        return {row["id"] for row in (await w.ask_json("/v1/models", method="GET"))[1]["data"]}
+
+    for place, kind in enumerate(todays):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        async with world(folder, tokens=()) as w:
+            assert await names(w) == set()
+            token_file(w.auth, type=kind)
+            w.server.tick()
+            listed = await names(w)
+            assert listed >= todays[kind]
+            assert not any(listed & others for other, others in todays.items() if other != kind)
+            w.reload(**{f"{kind}-api-key": [{"api-key": "k"}]}, providers={kind: False})
+            w.server.tick()
+            assert await names(w) >= todays[kind] - {"codex-auto-review"}
+
+
+ADAPTIVE, OFF = {"type": "adaptive"}, {"type": "disabled"}
+UNKNOWN = [  # list of keys, the name asked for, fields of the body -> fields that reach the provider
+    ("claude-api-key", "claude-opus-9(high)", {}, {"thinking": ADAPTIVE, "output_config": {"effort": "high"}}),
+    ("claude-api-key", "claude-haiku-5-5(medium)", {}, {"thinking": ADAPTIVE, "output_config": {"effort": "medium"}}),
+    ("claude-api-key", "claude-fable-5-2(max)", {}, {"thinking": ADAPTIVE, "output_config": {"effort": "max"}}),
+    ("claude-api-key", "claude-mythos-5(ultra)", {}, {"output_config": {"effort": "max"}}),
+    ("claude-api-key", "claude-sonnet-5(minimal)", {}, {"output_config": {"effort": "low"}}),
+    ("claude-api-key", "claude-new(8192)", {"temperature": 1}, {"output_config": {"effort": "medium"}, "temperature": None}),
+    ("claude-api-key", "claude-opus-5(none)", {}, {"thinking": OFF, "output_config": None}),
+    ("claude-api-key", "claude-new(none)", {"thinking": ADAPTIVE, "output_config": {"effort": "max"}}, {"thinking": OFF, "output_config": {}}),
+    ("claude-api-key", "claude-opus-5-5(0)", {}, {"thinking": OFF}),
+    ("claude-api-key", "claude-opus-5-5(high)", {"tool_choice": {"type": "any"}}, {"thinking": OFF, "output_config": None}),
+    ("claude-api-key", "claude-opus-4-8(none)", {"thinking": ADAPTIVE}, {"thinking": None}),
+    ("claude-api-key", "claude-haiku-4-5(none)", {}, {"thinking": None}),
+    ("claude-api-key", "claude-sonnet-4-20250514(low)", {}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    ("claude-api-key", "claude-opus-5(none)", {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}}, {"context_management": None}),
+    ("claude-api-key", "claude-opus-5(none)", {"context_management": {"edits": [{"type": "clear_thinking_20251015"}, {"type": "other"}]}},
+     {"context_management": {"edits": [{"type": "other"}]}}),
+    ("claude-api-key", "claude-opus-5(high)", {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}},
+     {"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}}),
+    ("codex-api-key", "gpt-9(high)", {}, {"reasoning": {"effort": "high"}}),
+    ("codex-api-key", "gpt-6.2-sol(ultra)", {}, {"reasoning": {"effort": "ultra"}}),
+    ("codex-api-key", "gpt-6-luna(ultra)", {}, {"reasoning": {"effort": "max"}}),
+    ("codex-api-key", "gpt-5.6-sol(max)", {}, {"reasoning": {"effort": "max"}}),
+    ("codex-api-key", "gpt-5.5(ultra)", {}, {"reasoning": {"effort": "xhigh"}}),
+    ("codex-api-key", "gpt-6.2-sol(none)", {}, {"reasoning": {"effort": "low"}}),
+    ("codex-api-key", "gpt-6.1-terra-xhigh", {}, {"reasoning": {"effort": "xhigh"}}),
+    ("gemini-api-key", "gemini-9-pro(high)", {}, {"includeThoughts": True, "thinkingLevel": "high"}),
+    ("gemini-api-key", "gemini-3.5-flash(ultra)", {}, {"includeThoughts": True, "thinkingLevel": "high"}),
+    ("gemini-api-key", "gemini-9-flash(none)", {}, {"includeThoughts": False, "thinkingLevel": "minimal"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "asked", "given", "wanted"), UNKNOWN)
+@in_loop
+async def test_a_name_that_no_table_knows_is_one_of_the_newest(
+    tmp_path, kind, asked, given, wanted
+):
+    async with key_world(tmp_path, kind) as w:
+        path, body = asked_as(kind, asked.replace("(", "%28").replace(")", "%29"))
+        if kind != "gemini-api-key":
+            body |= {"model": asked, **given}
+        assert (await w.ask(path, body)).status == 200
+        got = w.keyed.body()
+        if kind == "gemini-api-key":
+            got, wanted = got.get("generationConfig", {}), {"thinkingConfig": wanted}
+        assert {name: got.get(name) for name in wanted} == wanted
+
+
 # == Nobody gets what is not his ===================================================================
 
 A, B, STRAY = (
