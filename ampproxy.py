@@ -6,12 +6,13 @@
 #     "pyyaml>=6,<7",
 #     "msgspec>=0.19,<1",
 #     "uvloop>=0.21,<1; sys_platform != 'win32'",
+#     "backports.zstd>=1,<2; python_version < '3.14'",
 # ]
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
 client     an AI coding tool: the Amp CLI, Claude Code, Codex CLI, droid, an SDK
-provider   who answers model calls: claude, codex, or who an API key is of; a row of a table
+provider   who answers model calls: claude, codex, gemini, antigravity, or who an API key is of
 dialect    how bytes are worded: anthropic, chat, responses or gemini
 account    one signed-in subscription, kept as one token file, or one API key of the config
 thread     one conversation of a client; it stays with its account
@@ -26,11 +27,11 @@ Provider table         one row a provider: addresses, paths, models, login, head
 Configuration          the keys of config.yaml, reading and checking it, taking up a change
 Token files            one JSON file a login: read, saved whole, merged with others' edits
 The network            sessions to the outside, outbound proxies, listening
-Signing in             OAuth with PKCE, the callback or what is pasted, the token endpoint
+Signing in             OAuth with PKCE, callbacks, device codes, the project of a Google login
 Accounts               who may answer next, what an error means for that, refreshing tokens
 Server-sent events     runs of whole events out of whatever pieces arrive
 Dialects               paths, errors, ends and token counts of the four ways to word things
-Provider rules         what a login's backend asks of a request
+Provider rules         what a login's backend asks of a request, Google's envelope among it
 Who asks, and what     may this request be served, which model call is it, of which thread
 Who answers            suffixes and efforts, mappings, the ways to try, lists of models
 Answers on their way   an answer as an iterator of the client's bytes; silence, ends, errors
@@ -1660,10 +1661,24 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
     finally:
         await net.close()
     token = {"type": provider.name, **who, **token_fields(answer, time.time())}
-    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-    path = live.auth_dir / name
+    path = file_of(live.auth_dir, provider, token["email"])
     save_token(path, merge_token(path, {"refresh_token": "", "id_token": ""}, token))
     return token["email"], path
+
+
+def file_of(folder: Path, provider: Provider, email: str) -> Path:
+    """Where a login is kept: in CLIProxyAPI's file of a Google account, if there is one.
+
+    Of others an address may have several accounts, a team's among them.
+    """
+    own = folder / f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+    if provider.wraps and not own.exists():
+        for path in sorted(folder.glob(f"{provider.name}-*.json")):
+            with suppress(OSError, ValueError):
+                token = read_token(path)
+                if (token["type"], token.get("email")) == (provider.name, email):
+                    return path
+    return own
 
 
 async def await_grant(net: Net, provider: Provider, browser: bool) -> Json:

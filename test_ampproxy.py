@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.11.10,<4", "pyyaml>=6,<7", "msgspec>=0.19,<1", "uvloop>=0.21,<1; sys_platform != 'win32'",
-#                 "pytest>=8", "anthropic>=0.70", "openai>=2", "google-genai>=3", "hypothesis>=6"]
+#                 "backports.zstd>=1,<2; python_version < '3.14'", "pytest>=8", "anthropic>=0.70", "openai>=2", "google-genai>=3", "hypothesis>=6"]
 # ///
 """Tests of ampproxy: `uv run test_ampproxy.py`, or `python test_ampproxy.py` where the packages are.
 
@@ -5909,6 +5909,33 @@ async def test_a_second_login_without_a_refresh_token_keeps_the_first_ones(tmp_p
         assert (await google_login(tmp_path, "gemini"))[0] == 0
     token = json.loads((tmp_path / "auth/gemini-fred@example.com.json").read_text())
     assert (token["access_token"], token["refresh_token"]) == ("ya29.second", "1//0new")
+
+
+@in_loop
+async def test_a_login_again_goes_into_the_file_that_is_there(tmp_path):
+    """CLIProxyAPI's, whose name and shape differ; not into another address's."""
+    async with google_authority(tmp_path, "gemini"):
+        other = cpa_file(tmp_path / "auth", "ann@example.com").read_bytes()
+        path = cpa_file(tmp_path / "auth")
+        (tmp_path / "auth/gemini-broken.json").write_text("{")
+        assert (await google_login(tmp_path, "gemini"))[0] == 0
+        token = json.loads(path.read_text())
+        assert (token["token"]["access_token"], token["token"]["refresh_token"]) == (
+            "ya29.new",
+            "1//0new",
+        )
+        assert (token["project_id"], token["auto"], "access_token" in token) == (
+            "proj-1",
+            True,
+            False,
+        )
+    names = sorted(path.name for path in tmp_path.glob("auth/*"))
+    assert names == [
+        "gemini-ann@example.com-all.json",
+        "gemini-broken.json",
+        "gemini-fred@example.com-all.json",
+    ]
+    assert (tmp_path / "auth/gemini-ann@example.com-all.json").read_bytes() == other
 
 
 # -- Calls --
