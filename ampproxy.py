@@ -60,6 +60,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -586,6 +587,12 @@ CLIENT_HEADERS = (  # of every SDK; a key's own service may want any of them
     "x-claude-code-*",
 )
 
+GEMINI_METADATA = {
+    "ideType": "IDE_UNSPECIFIED",
+    "platform": "PLATFORM_UNSPECIFIED",
+    "pluginType": "GEMINI",
+}
+
 LOGINS = {
     "claude": Provider(
         name="claude",
@@ -685,17 +692,9 @@ LOGINS = {
         callback_port=8085,
         callback_path="/oauth2callback",
         load_path="/v1internal:loadCodeAssist",
-        metadata={
-            "ideType": "IDE_UNSPECIFIED",
-            "platform": "PLATFORM_UNSPECIFIED",
-            "pluginType": "GEMINI",
-        },
+        metadata=GEMINI_METADATA,
         onboard_path="/v1internal:onboardUser",
-        onboard_metadata={
-            "ideType": "IDE_UNSPECIFIED",
-            "platform": "PLATFORM_UNSPECIFIED",
-            "pluginType": "GEMINI",
-        },
+        onboard_metadata=GEMINI_METADATA,
         tier="legacy-tier",
     ),
     "antigravity": Provider(
@@ -2648,6 +2647,8 @@ def gemini_speaks(event: Json) -> bool:
 
 SAID_BESIDE = {"text", "thought", "thoughtSignature", "partMetadata"}
 MALFORMED = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
+EMPTY_ANSWER = "EMPTY_ANSWER"  # no word of Google's
+GENERATES = ("generateContent", "streamGenerateContent")  # the verbs that have an answer proper
 
 
 def gemini_flaw(event: Json) -> str:
@@ -2659,7 +2660,7 @@ def gemini_flaw(event: Json) -> str:
     if flaws:
         return str(flaws[0])
     quiet = all(reason in (None, "STOP", "FINISH_REASON_UNSPECIFIED") for reason in reasons)
-    return "EMPTY_ANSWER" if quiet else ""
+    return EMPTY_ANSWER if quiet else ""
 
 
 def holder(event: Json) -> Json:
@@ -3087,11 +3088,8 @@ def claude_budget(thinking: Json, provider: Provider) -> float:
     """The tokens for thoughts that a thinkingConfig asks for; 0 for none."""
     budget = number(thinking.get("thinkingBudget"))
     level = str(thinking.get("thinkingLevel") or "").lower()
-    if (
-        not thinking
-        or thinking.get("includeThoughts") is False
-        or thinking.get("thinkingBudget") == 0
-    ):
+    off = thinking.get("includeThoughts") is False or thinking.get("thinkingBudget") == 0
+    if off or not thinking:
         return 0
     if budget <= 0:  # -1: as much as it likes
         budget = BUDGETS.get(level, BUDGETS["medium"])
@@ -3136,34 +3134,53 @@ def with_plain_schema(function: Any) -> Any:
     if not isinstance(schema, dict):
         return function
     kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
-    return {**kept, "parameters": plain_schema(schema, schema)}
+    return {**kept, "parameters": PlainSchema(schema).word(schema)}
 
 
-def plain_schema(schema: Json, root: Json, depth: int = 12) -> Json:
-    """In the words of Google's list alone; a reference is what it refers to."""
-    if isinstance(schema.get("$ref"), str):
-        found: Any = root
-        for name in schema["$ref"].removeprefix("#/").split("/"):
-            found = as_dict(found).get(name)
-        schema = {**as_dict(found), **schema}
-    if depth == 0:
-        return {"type": "object"}
-    deeper = functools.partial(plain_schema, root=root, depth=depth - 1)
-    plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA}
-    if "const" in schema:
-        plain["enum"] = [schema["const"]]
-    if isinstance(plain.get("enum"), list):
-        plain |= {"enum": [str(value) for value in plain["enum"]], "type": "string"}
-    if isinstance(plain.get("type"), list):
-        kinds_told = [kind for kind in plain["type"] if kind != "null"]
-        plain |= {"type": (kinds_told or ["string"])[0], "nullable": "null" in plain["type"]}
-    for name, inner in as_dict(plain.get("properties")).items():
-        plain["properties"] = plain["properties"] | {name: deeper(as_dict(inner))}
-    if "items" in plain:
-        plain["items"] = deeper(as_dict(plain["items"]))
-    if "anyOf" in plain:
-        plain["anyOf"] = [deeper(inner) for inner in as_dicts(plain["anyOf"])]
-    return plain
+class PlainSchema:
+    """A schema in the words of Google's list alone; a reference is what it refers to."""
+
+    def __init__(self, root: Json) -> None:
+        self.root = root
+        self.left = 10_000  # tables that it may grow to: references multiply
+
+    def word(self, schema: Json, depth: int = 50, seen: tuple[str, ...] = ()) -> Json:
+        ref = schema.get("$ref")
+        self.left -= 1
+        if ref in seen or not depth or self.left < 0:  # a cycle is cut where it closes
+            return {"type": "object"}
+        if isinstance(ref, str):
+            schema, seen = {**self.found(ref), **schema}, (*seen, ref)
+        plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA}
+        plain |= plain_values(plain, schema)
+        if isinstance(plain.get("properties"), dict):
+            properties = plain["properties"].items()
+            plain["properties"] = {
+                name: self.word(as_dict(inner), depth - 1, seen) for name, inner in properties
+            }
+        if "items" in plain:
+            plain["items"] = self.word(as_dict(plain["items"]), depth - 1, seen)
+        if "anyOf" in plain:
+            plain["anyOf"] = [self.word(one, depth - 1, seen) for one in as_dicts(plain["anyOf"])]
+        return plain
+
+    def found(self, ref: str) -> Json:
+        place: Any = self.root
+        for name in ref.removeprefix("#/").split("/"):
+            place = as_dict(place).get(name)
+        return as_dict(place)
+
+
+def plain_values(plain: Json, schema: Json) -> Json:
+    """Google's enums are texts, and a type is one: null is said beside it (providers.md 5.1)."""
+    changes: Json = {}
+    enum = [schema["const"]] if "const" in schema else plain.get("enum")
+    if isinstance(enum, list):
+        changes |= {"enum": [str(value) for value in enum], "type": "string"}
+    elif isinstance(plain.get("type"), list):
+        others = [kind for kind in plain["type"] if kind != "null"]
+        changes |= {"type": others[0] if others else "string", "nullable": "null" in plain["type"]}
+    return changes
 
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
@@ -3365,11 +3382,8 @@ def too_large() -> ProxyError:
     return fault(413, "The request body is larger than 64 MiB")
 
 
-ZSTD_MODULES = (
-    "compression.zstd",
-    "backports.zstd",
-    "zstandard",
-)  # Python 3.14's, and two packages
+# Python 3.14's, and two packages.
+ZSTD_MODULES = ("compression.zstd", "backports.zstd", "zstandard")
 NO_ZSTD = (
     "The request body is packed with zstd, which this Python cannot read: install backports.zstd"
     " or, for Codex, set features.enable_request_compression = false in its config.toml"
@@ -3529,9 +3543,9 @@ def without_clearing(body: Json) -> Json:
     edits = as_dicts(management.get("edits"))
     kept = [edit for edit in edits if not str(edit.get("type")).startswith("clear_thinking")]
     if len(kept) < len(edits):
-        body = {**body, "context_management": {**management, "edits": kept}}
-        if not kept:
-            del body["context_management"]
+        body = {name: value for name, value in body.items() if name != "context_management"}
+        if kept or management.keys() > {"edits"}:
+            body["context_management"] = {**management, "edits": kept}
     return body
 
 
@@ -3953,14 +3967,20 @@ async def folded_contents(call: Call, events: AsyncIterator[bytes]) -> bytes:
     """The chunks of a Gemini stream as one answer: the last one's fields, everybody's parts."""
     whole: Json = {}
     candidates: dict[int, Json] = {}
+    parts: dict[int, list[Any]] = {}
     items = Items()
     async for run in events:
         items.grow(call, len(run))
         for chunk in map(read_event, split_events(run)):
+            whole |= chunk
             for candidate in as_dicts(chunk.get("candidates")):
                 index = int(number(candidate.get("index")))
-                candidates[index] = with_more(candidates.get(index, {}), candidate)
-            whole |= chunk
+                candidates[index] = candidates.get(index, {}) | candidate
+                more = as_list(as_dict(candidate.get("content")).get("parts"))
+                parts.setdefault(index, []).extend(more)
+    for index, candidate in candidates.items():
+        if parts[index]:
+            candidate["content"] = {"role": "model", "parts": with_joined_texts(parts[index])}
     if candidates:
         whole["candidates"] = [candidates[index] for index in sorted(candidates)]
     return write_json(whole)
@@ -3974,26 +3994,23 @@ def read_event(event: bytes) -> Json:
         return {}
 
 
-def with_more(candidate: Json, more: Json) -> Json:
-    """A candidate with a later piece of it; neighbouring texts of one kind become one."""
-    parts = [*as_list(as_dict(candidate.get("content")).get("parts"))]
-    for part in as_list(as_dict(more.get("content")).get("parts")):
-        last = parts[-1] if parts else {}
-        if is_plain_text(part) and is_plain_text(last) and part.keys() == last.keys():
-            parts[-1] = {**last, "text": last["text"] + part["text"]}
-        else:
-            parts.append(part)
-    joined_up = {**candidate, **more}
-    if parts:
-        joined_up["content"] = {"role": "model", **as_dict(more.get("content")), "parts": parts}
+def with_joined_texts(parts: list[Any]) -> list[Any]:
+    """Neighbouring texts of one kind as one."""
+    joined_up = []
+    for _, run in itertools.groupby(parts, kind_of_text):
+        first, *others = run
+        if others:
+            first = {**first, "text": "".join(part["text"] for part in (first, *others))}
+        joined_up.append(first)
     return joined_up
 
 
-def is_plain_text(part: Any) -> bool:
-    """Nothing but words: a signature belongs to the part that it came with."""
-    if not isinstance(part, dict) or not part.keys() <= {"text", "thought"}:
-        return False
-    return isinstance(part.get("text"), str)
+def kind_of_text(part: Any) -> Any:
+    """The same for parts that are words and nothing else; a signature stays with its own part."""
+    plain = isinstance(part, dict) and part.keys() <= {"text", "thought"}
+    if plain and isinstance(part.get("text"), str):
+        return "thought" if part.get("thought") else "text"
+    return object()  # like no other
 
 
 def refuse_silence(call: Call, event: Json, spoke: bool) -> None:
@@ -4001,11 +4018,12 @@ def refuse_silence(call: Call, event: Json, spoke: bool) -> None:
 
     Clients would take either for an answer.
     """
-    if not call.verb.endswith("enerateContent"):
+    flaw = call.dialect.flaw(event) if call.verb in GENERATES else ""
+    if flaw == EMPTY_ANSWER and spoke:
         return
-    flaw = call.dialect.flaw(event)
-    if flaw and not (spoke and flaw == "EMPTY_ANSWER"):
-        words = f"{call.provider} gave no answer: {flaw}"
+    if flaw:
+        how = "it ended without a word" if flaw == EMPTY_ANSWER else flaw
+        words = f"{call.provider} gave no answer: {how}"
         raise ProxyError(Problem(502, words, codes=frozenset({flaw.lower()})))
 
 

@@ -5868,22 +5868,23 @@ REFUSALS = {  # what changes at the fake, the callback, and what the person is t
     "the project": ({"setup": {"loadCodeAssist": [DENIED]}}, "", "it answered 403: 403: PERMISSION_DENIED: denied"),
     "the tier": ({"setup": {"loadCodeAssist": [answer_json({"ineligibleTiers": [{"reasonMessage": ENDED}]})]}}, "", ENDED),
     "the onboarding": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [DENIED]}}, "", "it answered 403"),
-    "no project made": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [answer_json({"done": True})]}}, "", "set providers.gemini.project"),
-    "never done": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [answer_json({})]}}, "", "set providers.gemini.project"),
+    "no project made": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [answer_json({"done": True})]}}, "", "set providers.{}.project"),
+    "never done": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [answer_json({})]}}, "", "set providers.{}.project"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", GOOGLE)
 @pytest.mark.parametrize("name", REFUSALS)
 @in_loop
-async def test_a_google_login_that_is_refused_keeps_nothing(tmp_path, name):
+async def test_a_google_login_that_is_refused_keeps_nothing(tmp_path, name, kind):
     changes, callback, words = REFUSALS[name]
-    async with google_authority(tmp_path, "gemini") as fake:
+    async with google_authority(tmp_path, kind) as fake:
         vars(fake).update(changes)
         status, out, err, _ = await google_login(
-            tmp_path, "gemini", callback or "code=c0de&state={state}"
+            tmp_path, kind, callback or "code=c0de&state={state}"
         )
         assert status == 1
-        assert words in err
+        assert words.format(kind) in err
         assert len(err.splitlines()) == 1
         assert "GOCSPX" not in out + err
     assert not list(tmp_path.glob("auth/*"))
@@ -6279,6 +6280,51 @@ def test_googles_rules_survive_any_body_and_change_nothing_in_place(body):
     assert body == before
 
 
+def test_references_that_multiply_are_bounded():
+    """Each definition names the next one five times, and the last one the first."""
+    defs = {
+        f"d{i}": {
+            "type": "object",
+            "properties": {name: {"$ref": f"#/$defs/d{(i + 1) % 15}"} for name in "abcde"},
+        }
+        for i in range(15)
+    }
+    declared = {"name": "f", "parametersJsonSchema": {"$ref": "#/$defs/d0", "$defs": defs}}
+    body = {"contents": [], "tools": [{"functionDeclarations": [declared]}]}
+    began = time.monotonic()
+    sent = ampproxy.code_assist_rules(
+        body, "gemini-3-flash", ampproxy.LOGINS["antigravity"], "generateContent"
+    )
+    assert time.monotonic() - began < 2
+    assert len(json.dumps(sent)) < 2_000_000
+    deep = schema = {"type": "object"}
+    for _ in range(200):
+        deep["properties"] = {"x": {"type": "object"}}
+        deep = deep["properties"]["x"]
+    word = ampproxy.PlainSchema(schema).word(schema)
+    assert word["properties"]["x"]["properties"]["x"]["type"] == "object"
+    loop = {
+        "type": "object",
+        "properties": {
+            "next": {"$ref": "#"},
+            "list": {"type": "array", "items": {"$ref": "#/properties/next"}},
+        },
+    }
+    word = ampproxy.PlainSchema(loop).word(loop)
+    assert word["properties"]["list"]["type"] == "array"
+
+
+@in_loop
+async def test_a_merged_stream_of_many_pieces_takes_no_long_time(tmp_path):
+    pieces = [data({"response": ended(None, {"text": "x" * 50})})] * 20_000
+    async with google_world(tmp_path, "antigravity") as w:
+        w.daily.usual = (200, SSE, [b"".join(pieces), *wrapped(*content_chunks())])
+        began = time.monotonic()
+        _, got, _ = await w.ask_json(models_path("gemini-3-pro-preview"), CONTENTS)
+        assert got["candidates"][0]["content"]["parts"] == [{"text": "x" * 1_000_000 + "hé"}]
+        assert time.monotonic() - began < 8
+
+
 # -- Projects and tokens of running logins --
 
 
@@ -6421,11 +6467,16 @@ async def test_a_void_google_refresh_token_needs_a_login(tmp_path, kind):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.parametrize("kind", GOOGLE)
 @in_loop
-async def test_a_google_login_killed_while_it_refreshes_keeps_a_good_file(tmp_path):
-    """25 kills of a nested file's refresh: old or new, it is whole, and has its refresh token."""
+async def test_a_google_login_killed_while_it_refreshes_keeps_a_good_file(tmp_path, kind):
+    """25 kills, Gemini's with a nested file: old or new, it is whole, and has its refresh token."""
     async with google_world(tmp_path) as w:
-        path, issued = cpa_file(w.auth), ["ya29.old"]
+        if kind == "gemini":
+            path = cpa_file(w.auth)
+        else:
+            path = google_file(w.auth, kind, access_token="ya29.old", refresh_token="1//0old")
+        before, issued = json.loads(path.read_text()), ["ya29.old"]
 
         async def issue(request):
             assert form_of(request)["refresh_token"] == "1//0old"
@@ -6454,10 +6505,11 @@ async def test_a_google_login_killed_while_it_refreshes_keeps_a_good_file(tmp_pa
             for kill in range(25):
                 await one(whole * kill / 20)
                 token = json.loads(path.read_text())
-                assert (token["project_id"], token["auto"]) == ("proj-1,proj-2", True)
-                assert token["token"]["refresh_token"] == "1//0old"
-                assert token["token"]["access_token"] in issued
-                assert "access_token" not in token
+                assert token["project_id"] == before["project_id"]
+                tokens = token.get("token", token)
+                assert tokens["refresh_token"] == "1//0old"
+                assert tokens["access_token"] in issued
+                assert ("access_token" in token) == (kind == "antigravity")
         finally:
             nursery.stdin.close()
             nursery.wait(10)
