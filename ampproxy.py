@@ -1672,7 +1672,7 @@ def file_of(folder: Path, provider: Provider, email: str) -> Path:
     """
     own = folder / f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
     if provider.wraps and not own.exists():
-        for path in sorted(folder.glob(f"{provider.name}-*.json")):
+        for path in sorted(folder.glob("*.json")):  # older ones do not begin with the provider
             with suppress(OSError, ValueError):
                 token = read_token(path)
                 if (token["type"], token.get("email")) == (provider.name, email):
