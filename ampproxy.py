@@ -6,12 +6,13 @@
 #     "pyyaml>=6,<7",
 #     "msgspec>=0.19,<1",
 #     "uvloop>=0.21,<1; sys_platform != 'win32'",
+#     "backports.zstd>=1,<2; python_version < '3.14'",
 # ]
 # ///
 """The model calls of AI coding clients, answered by the subscriptions you already pay for.
 
 client     an AI coding tool: the Amp CLI, Claude Code, Codex CLI, droid, an SDK
-provider   who answers model calls: claude, codex, or who an API key is of; a row of a table
+provider   who answers model calls: claude, codex, gemini, antigravity, or who an API key is of
 dialect    how bytes are worded: anthropic, chat, responses or gemini
 account    one signed-in subscription, kept as one token file, or one API key of the config
 thread     one conversation of a client; it stays with its account
@@ -26,7 +27,7 @@ Provider table         one row a provider: addresses, paths, models, login, head
 Configuration          the keys of config.yaml, reading and checking it, taking up a change
 Token files            one JSON file a login: read, saved whole, merged with others' edits
 The network            sessions to the outside, outbound proxies, listening
-Signing in             OAuth with PKCE, the callback or what is pasted, the token endpoint
+Signing in             OAuth with PKCE, callbacks, device codes, the project of a Google login
 Accounts               who may answer next, what an error means for that, refreshing tokens
 The neutral form       what a request and an answer are in any dialect; histories put right
 Server-sent events     runs of whole events out of whatever pieces arrive
@@ -35,7 +36,7 @@ Chat Completions       ... read and written: a request, the events of an answer,
 Responses              ...
 Gemini                 ...
 Dialects               the four of them: errors, ends, token counts, and the functions above
-Provider rules         what a login's backend asks of a request
+Provider rules         what a login's backend asks of a request, Google's envelope among it
 Who asks, and what     may this request be served, which model call is it, of which thread
 Who answers            suffixes and efforts, mappings, the ways to try, lists of models
 Answers on their way   an answer as an iterator of the client's bytes; silence, ends, errors
@@ -63,6 +64,8 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import os
@@ -75,6 +78,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 import webbrowser
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -342,10 +346,11 @@ def give_back_memory() -> None:
 
 SECRET = re.compile(
     r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
-    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_)[\w.~+/=-]{8,}"
+    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_|1//0|GOCSPX)[\w.~+/=-]{8,}"
     r"|(?<=Bearer )\S+"
 )
-HINTS = ("@", "sk-", "sgamp_", "ya29", "AIza", "eyJ", "rt_", "Bearer ")  # one is in every secret
+WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
+HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
 
 
 def equal(one: str, other: str) -> bool:
@@ -428,24 +433,31 @@ class Provider:
 
     # -- What it answers, and where --
     base_url: str = ""  # with or without the version part of the paths
+    more_hosts: tuple[str, ...] = ()  # asked in turn where that one fails; not with one's own
     paths: dict[str, str] = field(default_factory=dict)  # verb of a call -> path; none: no calls
     models: tuple[
         Any, ...
     ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
     excluded_models: tuple[str, ...] = ()
+    only_streams: tuple[str, ...] = ()  # patterns of models that give no answer in one piece
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
-    max_tokens: int = 32000  # for an Anthropic client that says none
+    max_tokens: int = 32000  # for an Anthropic client that says none; of Antigravity's Claude
 
     # -- What it is sent --
     headers: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
+    own_headers: tuple[str, ...] = ()  # of an answer: back to the account that gave them, alone
     drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
     hosted: tuple[str, ...] = ("web_search", "code_interpreter")  # OpenAI's own tools that it has
     identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
+    wraps: bool = False  # in Code Assist's envelope, which names a project (providers.md 3)
+    envelope: dict[str, str] = field(default_factory=dict)  # what else it says
 
     # -- How one signs in --
+    warning: str = ""  # said before the address
+    login_wait: int = 600  # seconds, then a login that nobody has finished ends
     authorize_url: str = ""
     authorize_query: dict[str, str] = field(default_factory=dict)
     token_url: str = ""
@@ -456,8 +468,22 @@ class Provider:
     profile_url: str = ""  # asked for an e-mail address that the token's answer lacks
     callback_port: int = 0
     callback_path: str = "/callback"
+    device_url: str = ""  # gives out codes to type in elsewhere (providers.md 2.1)
+    device_page_url: str = ""  # where they are typed in
+    device_callback_url: str = ""  # named when what they gave is redeemed
     refresh_lead: int = 300  # seconds before its expiry that a token is refreshed
     also: tuple[str, ...] = ()  # other words for `login`
+
+    # -- Where a Google login's project comes from (providers.md 3, 4) --
+    project: str = ""  # one's own, for paid licences; else the one that Code Assist names
+    load_path: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    onboard_path: str = ""
+    onboard_metadata: dict[str, str] = field(default_factory=dict)
+    tier_key: str = "tierId"
+    tier: str = ""  # where Code Assist names none as its default
+    onboard_tries: int = 15
+    onboard_pause: int = 2  # seconds between them
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
@@ -466,24 +492,75 @@ class Provider:
         return {pair["alias"] or pair["name"]: pair["name"] for pair in pairs}
 
 
+# The words of an effort, and the tokens that they stand for where a model takes a budget.
+BUDGETS = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": 24576,
+    "xhigh": 32768,
+    "max": 128000,
+    "ultra": 256000,
+}
+
 # What a suffix such as (high) may become: a model's levels, or its least and largest budget in
 # tokens.  Of several patterns that fit the longest counts; nothing: the model does not think.
-THINKING = {
-    "claude-*": "1024-59904",
+# Names that no row knows are taken for one of the newest.  A Claude model with the level `none`
+# thinks by itself, and has to be told not to (clients.md).
+OLDER_EFFORTS = "none minimal low medium high xhigh"
+CLAUDE_THINKING = {
+    "claude-*": "none low medium high xhigh max",
+    "claude-3-*": "",
+    "claude-3-7-*": "1024-4096",
+    "claude-haiku-4*": "1024-59904",
     "claude-opus-4-[012]*": "1024-27904",
+    "claude-opus-4-5*": "1024-59904",
     "claude-opus-4-6*": "low medium high max",
     "claude-opus-4-[78]*": "low medium high xhigh max",
-    "claude-fable-*": "low medium high xhigh max",
+    "claude-sonnet-4-[025]*": "1024-59904",
     "claude-sonnet-4-6*": "low medium high",
-    "claude-3-5-*": "",
+}
+GPT_THINKING = {
+    "gpt-*": "low medium high xhigh max ultra",
+    "gpt-*-luna*": "low medium high xhigh max",
+    "gpt-[34]*": "",
+    "gpt-5": OLDER_EFFORTS,
+    "gpt-5-*": OLDER_EFFORTS,
+    "gpt-5.[0-5]*": OLDER_EFFORTS,
+    "gpt-oss-*": "low medium high",
+    "codex-auto-review": "low medium high xhigh max",
+}
+GEMINI_THINKING = {
     "gemini-*": "minimal low medium high",
     "gemini-3-pro*": "low high",
     "gemini-3.1-pro*": "low medium high",
     "gemini-2*": "0-24576",
     "gemini-2.5-pro*": "128-32768",
     "gemma-*": "",
-    "*": "none minimal low medium high xhigh",
 }
+THINKING = {**CLAUDE_THINKING, **GPT_THINKING, **GEMINI_THINKING, "*": OLDER_EFFORTS}
+
+# The names that clients are shown; a pattern behind them serves what comes next year.
+CLAUDE_MODELS = (
+    *("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"),
+    *("claude-opus-5", "claude-sonnet-5"),
+    *("claude-fable-5-2", "claude-fable-5-1", "claude-fable-5"),
+    *("claude-mythos-5-2", "claude-mythos-5-1", "claude-mythos-5"),
+    *("claude-opus-4-8", "claude-opus-4-7", "claude-opus-4-6", "claude-opus-4-5-20251101"),
+    *("claude-sonnet-4-6", "claude-sonnet-4-5-20250929", "claude-haiku-4-5-20251001"),
+)
+GPT_MODELS = (
+    *("gpt-6.2-sol", "gpt-6.2-astra", "gpt-6.1-sol", "gpt-6.1-terra"),
+    *("gpt-6-sol", "gpt-6-astra", "gpt-6-luna"),
+    *("gpt-5.6-sol", "gpt-5.6-terra", "gpt-5.6-luna", "gpt-5.5", "gpt-5.4", "gpt-5.4-mini"),
+)
+GEMINI_MODELS = (
+    *("gemini-3.5-flash", "gemini-3.1-pro-preview", "gemini-3.1-flash-lite"),
+    *("gemini-3-pro-preview", "gemini-3-flash-preview"),
+    *("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"),
+)
+ANTIGRAVITYS_OWN = ("gemini-claude-*", "gemini-3*-pro-high", "gemini-3*-pro-low")
 MESSAGES = {
     "messages": "/v1/messages",
     "count_tokens": "/v1/messages/count_tokens",
@@ -493,7 +570,17 @@ GEMINI_METHODS = {
     "streamGenerateContent": "/v1beta/models/{model}:streamGenerateContent",
     "countTokens": "/v1beta/models/{model}:countTokens",
 }
+CODE_ASSIST_METHODS = {
+    "generateContent": "/v1internal:generateContent",
+    "streamGenerateContent": "/v1internal:streamGenerateContent",
+    "countTokens": "/v1internal:countTokens",
+}
 CHAT = {"completions": "/v1/chat/completions"}
+GOOGLE_SCOPES = (
+    "https://www.googleapis.com/auth/cloud-platform"
+    " https://www.googleapis.com/auth/userinfo.email"
+    " https://www.googleapis.com/auth/userinfo.profile"
+)
 CLIENT_HEADERS = (  # of every SDK; a key's own service may want any of them
     "anthropic-version",
     "anthropic-beta",
@@ -506,22 +593,20 @@ CLIENT_HEADERS = (  # of every SDK; a key's own service may want any of them
     "x-claude-code-*",
 )
 
+GEMINI_METADATA = {
+    "ideType": "IDE_UNSPECIFIED",
+    "platform": "PLATFORM_UNSPECIFIED",
+    "pluginType": "GEMINI",
+}
+
 LOGINS = {
     "claude": Provider(
         name="claude",
         also=("anthropic",),
         base_url="https://api.anthropic.com",
         paths=MESSAGES,
-        models=(
-            "claude-opus-4-8",
-            "claude-opus-4-7",
-            "claude-opus-4-6",
-            "claude-opus-4-5-20251101",
-            "claude-sonnet-4-6",
-            "claude-sonnet-4-5-20250929",
-            "claude-haiku-4-5-20251001",
-            "claude-*",
-        ),
+        models=(*CLAUDE_MODELS, "claude-*"),
+        excluded_models=("claude-*-thinking",),  # names of Antigravity's
         thinking=THINKING,
         headers={
             "anthropic-version": "2023-06-01",
@@ -548,7 +633,9 @@ LOGINS = {
             "responses": "/backend-api/codex/responses",
             "compact": "/backend-api/codex/responses/compact",
         },
-        models=("gpt-5.5", "gpt-5.4", "gpt-5.4-mini", "gpt-5.3-codex-spark", "gpt-*", "codex-*"),
+        models=(*GPT_MODELS, "gpt-5.3-codex-spark", "codex-auto-review", "gpt-*", "codex-*"),
+        excluded_models=("gpt-oss-*",),
+        only_streams=("*",),
         thinking=THINKING,
         headers={"originator": "codex_cli_rs", "User-Agent": "codex_cli_rs/0.101.0"},
         passes=(
@@ -558,8 +645,12 @@ LOGINS = {
             "openai-beta",
             "session-id",
             "session_id",
-            "x-codex-*",
+            "thread-id",
+            "x-client-request-id",
+            "x-openai-internal-codex-responses-lite",  # models refuse calls without it (clients.md)
+            "x-codex-[!r]*",  # not x-codex-routing-hint: it is of the login that the client has
         ),
+        own_headers=("x-codex-turn-state",),
         drops=(  # each of them is a 400 there (providers.md 2.3)
             *("max_*", "top_*", "temperature", "*_penalty", "n", "seed", "stop", "log*"),
             *("prompt_cache_[ro]*", "truncation", "context_*", "stream_o*", "user", "metadata"),
@@ -576,9 +667,99 @@ LOGINS = {
         scope="openid email profile offline_access",
         callback_port=1455,
         callback_path="/auth/callback",
+        device_url="https://auth.openai.com/api/accounts/deviceauth",
+        device_page_url="https://auth.openai.com/codex/device",
+        device_callback_url="https://auth.openai.com/deviceauth/callback",
     ),
-    "gemini": Provider(name="gemini"),  # served by nothing yet: no paths
-    "antigravity": Provider(name="antigravity"),
+    "gemini": Provider(
+        name="gemini",
+        also=("google", "gemini-cli"),
+        base_url="https://cloudcode-pa.googleapis.com",
+        paths=CODE_ASSIST_METHODS,
+        models=(*GEMINI_MODELS, "gemini-*"),
+        excluded_models=ANTIGRAVITYS_OWN,
+        thinking=THINKING,
+        headers={"User-Agent": "GeminiCLI/0.34.0"},
+        wraps=True,
+        warning=(
+            "Google ended Code Assist logins of consumer accounts in June 2026. Accounts with a\n"
+            "paid licence can still use it; they may have to name their Google Cloud project as\n"
+            "providers.gemini.project in config.yaml.\n"
+        ),
+        authorize_url="https://accounts.google.com/o/oauth2/v2/auth",
+        authorize_query={"access_type": "offline", "prompt": "consent"},
+        token_url="https://oauth2.googleapis.com/token",
+        token_form=True,
+        client_id="681255809395-oo8ft2oprdrnp9e3aqf6av3hmdib135j.apps.googleusercontent.com",
+        # Of an installed app, as Google publishes it: no secret.  Scanners know the whole form.
+        client_secret="GOCSPX" + "-4uHgMPm-1o7Sk-geV6Cu5clXFsxl",
+        scope=GOOGLE_SCOPES,
+        profile_url="https://www.googleapis.com/oauth2/v1/userinfo?alt=json",
+        callback_port=8085,
+        callback_path="/oauth2callback",
+        load_path="/v1internal:loadCodeAssist",
+        metadata=GEMINI_METADATA,
+        onboard_path="/v1internal:onboardUser",
+        onboard_metadata=GEMINI_METADATA,
+        tier="legacy-tier",
+    ),
+    "antigravity": Provider(
+        name="antigravity",
+        base_url="https://daily-cloudcode-pa.googleapis.com",
+        more_hosts=("https://cloudcode-pa.googleapis.com",),
+        paths=CODE_ASSIST_METHODS,
+        models=(  # what clients call them -> what the backend does (providers.md 4)
+            {"alias": "gemini-3.1-pro-preview", "name": "gemini-3.1-pro-high"},
+            {"alias": "gemini-3-pro-preview", "name": "gemini-3-pro-high"},
+            {"alias": "gemini-3-flash-preview", "name": "gemini-3-flash"},
+            {"alias": "gemini-3-pro-image-preview", "name": "gemini-3-pro-image"},
+            {"alias": "gemini-2.5-computer-use-preview-10-2025", "name": "rev19-uic3-1p"},
+            {"alias": "gemini-claude-sonnet-4-5", "name": "claude-sonnet-4-5"},
+            {"alias": "gemini-claude-sonnet-4-5-thinking", "name": "claude-sonnet-4-5-thinking"},
+            {"alias": "gemini-claude-opus-4-5-thinking", "name": "claude-opus-4-5-thinking"},
+            {"alias": "gemini-claude-opus-4-6-thinking", "name": "claude-opus-4-6-thinking"},
+            *("gemini-3.1-pro-high", "gemini-3.1-pro-low", "gemini-3.1-flash-image"),
+            *("gemini-3-pro-high", "gemini-3-pro-low", "gemini-3-flash"),
+            *("claude-opus-4-6-thinking", "claude-sonnet-4-6", "gpt-oss-120b-medium"),
+            # No claude-*: a mapping of a Claude model would never come to its turn.
+            *("gemini-*", "claude-*-thinking", "gpt-oss-*"),
+        ),
+        only_streams=("claude-*", "gemini-3-pro*", "*-image*"),
+        thinking={**GEMINI_THINKING, "claude-*": "1024-64000", "*": ""},
+        max_tokens=64000,
+        headers={"User-Agent": "antigravity/2.1.0 darwin/arm64"},
+        wraps=True,
+        envelope={"userAgent": "antigravity", "requestType": "agent"},
+        warning=(
+            "Google has disabled accounts that used an Antigravity login in other programs than\n"
+            "Antigravity, with a 403 that speaks of its terms of service. It may happen to yours,\n"
+            "and the account is the one that your mail is in.\n"
+        ),
+        authorize_url="https://accounts.google.com/o/oauth2/v2/auth",
+        authorize_query={"access_type": "offline", "prompt": "consent"},
+        token_url="https://oauth2.googleapis.com/token",
+        token_form=True,
+        client_id="1071006060591-tmhssin2h21lcre235vtolojh4g403ep.apps.googleusercontent.com",
+        client_secret="GOCSPX" + "-K58FWR486LdLJ1mLB8sXC4z6qDAf",  # as above
+        scope=(
+            f"{GOOGLE_SCOPES} https://www.googleapis.com/auth/cclog"
+            " https://www.googleapis.com/auth/experimentsandconfigs"
+        ),
+        profile_url="https://www.googleapis.com/oauth2/v2/userinfo?alt=json",
+        callback_port=51121,
+        callback_path="/oauth-callback",
+        load_path="/v1internal:loadCodeAssist",
+        metadata={"ideType": "ANTIGRAVITY"},
+        onboard_path="/v1internal:onboardUser",
+        onboard_metadata={
+            "ide_type": "ANTIGRAVITY",
+            "ide_version": "2.1.0",
+            "ide_name": "antigravity",
+        },
+        tier_key="tier_id",
+        tier="free-tier",
+        onboard_tries=5,
+    ),
 }
 
 API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's row
@@ -586,7 +767,7 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="claude-api-key",
         base_url="https://api.anthropic.com",
         paths=MESSAGES,
-        models=("claude-*",),
+        models=(*CLAUDE_MODELS, "claude-*"),
         thinking=THINKING,
         headers={"anthropic-version": "2023-06-01"},
         passes=CLIENT_HEADERS,
@@ -597,7 +778,7 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="codex-api-key",
         base_url="https://api.openai.com",
         paths={"responses": "/v1/responses", "compact": "/v1/responses/compact", **CHAT},
-        models=("gpt-*", "chatgpt-*", "codex-*", "o[1-9]*"),
+        models=(*GPT_MODELS, "gpt-*", "chatgpt-*", "codex-*", "o[1-9]*"),
         thinking=THINKING,
         passes=CLIENT_HEADERS,
     ),
@@ -605,7 +786,8 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
         name="gemini-api-key",
         base_url="https://generativelanguage.googleapis.com",
         paths=GEMINI_METHODS,
-        models=("gemini-*", "gemma-*"),
+        models=(*GEMINI_MODELS, "gemini-*", "gemma-*"),
+        excluded_models=ANTIGRAVITYS_OWN,
         thinking=THINKING,
         passes=CLIENT_HEADERS,
         key_header="x-goog-api-key",
@@ -733,6 +915,8 @@ def rule_of(name: str, default: Any) -> Rule:
         return whole_key(default, 0, 65535)
     if name.endswith("_url"):
         return address_key(default)
+    if name == "more_hosts":
+        return ListOf(address_key(), default)
     match default:
         case bool():
             return switch_key(default)
@@ -960,6 +1144,8 @@ def overlaid(row: Provider, given: Json) -> Provider:
         if isinstance(getattr(row, one.name), tuple):
             value = tuple(value)
         changes[one.name] = value
+    if changes["base_url"] != row.base_url and changes["more_hosts"] == row.more_hosts:
+        changes["more_hosts"] = ()  # they stand for the row's own address only
     changes["name"] = given.get("name") or row.name
     return Provider(**changes)
 
@@ -1018,10 +1204,32 @@ class Live:
 #
 # One JSON file an account, `<type>-<email>.json`, in CLIProxyAPI's format.  Keys of others, and
 # what others changed meanwhile, survive each save.
+#
+# In Gemini's files the tokens stand in a table of their own, `token` (peers.md 1.12).  Here all
+# tokens are flat: reading lifts them out, and saving puts them back.
+
+NESTED = {"access_token": "access_token", "refresh_token": "refresh_token", "expired": "expiry"}
+
+
+def flat(token: Json) -> Json:
+    """A token file's table, with what stands in its inner one."""
+    inner = as_dict(token.get("token"))
+    return token | {name: inner[key] for name, key in NESTED.items() if key in inner}
+
+
+def nested(token: Json) -> Json:
+    """The same as it is kept in the file: in an inner table where the file has one."""
+    inner = token.get("token")
+    if not isinstance(inner, dict):
+        return token
+    outer = {name: value for name, value in token.items() if name not in NESTED}
+    changes = {key: token[name] for name, key in NESTED.items() if name in token}
+    return outer | {"token": inner | changes}
 
 
 def save_token(path: Path, token: Json) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
+    token = nested(token)
     path = path.resolve()  # the target of a link, not the link
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(OSError):  # somebody else's directory, that we may write to
@@ -1041,7 +1249,7 @@ def read_token(path: Path) -> Json:
     token = parse_object(read_file(path))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
-    return token
+    return flat(token)
 
 
 def sweep_drafts(folder: Path) -> None:
@@ -1150,6 +1358,18 @@ def short_url(url: str) -> URL:
 
 def as_url(url: str) -> URL:
     return short_url(url) if len(url) < 300 else URL(url, encoded=True)
+
+
+@functools.lru_cache(1024)
+def joined(base: str, path: str) -> str:
+    """An address with a path; a version part that both have stands there once."""
+    base = base.rstrip("/")
+    found = re.search(r"/(?:v\d\w{0,9}(?:/openai)?|backend-api(?:/codex)?)$", base)
+    if found and found[0].startswith("/backend-api"):
+        path = path.removeprefix(found[0])
+    elif found:
+        path = re.sub(r"^/v\d\w*", "", path)
+    return base + path
 
 
 def has_bytes(transport: Any) -> bool:
@@ -1396,8 +1616,10 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
 # == Signing in ====================================================================================
 #
 # OAuth with PKCE (RFC 7636).  The callback comes to this machine, or its address is pasted into the
-# terminal, whichever is first.
+# terminal, or a code is typed in on another device, whichever is first.  A login of Google's needs
+# a project, too, which Code Assist names or makes.
 
+DEVICE_PAUSE = 5  # seconds between questions whether a code was typed in, where nobody names them
 FATAL = (  # words of a token endpoint after which only a new login helps
     "invalid_grant",
     "refresh_token_reused",
@@ -1432,6 +1654,60 @@ def read_lines(loop: asyncio.AbstractEventLoop, use: Callable[[str], object]) ->
 
 async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, Path]:
     """Who signed in, and the file that keeps the login."""
+    if provider.warning:
+        say(provider.warning)
+    net = Net(live)
+    try:
+        form = await await_grant(net, provider, browser)
+        answer = await ask_token(net, provider, form)
+        who = await identity_of(net, provider, answer)
+        if provider.wraps:
+            who |= await first_project(net, provider, answer["access_token"])
+    finally:
+        await net.close()
+    token = {"type": provider.name, **who, **token_fields(answer, time.time())}
+    path = file_of(live.auth_dir, provider, token["email"])
+    save_token(path, merge_token(path, {"refresh_token": "", "id_token": ""}, token))
+    return token["email"], path
+
+
+def file_of(folder: Path, provider: Provider, email: str) -> Path:
+    """Where a login is kept: in CLIProxyAPI's file of a Google account, if there is one.
+
+    Of others an address may have several accounts, a team's among them.
+    """
+    own = folder / f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+    if provider.wraps and not own.exists():
+        for path in sorted(folder.glob("*.json")):  # older ones do not begin with the provider
+            with suppress(OSError, ValueError):
+                token = read_token(path)
+                if (token["type"], token.get("email")) == (provider.name, email):
+                    return path
+    return own
+
+
+async def await_grant(net: Net, provider: Provider, browser: bool) -> Json:
+    """What a login that somebody has finished, in whichever way, is redeemed with."""
+    waiting = {asyncio.create_task(grant_of_callback(provider, browser))}
+    if provider.device_url and not browser:
+        waiting.add(asyncio.create_task(grant_of_device(net, provider)))
+    try:
+        async with asyncio.timeout(provider.login_wait):
+            while True:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if form := task.result():
+                        return form
+    except TimeoutError:
+        minutes = f"{provider.login_wait / MINUTE:g} minutes"
+        raise Failure(f"nobody has finished the login within {minutes}: run it again") from None
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def grant_of_callback(provider: Provider, browser: bool) -> Json:
     verifier, challenge = pkce()
     state = secrets.token_urlsafe(24)
     query = {
@@ -1454,18 +1730,7 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
     }
     if not provider.token_form:
         form["state"] = state
-    net = Net(live)
-    try:
-        answer = await ask_token(net, provider, form)
-        who = await identity_of(net, provider, answer)
-    finally:
-        await net.close()
-    token = {"type": provider.name, "refresh_token": "", "id_token": "", **who}
-    token |= token_fields(answer, time.time())
-    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-    path = live.auth_dir / name
-    save_token(path, merge_token(path, {}, token))
-    return token["email"], path
+    return form
 
 
 async def await_callback(
@@ -1510,6 +1775,41 @@ async def await_callback(
         return await callback, redirect
 
 
+async def grant_of_device(net: Net, provider: Provider) -> Json:
+    """Of a code that is typed in on another device; {} where there is none to be had."""
+    status, told = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
+    code = told.get("user_code") or told.get("usercode")  # both occur (providers.md 2.1)
+    if status != 200 or not isinstance(code, str):
+        say(f"There is no code for another device ({status}: {error_text(told)}).")
+        return {}
+    say(f"Or open {provider.device_page_url} on any device, and type in the code {code}\n")
+    asked = {"device_auth_id": told.get("device_auth_id"), "user_code": code}
+    pause = max(0.1, number(told.get("interval")) or DEVICE_PAUSE)
+    while True:
+        await asyncio.sleep(pause)
+        status, told = await ask_device(net, provider, "token", asked)
+        if status == 200 and isinstance(told.get("authorization_code"), str):
+            return {
+                "grant_type": "authorization_code",
+                "code": told["authorization_code"],
+                "redirect_uri": provider.device_callback_url,
+                "code_verifier": str(told.get("code_verifier")),
+            }
+        # 403 and 404: nobody has typed it in yet.
+        if status not in (403, 404, 408, 429) and status < 500:
+            say(f"The code for another device has ended ({status}: {error_text(told)}).")
+            return {}
+
+
+async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
+    url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
+    try:
+        return await net.ask_json("POST", url, headers, write_json(body))
+    except (ProxyError, *NET_ERRORS) as error:
+        words = explain(error) if isinstance(error, ProxyError) else net_words(error)
+        return 502, {"error": words}
+
+
 async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     own = {"client_id": provider.client_id, "client_secret": provider.client_secret}
@@ -1527,12 +1827,21 @@ async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     raise fault(401 if final else 503, message)
 
 
-def token_fields(answer: Json, now: float) -> Json:
-    """What a token endpoint's answer changes in a token file."""
+def token_fields(answer: Json, now: float, known: Json | None = None) -> Json:
+    """What a token endpoint's answer changes in a token file, which says `known`."""
     names = ("access_token", "refresh_token", "id_token")
     given = {name: answer[name] for name in names if answer.get(name)}
     lasts = max(5 * MINUTE, number(answer.get("expires_in")) or HOUR)
+    if known and "timestamp" in known:  # CLIProxyAPI's files of Antigravity say it once more
+        given |= {"expires_in": int(lasts), "timestamp": int(now * 1000)}
     return given | {"last_refresh": rfc3339(now), "expired": rfc3339(now + lasts)}
+
+
+def client_of(token: Json) -> Json:
+    """The app that a token was given to, where its file names one; no other may refresh it."""
+    inner = as_dict(token.get("token"))
+    found = {name: inner.get(name) for name in ("client_id", "client_secret")}
+    return found if all(value and isinstance(value, str) for value in found.values()) else {}
 
 
 async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
@@ -1548,6 +1857,98 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
     if isinstance(email, str):
         who["email"] = email
     return who
+
+
+# -- The project of a Google login (providers.md 3, 4) --
+
+
+async def first_project(net: Net, provider: Provider, token: str) -> Json:
+    """For the token file; {} where it may be had later.  Failure where Google gives none."""
+    try:
+        return {"project_id": await find_project(net, provider, token)}
+    except ProxyError as error:
+        if error.problem.status < 500:
+            raise Failure(f"the login is of no use: {explain(error)}") from None
+        say(f"{explain(error)}. It is looked for again with the first request.")
+        return {}
+
+
+async def find_project(net: Net, provider: Provider, token: str, clock: Any = CLOCK) -> str:
+    """The login's project; where it has none, its onboarding makes one.  ProxyError if not."""
+    hosts = [provider.base_url, *provider.more_hosts]
+    named = {"cloudaicompanionProject": provider.project} if provider.project else {}
+    body = {"metadata": provider.metadata, **named}
+    # Antigravity's projects are known at its last host, production, and made at the first.
+    loaded = await ask_code_assist(net, provider, hosts[::-1], provider.load_path, token, body)
+    if found := project_of(loaded):
+        return found
+    tier, why_not = tier_of(loaded, provider), refused_tiers(loaded)
+    if tier:
+        given = {} if tier == "free-tier" else named
+        body = {provider.tier_key: tier, "metadata": provider.onboard_metadata, **given}
+        for _ in range(provider.onboard_tries):
+            made = await ask_code_assist(net, provider, hosts, provider.onboard_path, token, body)
+            if made.get("done"):
+                found = project_of(as_dict(made.get("response"))) or provider.project
+                break
+            await clock.sleep(provider.onboard_pause)
+    if not found:
+        hint = why_not or f"set providers.{provider.name}.project, if you have one"
+        raise fault(403, f"{provider.name} gave the login no project: {hint}")
+    return found
+
+
+async def ask_code_assist(
+    net: Net, provider: Provider, hosts: list[str], path: str, token: str, body: Json
+) -> Json:
+    """The answer of the first host that has one; ProxyError with the words of the last."""
+    own = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    problem = Problem(502, "it has no host")
+    for host in hosts:
+        url, headers = joined(host, path), {**provider.headers, **own}
+        try:
+            status, answer = await net.ask_json("POST", url, headers, write_json(body))
+        except (ProxyError, *NET_ERRORS) as error:
+            words = explain(error) if isinstance(error, ProxyError) else net_words(error)
+            status, answer = 502, {"error": words}
+        if status == 200 and "error" not in answer:
+            return answer
+        words = f"{provider.name} names no project, it answered {status}: {error_text(answer)}"
+        problem = Problem(status if 400 <= status <= 599 else 502, words, text=error_text(answer))
+        if not is_hosts_fault(status):
+            break
+    raise ProxyError(problem)
+
+
+def is_hosts_fault(status: int) -> bool:
+    """Whether another host may do better (providers.md 4)."""
+    return status in (404, 429) or status >= 500
+
+
+def project_of(answer: Json) -> str:
+    """A text, or a table with an id, under one of three names."""
+    for name in ("cloudaicompanionProject", "projectId", "project"):
+        value = answer.get(name)
+        found = as_dict(value).get("id") or value
+        if found and isinstance(found, str):
+            return found
+    return ""
+
+
+def tier_of(loaded: Json, provider: Provider) -> str:
+    """What to ask the onboarding for; "" where Google says why there is nothing to ask for."""
+    allowed = as_dicts(loaded.get("allowedTiers"))
+    default = next((tier for tier in allowed if tier.get("isDefault")), {})
+    current = as_dict(loaded.get("currentTier"))
+    if not allowed and not current and refused_tiers(loaded):
+        return ""
+    return str(default.get("id") or current.get("id") or provider.tier)
+
+
+def refused_tiers(loaded: Json) -> str:
+    rows = as_dicts(loaded.get("ineligibleTiers"))
+    reasons = [str(row.get("reasonMessage") or row.get("reasonCode")) for row in rows]
+    return "; ".join(dict.fromkeys(reasons))[:300]
 
 
 # == Accounts ======================================================================================
@@ -1589,17 +1990,21 @@ def rest_rules() -> tuple[RestRule, ...]:
     no_credit = ("*credit balance*", "*usage_not_included*")
     no_model = ("*model*not supported*",)  # ChatGPT's, for a model that the plan lacks
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
+    no_answer = some({"malformed_function_call", "unexpected_tool_call", "empty_answer"})
+    no_room = some({"model_capacity_exhausted"})
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
         RestRule(refused, some(), extra_usage, "", 0, "stop"),
         RestRule((401,), some(), (), "account", NEVER, "next"),
         RestRule((400,), some(), bad_key, "account", NEVER, "next"),
+        RestRule(any_status, no_answer, (), "", 0, "again"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
         RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
         RestRule((403,), some(), (), "account", DAY, "next"),
         RestRule((404,), some(), (), "model", 30 * MINUTE, "next"),
         RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
+        RestRule(any_status, no_room, ("*no capacity*",), "model", 5, "again"),
         RestRule((429,), quota, (), "model", MINUTE, "wait"),
         RestRule(any_status, some(), ("* at capacity*",), "model", MINUTE, "wait"),
         RestRule((429,), some(), (), "account", MINUTE, "wait"),
@@ -1718,6 +2123,7 @@ class Login(Account):
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
         self.replaced = "-"  # the access token in the file that the present one came for
         self.refreshing: asyncio.Task[None] | None = None
+        self.finding: asyncio.Task[Problem | None] | None = None  # its project
         self.take(token)
 
     def take(self, token: Json) -> None:
@@ -1725,6 +2131,8 @@ class Login(Account):
         told = claims(token)
         self.plan = str(told.get("plan") or token.get("plan") or "")
         self.account_id = str(token.get("account_id") or told.get("account_id") or "")
+        # CLIProxyAPI's files may list several projects; the first one is asked.
+        self.project = str(token.get("project_id") or "").partition(",")[0].strip()
         self.expires = expiry(token)
         self.disabled = token.get("disabled") is True
         self.priority = number(token.get("priority"))
@@ -1955,6 +2363,7 @@ class Pool:
             form = {
                 "grant_type": "refresh_token",
                 "refresh_token": account.token.get("refresh_token"),
+                **client_of(account.token),
             }
             if not form["refresh_token"]:
                 raise fault(401, "refused, and there is no refresh token")
@@ -1965,7 +2374,8 @@ class Pool:
                 return  # a new login came meanwhile
             on_disk = merge_token(account.path, account.token, {})
             account.replaced = str(on_disk.get("access_token"))
-            self.save(account, account.token | token_fields(answer, self.clock.time()))
+            fields = token_fields(answer, self.clock.time(), account.token)
+            self.save(account, account.token | fields)
             log.info("%s: token refreshed", account.name)
         except ProxyError as error:
             self.refresh_failed(account, error.problem)
@@ -1974,6 +2384,32 @@ class Pool:
             self.refresh_failed(account, Problem(503, net_words(error), codes=codes))
         finally:
             account.refreshing = None
+
+    async def project(self, account: Account, provider: Provider, token: str) -> str:
+        """What a Google login's calls are billed to; looked for once if its file names none."""
+        assert isinstance(account, Login)
+        if not provider.project and not account.project:
+            if account.finding is None:
+                finding = self.find_project(account, provider, token)
+                account.finding = asyncio.create_task(finding)
+            finished = account.finding
+            await asyncio.wait([finished])  # a client that leaves does not cancel it
+            if problem := finished.result():
+                raise ProxyError(dataclasses.replace(problem, headers=Headers()))
+        return provider.project or account.project
+
+    async def find_project(self, account: Login, provider: Provider, token: str) -> Problem | None:
+        """Found and saved, or why not."""
+        assert self.net
+        try:
+            found = await find_project(self.net, provider, token, self.clock)
+        except ProxyError as error:
+            return error.problem
+        finally:
+            account.finding = None
+        self.save(account, {"project_id": found})
+        log.info("%s: its project is known now", account.name)
+        return None
 
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
@@ -2951,6 +3387,7 @@ class Reader:
     """Reads the events of one dialect into a Reply."""
 
     may_just_end = False  # usage without a reason is an end, too, if nothing follows
+    must_speak = False  # an answer that says nothing is a failure
 
     def __init__(self, reply: Reply) -> None:
         self.reply = reply
@@ -4979,7 +5416,7 @@ def write_gemini_tools(body: Json, ask: Ask, target: Target) -> None:
 
 
 class GeminiReader(Reader):
-    may_just_end = True
+    may_just_end = must_speak = True
 
     def read(self, event: Json) -> None:
         reply = self.reply
@@ -5155,6 +5592,9 @@ class Dialect:
     writer: type[Reply]
     write_answer: Callable[[Reply], Json]  # in one piece
     cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
+    speaks: Callable[[Json], bool] = lambda event: True  # it has some of the answer proper
+    thinks: Callable[[Json], bool] = lambda event: False  # it has a thought
+    flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
 
 
 # What SDKs look for in an error: Anthropic's type, OpenAI's type and code, Google's status.
@@ -5242,6 +5682,42 @@ def gemini_ending(event: Json) -> str:
     candidates = as_dicts(event.get("candidates"))
     ended = any(candidate.get("finishReason") for candidate in candidates)
     return "whole" if ended or blocked else ""
+
+
+def said_parts(event: Json) -> list[Json]:
+    candidates = as_dicts(event.get("candidates"))
+    contents = [as_dict(candidate.get("content")) for candidate in candidates]
+    return [part for content in contents for part in as_dicts(content.get("parts"))]
+
+
+def gemini_thinks(event: Json) -> bool:
+    return any(part.get("thought") and part.get("text") for part in said_parts(event))
+
+
+def gemini_speaks(event: Json) -> bool:
+    """Whether it has more than thoughts and empty texts."""
+    for part in said_parts(event):
+        if not part.get("thought") and (part.get("text") or part.keys() - SAID_BESIDE):
+            return True
+    return False
+
+
+SAID_BESIDE = {"text", "thought", "thoughtSignature", "partMetadata"}
+MALFORMED = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
+EMPTY_ANSWER = "EMPTY_ANSWER"  # no word of Google's
+GENERATES = ("generateContent", "streamGenerateContent")  # the verbs that have an answer proper
+
+
+def gemini_flaw(event: Json) -> str:
+    """What makes an end no end; STOP alone is one only behind something that was said."""
+    if as_dict(event.get("promptFeedback")).get("blockReason"):
+        return ""
+    reasons = [one.get("finishReason") for one in as_dicts(event.get("candidates"))]
+    flaws = [reason for reason in reasons if reason in MALFORMED]
+    if flaws:
+        return str(flaws[0])
+    quiet = all(reason in (None, "STOP", "FINISH_REASON_UNSPECIFIED") for reason in reasons)
+    return EMPTY_ANSWER if quiet else ""
 
 
 def holder(event: Json) -> Json:
@@ -5344,9 +5820,9 @@ GEMINI = Dialect(
     error=gemini_error,
     error_event=plain_error_event,
     comment=b"",  # Google's SDKs raise, or drop the event behind it (clients.md)
-    marks=(b'"finishReason"', b'"blockReason"', b'"usageMetadata"', b'"error"'),
+    marks=(b'"candidates"', b'"blockReason"', b'"usageMetadata"', b'"error"'),  # all of them
     model_key="modelVersion",
-    model_marks=(b'"modelVersion"',),
+    model_marks=(),
     short_ends=False,
     ending=gemini_ending,
     usage=gemini_usage,
@@ -5358,6 +5834,9 @@ GEMINI = Dialect(
     writer=GeminiWriter,
     write_answer=write_gemini_answer,
     cuts_errors=True,
+    speaks=gemini_speaks,
+    thinks=gemini_thinks,
+    flaw=gemini_flaw,
 )
 
 
@@ -5467,7 +5946,7 @@ def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
     words = "\n\n".join(text for text in told if text and isinstance(text, str))
     kept |= {
         "input": items,
-        "instructions": words or "You are a helpful assistant.",
+        "instructions": words,  # must be there; nothing is made up (clients.md, Responses Lite)
         "store": False,
         "stream": True,
         "include": ["reasoning.encrypted_content"],
@@ -5502,8 +5981,13 @@ def is_readable(item: Json) -> bool:
     return item.get("type") != "item_reference"
 
 
+WHOLE_ITEMS = ("additional_tools", "compaction")  # as the backend and its client word them
+
+
 def readable(item: Json) -> Json:
     """Without its id, which nobody keeps there, and with a call_id of at most 64 characters."""
+    if item.get("type") in WHOLE_ITEMS:
+        return item
     if "id" in item:
         item = {name: value for name, value in item.items() if name != "id"}
     call_id = str(item.get("call_id") or "")
@@ -5513,11 +5997,275 @@ def readable(item: Json) -> Json:
     return item
 
 
+def is_reasoning(item: Any) -> bool:
+    """Also one that names no type; not a compaction, which holds all that was said before."""
+    return isinstance(item, dict) and "summary" in item and item.get("type") not in WHOLE_ITEMS
+
+
 def without_reasoning(body: Json) -> Json:
     """For a login that cannot decrypt what another one encrypted."""
     items = as_list(body.get("input"))
-    kept = [item for item in items if not (isinstance(item, dict) and "summary" in item)]
+    kept = [item for item in items if not is_reasoning(item)]
     return {**body, "input": kept} if len(kept) < len(items) else body
+
+
+# -- Code Assist's two kinds of login: Gemini's words, and what Antigravity wants of them --
+
+UNKNOWN_SIGNATURE = (
+    "skip_thought_signature_validator"  # Google's own word for it (providers.md 5.3)
+)
+GOOGLE_SCHEMA = frozenset(  # what a schema of Antigravity's may say (providers.md 5.1)
+    (
+        *("type", "title", "description", "nullable", "enum", "properties", "required"),
+        *("items", "anyOf", "minimum", "maximum", "minItems", "maxItems"),
+    )
+)
+
+
+def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> Json:
+    """A Gemini call as it stands in the envelope."""
+    body = as_dict(body.get("generateContentRequest")) or body
+    body = in_camel_case(body, CAMEL_PLACES)
+    if verb == "countTokens":
+        kept = {name: body[name] for name in body if name not in ("model", "safetySettings")}
+        return {"model": f"models/{model}", **kept}
+    if "model" in body:
+        body = {name: value for name, value in body.items() if name != "model"}
+    if model.startswith("claude-"):
+        body = google_claude_rules(body, provider)
+    elif re.match("gemini-(?![12])", model) and isinstance(body.get("contents"), list):
+        body = {**body, "contents": with_signatures(body["contents"])}
+    return antigravity_rules(body, model) if provider.envelope else body
+
+
+def in_camel_case(value: Any, places: Json) -> Any:
+    """Google takes system_instruction and systemInstruction, and its own SDK sends both kinds.
+
+    Only the places of CAMEL_PLACES: what is in a tool's arguments or a schema is not ours to name.
+    """
+    if isinstance(value, list):
+        worded = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
+        same = all(new is old for new, old in zip(worded, value, strict=True))
+        return value if same else worded
+    if not isinstance(value, dict):
+        return value
+    found = with_camel_keys(value)
+    for name, inner in places.items():
+        worded_part = in_camel_case(found.get(name), inner)
+        if worded_part is not found.get(name):
+            found = {**found, name: worded_part}
+    return found
+
+
+CAMEL_PLACES: Json = {
+    "contents": {"parts": {"inlineData": {}, "fileData": {}}},
+    "generationConfig": {"thinkingConfig": {}},
+    "toolConfig": {"functionCallingConfig": {}},
+    "tools": {"functionDeclarations": {}},
+}
+
+
+def with_camel_keys(table: Json) -> Json:
+    """A table that says a thing in both ways says it once, in full."""
+    if not any("_" in name for name in table):
+        return table
+    found: Json = {}
+    for name, value in table.items():
+        camel = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
+        both = isinstance(value, dict) and isinstance(found.get(camel), dict)
+        found[camel] = found[camel] | value if both else value
+    return found
+
+
+def antigravity_rules(body: Json, model: str) -> Json:
+    """Without what Antigravity refuses; a session's number keeps its cache (providers.md 4)."""
+    body = {name: value for name, value in body.items() if name != "safetySettings"}
+    config = body.get("generationConfig")
+    if isinstance(config, dict) and not model.startswith("claude-"):
+        kept = {name: config[name] for name in config if name != "maxOutputTokens"}
+        body["generationConfig"] = kept
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [with_plain_schemas(tool) for tool in body["tools"]]
+    digest = hashlib.sha256(first_words(body).encode(errors="replace")).digest()
+    body["sessionId"] = f"-{int.from_bytes(digest[:8], 'big') >> 1}"
+    return body
+
+
+def envelope_of(body: Json, model: str, provider: Provider, verb: str) -> Json:
+    """What stands around a request, but for the account's project."""
+    if verb == "countTokens":
+        return {}
+    around = {"model": model, **provider.envelope}
+    if "requestType" in around and "-image" in model:
+        around["requestType"] = "image_gen"
+    elif "requestType" in around and any("googleSearch" in t for t in as_dicts(body.get("tools"))):
+        around["requestType"] = "web_search"
+    return around
+
+
+def parts_of(content: Any) -> list[Json]:
+    return as_dicts(as_dict(content).get("parts"))
+
+
+def first_words(body: Json) -> str:
+    """Of the user; the same in each call of a conversation."""
+    for content in as_dicts(body.get("contents")):
+        for part in parts_of(content):
+            if content.get("role") != "model" and isinstance(part.get("text"), str):
+                return str(part["text"])
+    return ""
+
+
+def turn_start(contents: list[Any]) -> int:
+    """Where the user spoke last; results of calls are no words of his."""
+    for index in range(len(contents) - 1, -1, -1):
+        parts = parts_of(contents[index])
+        results = [part for part in parts if "functionResponse" in part]
+        speaks = not results or any(part.get("text") for part in parts)
+        if as_dict(contents[index]).get("role") != "model" and speaks:
+            return index
+    return 0
+
+
+def with_signatures(contents: list[Any]) -> list[Any]:
+    """Gemini 3 wants one on the first call of each step of the current turn (providers.md 5.3)."""
+    start = turn_start(contents)
+    return contents[:start] + [with_signature(content) for content in contents[start:]]
+
+
+def with_signature(content: Any) -> Any:
+    parts = as_list(as_dict(content).get("parts"))
+    for index, part in enumerate(parts):
+        if isinstance(part, dict) and "functionCall" in part:
+            if part.get("thoughtSignature"):
+                return content
+            signed = {**part, "thoughtSignature": UNKNOWN_SIGNATURE}
+            return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
+    return content
+
+
+def google_claude_rules(body: Json, provider: Provider) -> Json:
+    """For Antigravity's Claude models (providers.md 4, 5.3)."""
+    body = dict(body)
+    if isinstance(body.get("contents"), list):
+        contents = [with_claudes_thoughts(content) for content in body["contents"]]
+        body["contents"] = [content for content in contents if content is not None]
+    config = dict(as_dict(body.get("generationConfig")))
+    thinking = as_dict(config.pop("thinkingConfig", None))
+    most = number(config.get("maxOutputTokens"))
+    budget = claude_budget(thinking, provider)
+    if budget and not lost_thoughts(as_list(body.get("contents"))):
+        # The limit must be above the budget.
+        most = min(provider.max_tokens, max(most or provider.max_tokens, budget + 1024))
+        how = {"includeThoughts": True, "thinkingBudget": int(min(budget, most - 1))}
+        config["thinkingConfig"] = how
+    if most:
+        config["maxOutputTokens"] = int(min(most, provider.max_tokens))
+    if config or "generationConfig" in body:
+        body["generationConfig"] = config
+    calling = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
+    if body.get("tools") and calling.get("mode") != "NONE":
+        body["toolConfig"] = {"functionCallingConfig": {**calling, "mode": "VALIDATED"}}
+    return body
+
+
+def claude_budget(thinking: Json, provider: Provider) -> float:
+    """The tokens for thoughts that a thinkingConfig asks for; 0 for none."""
+    budget = number(thinking.get("thinkingBudget"))
+    level = str(thinking.get("thinkingLevel") or "").lower()
+    off = thinking.get("includeThoughts") is False or thinking.get("thinkingBudget") == 0
+    if off or not thinking:
+        return 0
+    if budget <= 0:  # -1: as much as it likes
+        budget = BUDGETS.get(level, BUDGETS["medium"])
+    return max(1024, min(budget, provider.max_tokens - 1))
+
+
+def with_claudes_thoughts(content: Any) -> Any:
+    """Without thoughts that Claude has not signed; None where nothing is left."""
+    if not isinstance(content, dict) or not isinstance(content.get("parts"), list):
+        return content
+    kept = []
+    for part in content["parts"]:
+        given = part.get("thoughtSignature") if isinstance(part, dict) else None
+        own = isinstance(given, str) and SIGNATURE.match(given)
+        if own or not isinstance(part, dict):
+            kept.append(part)
+        elif not part.get("thought"):
+            kept.append({name: part[name] for name in part if name != "thoughtSignature"})
+    return {**content, "parts": kept} if kept or not content["parts"] else None
+
+
+def lost_thoughts(contents: list[Any]) -> bool:
+    """Whether the current turn has a call without the thoughts that led to it."""
+    for content in contents[turn_start(contents) :]:
+        parts = parts_of(content)
+        calls = any("functionCall" in part for part in parts)
+        if calls and not any(part.get("thought") for part in parts):
+            return True
+    return False
+
+
+def with_plain_schemas(tool: Any) -> Any:
+    """Antigravity knows no parametersJsonSchema."""
+    declared = tool.get("functionDeclarations") if isinstance(tool, dict) else None
+    if not isinstance(declared, list):
+        return tool
+    return {**tool, "functionDeclarations": [with_plain_schema(one) for one in declared]}
+
+
+def with_plain_schema(function: Any) -> Any:
+    schema = as_dict(function).get("parametersJsonSchema")
+    if not isinstance(schema, dict):
+        return function
+    kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
+    return {**kept, "parameters": PlainSchema(schema).word(schema)}
+
+
+class PlainSchema:
+    """A schema in the words of Google's list alone; a reference is what it refers to."""
+
+    def __init__(self, root: Json) -> None:
+        self.root = root
+        self.left = 10_000  # tables that it may grow to: references multiply
+
+    def word(self, schema: Json, depth: int = 50, seen: tuple[str, ...] = ()) -> Json:
+        ref = schema.get("$ref")
+        self.left -= 1
+        if ref in seen or not depth or self.left < 0:  # a cycle is cut where it closes
+            return {"type": "object"}
+        if isinstance(ref, str):
+            schema, seen = {**self.found(ref), **schema}, (*seen, ref)
+        plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA}
+        plain |= plain_values(plain, schema)
+        if isinstance(plain.get("properties"), dict):
+            properties = plain["properties"].items()
+            plain["properties"] = {
+                name: self.word(as_dict(inner), depth - 1, seen) for name, inner in properties
+            }
+        if "items" in plain:
+            plain["items"] = self.word(as_dict(plain["items"]), depth - 1, seen)
+        if "anyOf" in plain:
+            plain["anyOf"] = [self.word(one, depth - 1, seen) for one in as_dicts(plain["anyOf"])]
+        return plain
+
+    def found(self, ref: str) -> Json:
+        place: Any = self.root
+        for name in ref.removeprefix("#/").split("/"):
+            place = as_dict(place).get(name)
+        return as_dict(place)
+
+
+def plain_values(plain: Json, schema: Json) -> Json:
+    """Google's enums are texts, and a type is one: null is said beside it (providers.md 5.1)."""
+    changes: Json = {}
+    enum = [schema["const"]] if "const" in schema else plain.get("enum")
+    if isinstance(enum, list):
+        changes |= {"enum": [str(value) for value in enum], "type": "string"}
+    elif isinstance(plain.get("type"), list):
+        others = [kind for kind in plain["type"] if kind != "null"]
+        changes |= {"type": others[0] if others else "string", "nullable": "null" in plain["type"]}
+    return changes
 
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
@@ -5656,7 +6404,7 @@ class Call:
         self.raw: bytes | bytearray = b""
         self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
-        self.was_read = False
+        self.was_read = self.was_packed = False
         self.ask: Ask | None = None  # the body in the neutral form, once somebody needs it
         self.is_foreign = False  # the provider that is asked speaks another dialect
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
@@ -5665,9 +6413,11 @@ class Call:
         self.tokens = {"input_tokens": 0, "output_tokens": 0}
 
     async def read(self) -> None:
-        """ProxyError 400 and 413 for a body that is none."""
-        self.raw = await read_body(self.request)
+        """ProxyError 400, 413 and 415 for a body that is none."""
+        packed = await read_body(self.request)
         self.was_read = True
+        self.raw = unpacked(packed, self.request.headers.get("Content-Encoding", ""))
+        self.was_packed = self.raw is not packed
         if has_too_many_values(self.raw):
             raise fault(400, "The request body holds more than a million values")
         try:
@@ -5723,6 +6473,65 @@ def header_value(text: str) -> str:
     return re.sub(r"[^ -~]", "?", text)
 
 
+def too_large() -> ProxyError:
+    return fault(413, "The request body is larger than 64 MiB")
+
+
+# Python 3.14's, and two packages.
+ZSTD_MODULES = ("compression.zstd", "backports.zstd", "zstandard")
+NO_ZSTD = (
+    "The request body is packed with zstd, which this Python cannot read: install backports.zstd"
+    " or, for Codex, set features.enable_request_compression = false in its config.toml"
+)
+
+
+def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
+    """A body without its packing; ProxyError 413 counts what was in it."""
+    kind = encoding.strip().lower()
+    if kind in ("", "identity"):
+        return raw
+    if kind not in ("gzip", "x-gzip", "deflate", "zstd"):
+        raise fault(
+            415, f"Content-Encoding {encoding[:40]!r} is not read here: gzip, deflate, zstd"
+        )
+    try:
+        plain = unpack_zstd(raw) if kind == "zstd" else inflated(raw)
+    except (zlib.error, EOFError, ValueError):
+        raise fault(400, f"The request body cannot be read: it is no {kind}") from None
+    if len(plain) > BODY_LIMIT:
+        raise too_large()
+    return plain
+
+
+def inflated(raw: bytes | bytearray) -> bytes:
+    """gzip, zlib, or bare deflate, which some take `deflate` for."""
+    bare_deflate = raw[:1] != b"\x1f" and (raw[:1] != b"\x78" or int.from_bytes(raw[:2]) % 31)
+    unpacker = zlib.decompressobj(-15 if bare_deflate else 47)
+    plain = unpacker.decompress(raw, BODY_LIMIT + 1)
+    if not unpacker.eof and len(plain) <= BODY_LIMIT:
+        raise EOFError
+    return plain
+
+
+def unpack_zstd(raw: bytes | bytearray) -> bytes:
+    module: Any = None
+    for name in ZSTD_MODULES:
+        with suppress(ImportError):
+            module = importlib.import_module(name)
+            break
+    if module is None:
+        raise fault(415, NO_ZSTD)
+    pieces, size = [], 0
+    try:
+        with module.open(io.BytesIO(raw), "rb") as file:
+            while size <= BODY_LIMIT and (piece := file.read(LARGE)):
+                pieces.append(piece)
+                size += len(piece)
+    except module.ZstdError:
+        raise ValueError from None
+    return b"".join(pieces)
+
+
 async def read_body(request: Request) -> bytes | bytearray:
     """The whole body.  A large one is put where it will stay as it comes in."""
     length = request.content_length or 0
@@ -5736,7 +6545,7 @@ async def read_body(request: Request) -> bytes | bytearray:
                 large[size : size + len(data)] = data
             size += len(data)
             if size > BODY_LIMIT:
-                raise fault(413, "The request body is larger than 64 MiB")
+                raise too_large()
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
     return b"".join(pieces) if large is None else large
@@ -5748,16 +6557,6 @@ async def read_body(request: Request) -> bytes | bytearray:
 # Who has the model here is asked, else the mappings name another; each is a way, tried in order.
 
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
-# The words of an effort, and the tokens that they stand for where a model takes a budget.
-BUDGETS = {
-    "none": 0,
-    "minimal": 512,
-    "low": 1024,
-    "medium": 8192,
-    "high": 24576,
-    "xhigh": 32768,
-    "max": 128000,
-}
 WAYS_KEPT = 1000  # names of models whose ways are remembered
 
 
@@ -5805,6 +6604,7 @@ def with_effort(
     tokens = asked
     if limits:
         tokens = max(limits[0], min(asked, limits[1]))
+    by_itself = "none" in levels  # a Claude model thinks so, and has to be told not to
     levels = levels or levels_of(thinking.get("*", ""))[0] or [*BUDGETS]
     level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
     match dialect:
@@ -5816,10 +6616,10 @@ def with_effort(
             how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
             config = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
             return {**body, "generationConfig": as_dict(body.get("generationConfig")) | config}
-    return with_claude_effort(body, asked, tokens if limits else 0, level)
+    return with_claude_effort(body, asked, tokens if limits else 0, level, by_itself)
 
 
-def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
+def with_claude_effort(body: Json, asked: int, budget: int, level: str, by_itself: bool) -> Json:
     forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
     thinks = asked > 0 and not forced  # thinking and a forced tool are refused together
     gone = {"thinking", "temperature", "top_p", "top_k"} if thinks else {"thinking"}
@@ -5827,12 +6627,28 @@ def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
     output = body.get("output_config")
     if isinstance(output, dict):
         body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+    if not thinks:
+        body = without_clearing(body)
+        if by_itself:
+            body["thinking"] = {"type": "disabled"}
     if thinks and budget:
         body["thinking"] = {"type": "enabled", "budget_tokens": budget}
         body["max_tokens"] = max(number(body.get("max_tokens")), budget + 4096)
     elif thinks:
         body["thinking"] = {"type": "adaptive"}
         body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
+    return body
+
+
+def without_clearing(body: Json) -> Json:
+    """Claude refuses to clear thoughts in a call that has none (clients.md)."""
+    management = as_dict(body.get("context_management"))
+    edits = as_dicts(management.get("edits"))
+    kept = [edit for edit in edits if not str(edit.get("type")).startswith("clear_thinking")]
+    if len(kept) < len(edits):
+        body = {name: value for name, value in body.items() if name != "context_management"}
+        if kept or management.keys() > {"edits"}:
+            body["context_management"] = {**management, "edits": kept}
     return body
 
 
@@ -5923,6 +6739,12 @@ class Chooser:
             return f"after `ampproxy.py login {row.name}` would serve"
         return ""
 
+    def owner(self, model: str) -> str:
+        """Who serves a name, be it listed or not; "" for nobody."""
+        found = self.listed().get(model)
+        ways, _ = self.ways(*split_model(model), "")
+        return found or (ways[0].rows[0].name if ways else "")
+
     def listed(self, verb: str = "") -> dict[str, str]:
         """The names that the present accounts serve, and who does; patterns are no names."""
         pairs = []
@@ -5941,7 +6763,9 @@ class Chooser:
 
 # -- Lists of models, in the shapes of the dialects --
 
-LISTING = re.compile(r"(/api/provider/[^/]+)?(/v1(beta1?)?){0,3}/models")
+LISTING = re.compile(
+    r"(/api/provider/[^/]+)?(/v1(beta1?(/publishers/google)?)?){0,3}/models(/(?P<id>[^:]+))?"
+)
 
 
 def models_for_gemini(owners: dict[str, str]) -> Json:
@@ -5971,11 +6795,31 @@ def models_for_others(owners: dict[str, str]) -> Json:
     return {"object": "list", "data": rows, "has_more": False, **ends}
 
 
-def model_list(request: Request, chooser: Chooser) -> Json:
-    owners = dict(sorted(chooser.listed().items()))
-    if "x-goog-api-key" in request.headers or re.search("/v1beta|/google/", request.path):
-        return models_for_gemini(owners)
-    return models_for_others(owners)
+def model_list(request: Request, chooser: Chooser, wanted: str) -> Json:
+    """The names that are served, or one of them; ProxyError 404 for one that is not."""
+    gemini = asks_as_gemini(request)
+    shape = models_for_gemini if gemini else models_for_others
+    if wanted:
+        owner = chooser.owner(wanted)
+        if not owner:
+            raise fault(404, f"no account here serves {wanted[:100]!r}")
+        listed = shape({wanted: owner})
+        return dict((listed.get("data") or listed["models"])[0])
+    listed = shape(dict(sorted(chooser.listed().items())))
+    if "client_version" in request.query:  # Codex wants a list of its own kind (clients.md)
+        listed["models"] = []
+    return listed
+
+
+def asks_as_gemini(request: Request) -> bool:
+    return "x-goog-api-key" in request.headers or bool(re.search("/v1beta|/google/", request.path))
+
+
+def dialect_of_list(request: Request) -> Dialect:
+    """Of who asks for models: the path is the same for three."""
+    if asks_as_gemini(request):
+        return GEMINI
+    return ANTHROPIC if "anthropic-version" in request.headers else CHAT_COMPLETIONS
 
 
 # == Answers on their way ==========================================================================
@@ -6183,13 +7027,14 @@ async def begin_answer(
     pieces: Pieces,
     folds: bool,
     settle: Callable[[], None],
+    wrapped: bool = False,
     reader: Reader | None = None,
 ) -> Answer:
     """Read until success is certain; ProxyError otherwise.
 
     What is a stream is seen from its first bytes: labels are wrong too often.  `folds`: the backend
     only streams, and the client asked for one piece.  `settle` is called when the end may come.
-    `reader`: of another dialect than the client's.
+    `wrapped`: it comes in Code Assist's envelope.  `reader`: of another dialect than the client's.
     """
     first = b""
     async for data in pieces:
@@ -6199,11 +7044,12 @@ async def begin_answer(
     pieces.unread = first
     in_one_piece = first.lstrip(BLANK)[:1] in (b"", *NO_EVENTS)
     if reader:
-        events = translated(call, reader, pieces, in_one_piece, settle)
+        events = translated(call, reader, pieces, in_one_piece, settle, wrapped)
     elif in_one_piece:
-        return Answer(False, await whole_answer(call, pieces), pieces)
+        return Answer(False, await whole_answer(call, pieces, wrapped), pieces)
     else:
-        events = checked_events(call, whole_events(pieces), settle)
+        runs = whole_events(pieces)
+        events = checked_events(call, without_envelope(runs) if wrapped else runs, settle)
     if reader and not call.streams:
         async for _ in events:
             pass
@@ -6216,15 +7062,18 @@ async def begin_answer(
 # -- In one piece --
 
 
-async def whole_answer(call: Call, pieces: AsyncIterator[bytes]) -> bytes:
+async def whole_answer(call: Call, pieces: AsyncIterator[bytes], wrapped: bool = False) -> bytes:
     """An answer in one piece, with the model's name that the client gave."""
-    raw, answer = await read_answer(call, pieces)
+    raw, answer = await read_answer(call, pieces, wrapped)
     inside = holder(answer)
+    refuse_silence(call, answer, call.dialect.speaks(answer))
     call.count(*call.dialect.usage(inside))
     return renamed(raw, answer, inside, call) or raw
 
 
-async def read_answer(call: Call, pieces: AsyncIterator[bytes]) -> tuple[bytes, Json]:
+async def read_answer(
+    call: Call, pieces: AsyncIterator[bytes], wrapped: bool
+) -> tuple[bytes, Json]:
     """An answer in one piece, as it came and read; ProxyError for one that is an error."""
     kept, size = [], 0
     async for data in pieces:
@@ -6237,13 +7086,18 @@ async def read_answer(call: Call, pieces: AsyncIterator[bytes]) -> tuple[bytes, 
         answer = parse_object(raw)
     except ValueError:
         raise no_whole_answer(call) from None
+    if wrapped and isinstance(answer.get("response"), dict):
+        answer = answer["response"]
+        raw = write_json(answer)
     if has_error(answer, holder(answer)):
         raise ProxyError(failure(call, answer))
     return raw, answer
 
 
 async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
-    """The answer that a stream of Responses tells in its last event."""
+    """The answer that a stream of Responses tells in its last event, one of Gemini's in all."""
+    if call.dialect is GEMINI:
+        return await folded_contents(call, events)
     last = b""
     async for run in events:
         last = split_events(run)[-1]
@@ -6252,6 +7106,70 @@ async def folded(call: Call, events: AsyncIterator[bytes]) -> bytes:
     if has_error(event, inside):
         raise ProxyError(failure(call, event))
     return write_json(inside)
+
+
+async def folded_contents(call: Call, events: AsyncIterator[bytes]) -> bytes:
+    """The chunks of a Gemini stream as one answer: the last one's fields, everybody's parts."""
+    whole: Json = {}
+    candidates: dict[int, Json] = {}
+    parts: dict[int, list[Any]] = {}
+    items = Items()
+    async for run in events:
+        items.grow(call, len(run))
+        for chunk in map(read_event, split_events(run)):
+            whole |= chunk
+            for candidate in as_dicts(chunk.get("candidates")):
+                index = int(number(candidate.get("index")))
+                candidates[index] = candidates.get(index, {}) | candidate
+                more = as_list(as_dict(candidate.get("content")).get("parts"))
+                parts.setdefault(index, []).extend(more)
+    for index, candidate in candidates.items():
+        if parts[index]:
+            candidate["content"] = {"role": "model", "parts": with_joined_texts(parts[index])}
+    if candidates:
+        whole["candidates"] = [candidates[index] for index in sorted(candidates)]
+    return write_json(whole)
+
+
+def read_event(event: bytes) -> Json:
+    """What its data says; {} for what is no JSON object."""
+    try:
+        return parse_object(event_data(event))
+    except ValueError:
+        return {}
+
+
+def with_joined_texts(parts: list[Any]) -> list[Any]:
+    """Neighbouring texts of one kind as one."""
+    joined_up = []
+    for _, run in itertools.groupby(parts, kind_of_text):
+        first, *others = run
+        if others:
+            first = {**first, "text": "".join(part["text"] for part in (first, *others))}
+        joined_up.append(first)
+    return joined_up
+
+
+def kind_of_text(part: Any) -> Any:
+    """The same for parts that are words and nothing else; a signature stays with its own part."""
+    plain = isinstance(part, dict) and part.keys() <= {"text", "thought"}
+    if plain and isinstance(part.get("text"), str):
+        return "thought" if part.get("thought") else "text"
+    return object()  # like no other
+
+
+def refuse_silence(call: Call, event: Json, spoke: bool) -> None:
+    """ProxyError 502 for an end that has nothing before it, or a call that nobody can read.
+
+    Clients would take either for an answer.
+    """
+    flaw = call.dialect.flaw(event) if call.verb in GENERATES else ""
+    if flaw == EMPTY_ANSWER and spoke:
+        return
+    if flaw:
+        how = "it ended without a word" if flaw == EMPTY_ANSWER else flaw
+        words = f"{call.provider} gave no answer: {how}"
+        raise ProxyError(Problem(502, words, codes=frozenset({flaw.lower()})))
 
 
 def no_whole_answer(call: Call) -> ProxyError:
@@ -6278,12 +7196,24 @@ def renamed(raw: bytes, answer: Json, inside: Json, call: Call) -> bytes | None:
 # -- In events --
 
 
+async def without_envelope(runs: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Events without Code Assist's envelope."""
+    async for run in runs:
+        events = split_events(run)
+        for index, event in enumerate(events):
+            inside = read_event(event).get("response")
+            if isinstance(inside, dict):
+                events[index] = with_data(event, write_json(inside))
+        yield b"".join(events)
+
+
 class Items:
     """The output items of a Responses answer by their index, and how much is kept in all."""
 
     def __init__(self) -> None:
         self.found: dict[int, Any] = {}
         self.size = 0
+        self.spoke = False  # see Dialect.speaks
 
     def grow(self, call: Call, size: int) -> None:
         self.size += size
@@ -6384,21 +7314,39 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     if b'"usage' in data:
         call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
+    tells = proves(call, event, ending, items)
     if kind == "response.output_item.done":
         index = event.get("output_index", len(items.found))
         if type(index) is not int:
             raise no_whole_answer(call)
         items.found[index] = event.get("item")
         items.grow(call, len(raw))
-    filled = ending == "over" and bool(items.found) and not inside.get("output")
     new = renamed(data, event, inside, call)
-    if filled:  # ChatGPT's backend leaves it out of its last event
+    if ending == "over" and lost_output(kind, inside, items):
         inside["output"] = [item for _, item in sorted(items.found.items())]
         inside["model"] = call.model
         raw = with_data(raw, write_json(event))
     elif new:
         raw = with_data(raw, new)
-    return Looked(raw, ending, kind not in TOLD_AFTER, new is not None)
+    return Looked(raw, ending, tells, new is not None)
+
+
+def proves(call: Call, event: Json, ending: str, items: Items) -> bool:
+    """Whether the answer has begun with it.  ProxyError where it ends one that says nothing."""
+    dialect = call.dialect
+    speaks = dialect.speaks(event)
+    items.spoke = items.spoke or speaks
+    if ending:
+        refuse_silence(call, event, items.spoke)
+    says = speaks or bool(ending) or dialect.thinks(event)
+    return says and event.get("type") not in TOLD_AFTER
+
+
+def lost_output(kind: Any, inside: Json, items: Items) -> bool:
+    """ChatGPT's backend leaves it out of its last event: it says [], null or nothing."""
+    output = inside.get("output")
+    nulled = output is None and kind in RESPONSE_ENDS[:2]
+    return not output and (bool(items.found) or nulled)
 
 
 # -- From another dialect --
@@ -6410,6 +7358,7 @@ async def translated(
     pieces: AsyncIterator[bytes],
     in_one_piece: bool,
     settle: Callable[[], None],
+    wrapped: bool = False,
 ) -> AsyncIterator[bytes]:
     """Runs of events in the client's dialect, as `checked_events` has them in its own.
 
@@ -6418,10 +7367,11 @@ async def translated(
     reply = reader.reply
     try:
         if in_one_piece:
-            _, answer = await read_answer(call, pieces)
-            read_event(call, reader, answer, reader.read_whole)
+            _, answer = await read_answer(call, pieces, wrapped)
+            feed(call, reader, answer, reader.read_whole)
         else:
-            async for run in whole_events(pieces):
+            runs = whole_events(pieces)
+            async for run in without_envelope(runs) if wrapped else runs:
                 read_run(call, reader, run)
                 if reply.is_told and reply.out:
                     yield b"".join(reply.out)
@@ -6442,6 +7392,8 @@ async def translated(
         call.count(reply.usage.read, reply.usage.written)
     if not reply.is_told and not reply.usage.written:
         raise no_whole_answer(call)
+    if reader.must_speak and not reply.blocks and reply.stop in ("", "end"):
+        raise fault(502, f"{call.provider} sent an answer that says nothing")
     reply.finish()
     if reply.out:
         yield b"".join(reply.out)
@@ -6462,12 +7414,12 @@ def read_run(call: Call, reader: Reader, run: bytes) -> None:
                 continue  # it was cut short, or nobody knows what it means
             raise no_whole_answer(call) from None
         if isinstance(event, dict):
-            read_event(call, reader, event, reader.read)
+            feed(call, reader, event, reader.read)
         if reader.over:
             return
 
 
-def read_event(call: Call, reader: Reader, event: Json, read: Callable[[Json], None]) -> None:
+def feed(call: Call, reader: Reader, event: Json, read: Callable[[Json], None]) -> None:
     if (event.get("error") or event.get("type") in FAILED) and has_error(event, holder(event)):
         raise ProxyError(failure(call, event))
     try:
@@ -6491,26 +7443,41 @@ def has_error(event: Json, inside: Json) -> bool:
 
 
 DELAYS = ("resets_in_seconds", "retryDelay", "quotaResetDelay")  # OpenAI's, and Google's two
+DELAY_WORDS = re.compile(r"(?:after|retry in) ((?:\d{1,9}(?:\.\d{1,9})?(?:ms|[hms])){1,4})")
 
 
-def asked_delay(error: Any, depth: int = 5) -> float:
-    """The seconds that an error asks to wait, wherever it says so."""
+def asked_delay(error: Json, now: float = NEVER) -> float:
+    """The seconds that an error asks to wait: the first that says some (providers.md 4.1).
+
+    `now`, in seconds since 1970: a time that is named counts, too, if it is to come.
+    """
+    for name in DELAYS:
+        for value in said_of(error, name):
+            told = duration(value) if isinstance(value, str) else number(value)
+            if told > 0:
+                return told
+    if found := DELAY_WORDS.search(str(error.get("message"))[:2000]):
+        return duration(found[1])
+    times = [parse_time(value) - now for value in said_of(error, "quotaResetTimeStamp")]
+    return max(0, *times) if times else 0
+
+
+def said_of(error: Any, name: str, depth: int = 5) -> list[Any]:
+    """What an error says under a name, wherever it does."""
     if isinstance(error, dict):
-        for name in DELAYS:
-            value = error.get(name)
-            if isinstance(value, (str, int, float)):
-                return duration(str(value)) if isinstance(value, str) else max(0, number(value))
-        error = list(error.values())
+        here = [error[name]] if name in error else []
+        return here + said_of(list(error.values()), name, depth)
     if isinstance(error, list) and depth:
-        return max((asked_delay(inner, depth - 1) for inner in error[:50]), default=0)
-    return 0
+        return [value for inner in error[:50] for value in said_of(inner, name, depth - 1)]
+    return []
 
 
-def failure(call: Call, answer: Json, status: int = 0) -> Problem:
+def failure(call: Call, answer: Json, status: int = 0, now: float = NEVER) -> Problem:
     """A provider's error as a Problem; `status` 0: it stood in an answer, and its code decides."""
     told = holder(answer)
     parts = error_parts(told)
     words = [str(parts[name]) for name in ("code", "type", "status") if parts.get(name)]
+    reasons = [str(one["reason"]) for one in as_dicts(parts.get("details")) if one.get("reason")]
     how = f"answered {status}" if status else "answered with an error:"
     message = f"{call.provider} {how} {error_text(told, 'type', 'status')}"
     if not status:
@@ -6520,9 +7487,9 @@ def failure(call: Call, answer: Json, status: int = 0) -> Problem:
     return Problem(
         status,
         message.rstrip(": "),
-        retry_after=asked_delay(parts),
+        retry_after=asked_delay(parts, now),
         text=text,
-        codes=frozenset(word.lower()[:100] for word in words),
+        codes=frozenset(word.lower()[:100] for word in words + reasons),
         body=write_json(call.dialect.error(status, text)) if answer else b"",
     )
 
@@ -6553,7 +7520,7 @@ async def refusal(
     raw = (unpack_gzip(raw) or raw).strip()
     with suppress(ValueError):
         answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
-    problem = failure(call, answer, upstream.status)
+    problem = failure(call, answer, upstream.status, now)
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
     waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
@@ -6622,6 +7589,11 @@ ESTIMATES = {
     "count_tokens": "input_tokens",
     "countTokens": "totalTokens",
 }  # verb -> what it asks for
+STREAMING = {  # verb -> the one that streams, at backends that do nothing else
+    "responses": "responses",
+    "generateContent": "streamGenerateContent",
+    "streamGenerateContent": "streamGenerateContent",
+}
 NOT_ASKED = {  # fields that a helper call must not have
     "count_tokens": ("max_tokens", "stream"),
     "compact": ("stream",),
@@ -6639,13 +7611,16 @@ class Prepared:
     row: Row
     headers: Headers
     body: list[Any]  # in pieces of bytes
-    url: str
+    urls: list[str]  # the provider's hosts, in the order to ask them
     folds: bool  # it only streams, and the client wants one piece
-    new_reader: Callable[[], Reader] | None  # of the answer, for a provider of another dialect
+    envelope: Json | None = None  # see envelope_of; None: there is none
+    token: str = ""  # of the account that is asked now
+    new_reader: Callable[[], Reader] | None = None  # for a provider of another dialect
 
-    def data(self) -> Any:
-        """What aiohttp sends; large pieces are not put together."""
-        return self.body[0] if len(self.body) == 1 else in_pieces(self.body)
+
+def sendable(body: list[Any]) -> Any:
+    """What aiohttp sends; large pieces are not put together."""
+    return body[0] if len(body) == 1 else in_pieces(body)
 
 
 async def in_pieces(pieces: list[Any]) -> AsyncIterator[Any]:
@@ -6658,6 +7633,7 @@ class Forwarder:
         self.live, self.net, self.pool, self.pay = live, net, pool, pay
         self.chooser = Chooser(live, pool)
         self.clock = pool.clock
+        self.givers: OrderedDict[str, Account] = OrderedDict()  # of own_headers, by their value
 
     async def answer(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
@@ -6743,7 +7719,8 @@ class Forwarder:
                     token = await self.pool.bearer(account, refused)
                 except ProxyError as error:
                     return error.problem
-                outcome = await self.exchange(account, prepared, token, began, delivery)
+                prepared.token = token
+                outcome = await self.ask_hosts(account, prepared, began, delivery)
                 if not isinstance(outcome, Problem):
                     return outcome
                 tries += 1
@@ -6761,25 +7738,77 @@ class Forwarder:
                         self.pool.rest(account, outcome, prepared.way.model)
                     return outcome
 
+    async def ask_hosts(
+        self, account: Account, prepared: Prepared, began: float, delivery: Delivery
+    ) -> Outcome:
+        """One try: the provider's hosts in turn, until one answers or says what they all would.
+
+        A spent quota is the better reason, whatever another host says.
+        """
+        problems: list[Problem] = []
+        for url in prepared.urls:
+            outcome = await self.exchange(account, prepared, url, began, delivery)
+            if not isinstance(outcome, Problem):
+                return outcome
+            problems.append(outcome)
+            if LOCAL in outcome.codes or not is_hosts_fault(outcome.status):
+                return outcome
+        spent = [problem for problem in problems if problem.status == 429]
+        return spent[0] if spent else problems[-1]
+
+    async def request_of(self, account: Account, prepared: Prepared, url: str) -> Json:
+        """Headers and body as this account asks."""
+        body = await self.enveloped(account, prepared)
+        headers = account_headers(prepared, url, account)
+        headers["Content-Length"] = str(sum(map(len, body)))
+        # What an account gave goes back to it alone, and what nobody here gave to nobody.
+        for name in prepared.row.provider.own_headers:
+            if name in headers and self.givers.get(headers[name][:1000]) is not account:
+                headers.popall(name)
+        return {"headers": headers, "data": sendable(body)}
+
+    async def enveloped(self, account: Account, prepared: Prepared) -> list[Any]:
+        """The body in Code Assist's envelope, with the account's project."""
+        if prepared.envelope is None:
+            return prepared.body
+        around = dict(prepared.envelope)
+        if around:
+            provider = prepared.row.provider
+            around["project"] = await self.pool.project(account, provider, prepared.token)
+        if "requestType" in around:
+            around["requestId"] = f"agent-{uuid.uuid4()}"
+        start = write_json(around)[:-1] + (b"," if around else b"")
+        return [start + b'"request":', *prepared.body, b"}"]
+
+    def remember_headers(self, given: Any, account: Account, prepared: Prepared) -> None:
+        """Who gave a header that is its giver's own."""
+        for name in prepared.row.provider.own_headers:
+            if name in given:
+                self.givers[given[name][:1000]] = account
+                self.givers.move_to_end(given[name][:1000])
+        while len(self.givers) > THREADS:
+            self.givers.popitem(last=False)
+
     async def exchange(
-        self, account: Account, prepared: Prepared, token: str, began: float, delivery: Delivery
+        self, account: Account, prepared: Prepared, url: str, began: float, delivery: Delivery
     ) -> Outcome:
         """One request to a provider, and its answer to the client."""
         call, model = delivery.call, prepared.way.model
-        sent: Any = {"headers": account_headers(prepared, account, token), "data": prepared.data()}
         upstream, over = None, False
         try:
-            upstream = await self.net.ask(
-                "POST", prepared.url, delivery.idle, auto_decompress=True, **sent
-            )
+            sent = await self.request_of(account, prepared, url)
+            upstream = await self.net.ask("POST", url, delivery.idle, auto_decompress=True, **sent)
             sent.clear()
+            self.remember_headers(upstream.headers, account, prepared)
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
             if upstream.status != 200:
                 return await refusal(call, upstream, windows, self.clock.time(), delivery)
             pieces = Pieces(upstream, delivery)
+            wrapped = prepared.envelope is not None
             reader = prepared.new_reader() if prepared.new_reader else None
-            answer = await begin_answer(call, pieces, prepared.folds, delivery.settle, reader)
+            reading = (prepared.folds, delivery.settle, wrapped, reader)
+            answer = await begin_answer(call, pieces, *reading)
             if delivery.response and not answer.events:  # a comment has gone out
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
@@ -6856,22 +7885,26 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
         body = own_body(call, way, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
-    only_streams = call.is_foreign or (row.kind == "codex" and verb == "responses")
+    only_streams = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
+    only_streams = only_streams or call.is_foreign
+    verb = STREAMING.get(verb, verb) if only_streams else verb
+    streams = call.streams or only_streams
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
+    if provider.wraps:
+        body = code_assist_rules(body, call.served_model, provider, verb)
     gone = [name for name in NOT_ASKED.get(verb, ()) if name in body]
     if gone:
         body = {name: value for name, value in body.items() if name not in gone}
-    streams = call.streams or only_streams
     headers["Accept"] = "text/event-stream" if streams else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
-    pieces = worded(call, body)
-    headers["Content-Length"] = str(sum(map(len, pieces)))
+    envelope = envelope_of(body, call.served_model, provider, verb) if provider.wraps else None
+    urls = addresses_of(call, provider, verb)
     folds = only_streams and not call.streams
-    url = address_of(call, provider, verb)
-    return Prepared(way, row, headers, pieces, url, folds, new_reader)
+    pieces = worded(call, body)
+    return Prepared(way, row, headers, pieces, urls, folds, envelope, new_reader=new_reader)
 
 
 def own_body(call: Call, way: Way, provider: Provider) -> Json:
@@ -7032,30 +8065,21 @@ def forget_reasoning(prepared: Prepared) -> bool:
     if changed is body:
         return False
     prepared.body = [write_json(changed)]
-    prepared.headers["Content-Length"] = str(len(prepared.body[0]))
     return True
 
 
-@functools.lru_cache(1024)
-def joined(base: str, path: str) -> str:
-    """An address with a path; a version part that both have stands there once."""
-    base = base.rstrip("/")
-    if re.search(r"/(v\d\w{0,9}(/openai)?|backend-api/codex)$", base):
-        path = re.sub(r"^/(v\d\w*|backend-api/codex)", "", path)
-    return base + path
+def addresses_of(call: Call, provider: Provider, verb: str) -> list[str]:
+    """Of each host of a provider, in the order to ask them."""
+    path = provider.paths[verb]
+    path = path.replace("{model}", quote(call.served_model, "", None, "replace"))
+    query = "?alt=sse" if verb == "streamGenerateContent" else ""
+    return [joined(host, path) + query for host in (provider.base_url, *provider.more_hosts)]
 
 
-def address_of(call: Call, provider: Provider, verb: str) -> str:
-    address = joined(provider.base_url, provider.paths[verb])
-    if "{model}" in address:
-        address = address.replace("{model}", quote(call.served_model, "", None, "replace"))
-    return address + ("?alt=sse" if verb == "streamGenerateContent" else "")
-
-
-def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
-    provider = prepared.row.provider
+def account_headers(prepared: Prepared, url: str, account: Account) -> Headers:
+    provider, token = prepared.row.provider, prepared.token
     headers = prepared.headers.copy()
-    host = as_url(prepared.url).host
+    host = as_url(url).host
     if provider.key_header != "Authorization" and provider.key_host in ("", host):
         headers[provider.key_header] = token
     else:
@@ -7166,6 +8190,9 @@ class Ampcode:
         """A model call that nobody here answers, as it came; streams end as the dialect says."""
         request, idle = call.request, delivery.idle
         headers = self.headers(request, key)
+        if call.was_packed:
+            headers.popall("Content-Encoding")
+            headers["Content-Length"] = str(len(call.raw))
         url = self.address(request)
         upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
         over = False
@@ -7519,8 +8546,9 @@ class Server:
         local = self.live.config["ampcode"]["restrict-management-to-localhost"]
         if local and not model_path and not is_loopback(request.remote or ""):
             raise fault(403, "Access denied: management routes restricted to localhost")
-        if method == "GET" and LISTING.fullmatch(path) and not upgrades:
-            return web.json_response(model_list(request, self.forwarder.chooser))
+        listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
+        if listing:
+            return self.models(request, unquote(listing["id"] or ""))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         acts = path.startswith(("/api/thread-actors", "/actors/"))
@@ -7529,6 +8557,15 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
+
+    def models(self, request: Request, wanted: str) -> web.Response:
+        """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
+        try:
+            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
+        except ProxyError as error:
+            problem = error.problem
+            body = dialect_of_list(request).error(problem.status, problem.message)
+            return web.json_response(body, status=problem.status)
 
     def refuse(self, request: Request, call: Call | None, problem: Problem) -> web.Response:
         """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
