@@ -60,6 +60,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import logging.handlers
 import os
 import re
 import secrets
@@ -127,6 +128,10 @@ log = logging.getLogger("ampproxy")
 
 class Failure(Exception):
     """A sentence that tells the person at the terminal what to do."""
+
+
+class Misuse(Failure):
+    """The same, for a command that was not given what it needs: exit status 2."""
 
 
 @dataclass
@@ -378,25 +383,95 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
+COLOURS = {  # escape sequences (ECMA-48, "SGR"); none: plain
+    "": "",
+    "green": "\x1b[32m",
+    "cyan": "\x1b[36m",
+    "yellow": "\x1b[33m",
+    "red": "\x1b[1;31m",
+    "bold": "\x1b[1m",
+    "dim": "\x1b[2m",
+}
+Paint = Callable[[str, str], str]  # a text and the name of a colour -> what is written
+
+
+def coloured(text: str, colour: str) -> str:
+    return f"{COLOURS[colour]}{text}\x1b[0m" if colour and text else text
+
+
+def plain(text: str, colour: str) -> str:
+    return text
+
+
+def paint_for(stream: Any) -> Paint:
+    """Colours for a terminal whose user has not said NO_COLOR (no-color.org)."""
+    refused = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if refused or sys.platform == "win32" or not stream or not stream.isatty():
+        return plain
+    return coloured
+
+
+LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red"}
+
+
 class LogFormatter(logging.Formatter):
     """One short line an entry.  The time is put into words once a second."""
 
     second, clock = -1, ""
 
+    def __init__(self, times: str, paint: Paint) -> None:
+        super().__init__()
+        self.times, self.paint = times, paint
+
     def format(self, record: logging.LogRecord) -> str:
         if int(record.created) != self.second:
             self.second = int(record.created)
-            self.clock = time.strftime("%X", time.localtime(self.second))
-        return f"{self.clock} {record.levelname:<7} {redact(record.getMessage())}"
+            self.clock = time.strftime(self.times, time.localtime(self.second))
+        text, colour = redact(record.getMessage()), getattr(record, "colour", None)
+        if colour is not None:  # a request's line: its first word says how it went
+            word, space, rest = text.partition(" ")
+            text = self.paint(word, colour) + space + rest
+        elif record.levelname in LEVEL_COLOURS:
+            level = self.paint(record.levelname, LEVEL_COLOURS[record.levelname])
+            text = f"{level} {text}"
+        return f"{self.clock} {text}"
 
 
-def set_up_log(debug: bool, lines: Iterable[str]) -> None:
-    """To standard error; and `lines`, which reading the configuration had to say."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    log.handlers, log.propagate = [handler], False
+LOG_SIZE, LOG_FILES = 5_000_000, 5  # bytes of a log file, and how many older ones are kept
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Private, as the token files beside it are."""
+
+    def _open(self) -> Any:
+        def private(path: str, flags: int) -> int:
+            return os.open(path, flags, 0o600)
+
+        return open(self.baseFilename, self.mode, encoding="utf-8", opener=private)
+
+
+def log_to(path: Path) -> LogFile:
+    try:
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return LogFile(path, maxBytes=LOG_SIZE, backupCount=LOG_FILES)
+    except OSError as error:
+        raise Failure(f"the log cannot be written to {path}: {explain(error)}") from error
+
+
+def set_up_log(debug: bool, lines: Iterable[str], path: Path | None = None) -> None:
+    """To standard error and to a file; and `lines`, which reading the configuration had to say."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers[0].setFormatter(LogFormatter("%X", paint_for(sys.stderr)))
+    if path:
+        handlers.append(log_to(path))
+        handlers[1].setFormatter(LogFormatter("%Y-%m-%d %H:%M:%S", plain))
+    old, log.handlers, log.propagate = log.handlers, handlers, False
+    for handler in old:
+        handler.close()
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' own logs stay silent
+    logging.raiseExceptions = False  # a terminal that has gone, a full disk: no traceback
     # Nobody reads these; the logging guide, "Optimization", names them as what may be turned off.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -995,6 +1070,18 @@ class Live:
         self.config, self.auth_dir, self.rows = config, auth_dir, rows
         self.warnings = file.warnings if file else []
         self.version += 1
+
+    def address(self, port: int = 0) -> str:
+        """Where clients on this machine find the proxy."""
+        everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = str(self.config["host"])
+        host = everywhere.get(host, host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{port or self.config['port']}"
+
+    @property
+    def log_file(self) -> Path | None:
+        return self.auth_dir / "logs/ampproxy.log" if self.config["logging-to-file"] else None
 
     def reload(self) -> bool:
         """Whether the file has changed and is in effect; raises for a broken one, once."""
@@ -3951,6 +4038,7 @@ ROUTE_WORDS = {
     "amp": "AMP_CREDITS",
     "none": "NO_PROVIDER",
 }
+ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
 PAID_MODELS = 100  # names of models that are counted
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
@@ -3964,6 +4052,7 @@ class Ledger:
         self.requests: deque[Json] = deque(maxlen=100)
         self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.paid: Counter[str] = Counter()  # by model
+        self.models: dict[tuple[str, str], Counter[str]] = {}  # by who answered, and the model
         self.server_side = 0  # threads whose model runs on Amp's servers
 
     def note(self, call: Call, status: int, took: float) -> None:
@@ -3973,6 +4062,7 @@ class Ledger:
         known = model in self.paid or len(self.paid) < PAID_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
+        self.count_model(call, status)
         self.requests.append(
             {
                 "dialect": call.dialect.name,
@@ -3988,9 +4078,32 @@ class Ledger:
             }
         )
         level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
-        word, model = ROUTE_WORDS[call.route], model[:100] or "-"
-        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
-        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
+        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}".strip()
+        if call.route == "mapped":
+            who = f"{who} as {call.served_model[:100]}"
+        trouble = f" {call.trouble}" if call.trouble else ""
+        line = "%-14s %d %6.1fs %-28s %s%s"
+        told = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
+        log.log(level, line, *told, extra={"colour": ROUTE_COLOURS[call.route]})
+
+    def count_model(self, call: Call, status: int) -> None:
+        key = (call.provider[:200], (call.served_model or call.model)[:200])
+        if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
+            return
+        counts = self.models.setdefault(key, Counter(requests=0, errors=0))
+        counts.update({"requests": 1, "errors": status >= 400, **call.tokens})
+
+    def wake(self, name: str, provider: str = "") -> list[Account]:
+        """End the rests of the accounts of that name by hand: those that there are."""
+        found = []
+        for account in self.pool.accounts.values():
+            if account.label.lower() == name.lower() and provider in ("", account.kind):
+                found.append(account)
+                account.rests = {}
+                if isinstance(account, Login):
+                    account.retry_at = 0.0
+                log.info("%s: its rest was ended by hand", account.name)
+        return found
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -4002,10 +4115,15 @@ class Ledger:
             "uptime_seconds": int(self.clock.monotonic() - self.began),
             "routes": dict(self.routes),
             "paid": dict(self.paid.most_common()),
+            "fallback": self.pool.live.config["ampcode"]["fallback"],
             "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
+            "models": [self.report_model(*key) for key in sorted(self.models)],
             "server_side_threads": self.server_side,
             "requests": [*self.requests],
         }
+
+    def report_model(self, provider: str, model: str) -> Json:
+        return {"provider": provider, "model": model, **self.models[provider, model]}
 
     def report_account(self, account: Account) -> Json:
         now, moment = self.clock.monotonic(), self.clock.time()
@@ -4037,6 +4155,39 @@ class Ledger:
             **account.counts,
             "quota": quota,
         }
+
+
+def standing(live: Live, pool: Pool) -> list[str]:
+    """What the start tells, beside the address: what is in effect, and what it means."""
+    kinds = Counter(
+        (account.row.name, type(account)) for account in pool.of(live.rows) if account.row
+    )
+    words = {Login: "login", ApiKey: "key"}
+    told = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
+    rules = live.config["ampcode"]["model-mappings"]
+    mapped = [f"{rule['from']} > {' or '.join(rule['to'])}" for rule in rules]
+    more = f", and {len(mapped) - 5} more" if len(mapped) > 5 else ""
+    return [
+        f"config    {live.path or 'none found: the defaults'}",
+        f"accounts  {', '.join(told) or 'none'}",
+        f"mapped    {', '.join(mapped[:5]) or 'nothing'}{more}",
+        f"paid      {PAID_WORDS[live.config['ampcode']['fallback']]}",
+    ]
+
+
+PAID_WORDS = {  # what ampcode.fallback means
+    "always": "ampcode.com may charge for what no account here answers (fallback: always)",
+    "unserved": "ampcode.com may charge for models that nobody here serves (fallback: unserved)",
+    "never": "nothing: ampcode.com is never asked for a model (fallback: never)",
+}
+
+
+def warn_of_emptiness(live: Live) -> None:
+    """Without any login and key the proxy answers nothing itself."""
+    means = "every model call is a paid one at ampcode.com"
+    if live.config["ampcode"]["fallback"] == "never":
+        means = "no model call can be answered"
+    log.warning("NO LOGIN AND NO KEY: %s. Sign in: ampproxy.py login claude (or codex)", means)
 
 
 # == The server ====================================================================================
@@ -4195,7 +4346,7 @@ class Server:
         """Once a second: changed files, tokens that are due."""
         try:
             if self.live.reload():
-                set_up_log(self.live.config["debug"], self.live.warnings)
+                set_up_log(self.live.config["debug"], self.live.warnings, self.live.log_file)
             self.pool.scan()
             self.pool.refresh_ahead()
             self.told = ""
@@ -4264,7 +4415,15 @@ async def serve(live: Live, args: Json) -> None:
         with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
             stop.get_loop().add_signal_handler(name, stop.cancel)
     async with server.serving() as port:
-        log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
+        address = live.address(port)
+        log.info("ampproxy %s: %s", __version__, address)
+        for line in standing(live, server.pool):
+            log.info("%s", line)
+        log.info(
+            'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
+        )
+        if not server.pool.of(live.rows):
+            warn_of_emptiness(live)
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
@@ -4402,10 +4561,12 @@ def main(argv: list[str] | None = None) -> int:
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
         live = Live(find_config(args.get("config")), **given)
-        set_up_log(live.config["debug"], live.warnings)
+        command = args.get("command") or "serve"
+        path = live.log_file if command == "serve" else None
+        set_up_log(live.config["debug"], live.warnings, path)
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
         run = importlib.import_module(loop).run
-        run(COMMANDS[args.get("command") or "serve"](live, args))
+        run(COMMANDS[command](live, args))
     except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
         problem = explain(error) if isinstance(error, Exception) else "stopped"
         print(f"ampproxy: {printable(problem)}", file=sys.stderr)

@@ -4424,7 +4424,10 @@ async def test_what_the_log_and_the_status_say_of_a_call_that_failed(tmp_path, c
     async with world(tmp_path) as w:
         w.claude.script = [limit(**{"Retry-After": "90"})]
         await w.ask("/v1/messages", ASK)
-        assert "claude fre... 429 0.0s claude answered 429 rate_limit_error" in caplog.text
+        assert re.search(
+            r"429 +0\.0s claude-\S+ +claude fre\.\.\. claude answered 429 rate_limit_error",
+            caplog.text,
+        )
         w.amp.usual = (
             200,
             {"Content-Type": "application/json", "Content-Length": "50"},
@@ -6618,7 +6621,7 @@ async def test_a_paid_call_says_which_mapping_would_have_helped(tmp_path, caplog
         assert (
             await w.ask("/api/provider/openai" + CODEX, {**QUESTION, "model": "o9-new"})
         ).headers["x-ampproxy-route"] == "amp"
-        assert "AMP_CREDITS o9-new" in caplog.text
+        assert re.search("AMP_CREDITS .* o9-new ", caplog.text)
         assert "model-mappings: [{from: o9-new, to: gpt-5." in caplog.text
         w.reload(ampcode={"fallback": "never"})
         status, body, _ = await w.ask_json(
