@@ -65,6 +65,7 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import stat
 import sys
@@ -82,7 +83,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -4030,7 +4031,8 @@ async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
 
 # == Status ========================================================================================
 #
-# What was served, and how the accounts stand: for GET /status and the log.  No secret, no prompt.
+# What was served, and how the accounts stand: for the log, GET /status, the start, the terminal and
+# the page at /.  No secret, no prompt.
 
 ROUTE_WORDS = {
     "local": "LOCAL_PROVIDER",
@@ -4119,8 +4121,23 @@ class Ledger:
             "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
             "models": [self.report_model(*key) for key in sorted(self.models)],
             "server_side_threads": self.server_side,
+            "notices": self.notices(),
             "requests": [*self.requests],
         }
+
+    def notices(self) -> list[str]:
+        """What costs money, or will."""
+        told = []
+        if calls := self.routes["amp"]:
+            names = ", ".join(f"{name} ({n})" for name, n in self.paid.most_common(5))
+            words = f"PAID: ampcode.com was asked for {calls} calls and may charge for them"
+            told.append(f"{words}: {names}" if names else words)
+        if self.server_side:
+            words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
+            told.append(f"PAID: {words}, not your logins")
+        if not self.pool.accounts:
+            told.append("No login and no key: run ampproxy.py login claude (or codex)")
+        return told
 
     def report_model(self, provider: str, model: str) -> Json:
         return {"provider": provider, "model": model, **self.models[provider, model]}
@@ -4157,6 +4174,9 @@ class Ledger:
         }
 
 
+# -- What the start tells --
+
+
 def standing(live: Live, pool: Pool) -> list[str]:
     """What the start tells, beside the address: what is in effect, and what it means."""
     kinds = Counter(
@@ -4188,6 +4208,502 @@ def warn_of_emptiness(live: Live) -> None:
     if live.config["ampcode"]["fallback"] == "never":
         means = "no model call can be answered"
     log.warning("NO LOGIN AND NO KEY: %s. Sign in: ampproxy.py login claude (or codex)", means)
+
+
+# -- Asking the running proxy --
+
+
+async def ask_proxy(live: Live, path: str = "/status", body: Json | None = None) -> Json:
+    """What the proxy that runs with this configuration answers; Failure when it does not."""
+    keys, url = [*live.config["api-keys"], ""], live.address() + path
+    headers = {"X-Api-Key": keys[0], "Content-Type": "application/json"}
+    data = None if body is None else write_json(body)
+    try:
+        async with (
+            asyncio.timeout(10),
+            aiohttp.request("POST" if body else "GET", url, headers=headers, data=data) as answer,
+        ):
+            raw = await answer.read()
+    except NET_ERRORS as error:
+        raise Failure(
+            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+        ) from error
+    try:
+        told = parse_object(raw)
+    except ValueError:
+        raise Failure(f"what answers at {url} is no ampproxy: see --config") from None
+    if answer.status != 200:
+        raise Failure(f"{url} answered {answer.status}: {error_text(told)}")
+    return told
+
+
+# -- A table for the terminal --
+
+STATE_COLOURS = {"ready": "green", "resting": "yellow", "needs-login": "red", "disabled": "dim"}
+SHORT_ROUTES = {"local": "local", "mapped": "mapped", "amp": "PAID", "none": "refused"}
+
+
+def span(seconds: float) -> str:
+    """4 d 3 h, 2 h 10 min, 12 min, 40 s."""
+    left = max(0, int(seconds))
+    if left >= DAY:
+        return f"{left // DAY} d {left % DAY // HOUR} h"
+    if left >= HOUR:
+        return f"{left // HOUR} h {left % HOUR // MINUTE} min"
+    return f"{left // MINUTE} min" if left >= MINUTE else f"{left} s"
+
+
+def state_words(account: Json) -> str:
+    match account["state"]:
+        case "resting":
+            return f"resting, wakes in {span(account['wakes_in_seconds'])}"
+        case "needs-login":
+            return f"needs login: ampproxy.py login {account['provider']}"
+    return str(account["state"])
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What lines are written on: colours or none, its width, the two signs of a bar."""
+
+    paint: Paint
+    width: int
+    signs: str
+
+    def line(self, *pieces: tuple[str, str]) -> str:
+        """Texts with their colours, as much of them as fits."""
+        left, line = self.width, ""
+        for text, colour in pieces:
+            shown = printable(text)[:left]
+            left -= len(shown)
+            line += self.paint(shown, colour)
+        return line
+
+    def bar(self, percent: float, size: int = 20) -> str:
+        full = min(size, max(0, round(percent * size / 100)))
+        return self.signs[0] * full + self.signs[1] * (size - full)
+
+
+def sheet_for(stream: Any) -> Sheet:
+    width = shutil.get_terminal_size().columns if stream.isatty() else 200
+    try:
+        "█░".encode(stream.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return Sheet(paint_for(stream), width, "#-")
+    return Sheet(paint_for(stream), width, "█░")
+
+
+def account_lines(sheet: Sheet, account: Json) -> list[str]:
+    name = account["account"] + (f" ({account['plan']})" if account["plan"] else "")
+    name = name if len(name) <= 32 else f"{name[:31]}\N{HORIZONTAL ELLIPSIS}"
+    head = f"{account['provider']:<13.13} {name:<32} "
+    lines = [sheet.line((head, "bold"), (state_words(account), STATE_COLOURS[account["state"]]))]
+    indent = " " * 14
+    if account["reason"]:
+        lines.append(sheet.line((indent + account["reason"], "yellow")))
+    for quota in account["quota"]:
+        used = quota["used_percent"]
+        ends = quota["resets_in_seconds"]
+        told = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
+        colour = "red" if used >= NEARLY_SPENT else "cyan"
+        window = f"{indent}{quota['window']:<10.10} "
+        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (told, "")))
+    calls = f"calls {account['requests']:,}, failed {account['errors']:,}; "
+    tokens = f"tokens in {account['input_tokens']:,}, out {account['output_tokens']:,}"
+    lines.append(sheet.line((indent + calls + tokens, "dim")))
+    return lines
+
+
+def request_line(sheet: Sheet, request: Json) -> str:
+    clock = time.strftime("%X", time.localtime(parse_time(request["time"])))
+    colour = ROUTE_COLOURS[request["route"]]
+    took = f" {request['status']} {request['seconds']:>6.1f}s {request['model']:<28} "
+    who = f"{request['provider']} {request['account']}".strip()
+    if request["route"] == "mapped":
+        who += f" as {request['served_model']}"
+    rest = "red" if request["route"] == "amp" else ""
+    word = f"{SHORT_ROUTES[request['route']]:<7}"
+    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, rest))
+
+
+def model_line(sheet: Sheet, model: Json) -> str:
+    counts = f"{model['requests']:>7,} {model['errors']:>7,}"
+    tokens = f"{model['input_tokens']:>12,} {model['output_tokens']:>11,}"
+    colour = "red" if model["provider"] == "ampcode" else ""
+    who = f"{model['model']:<28.28} {model['provider']:<12.12}"
+    return sheet.line((f"{who}{counts}{tokens}", colour))
+
+
+def status_lines(report: Json, sheet: Sheet, most: int = 10) -> list[str]:
+    """The table, with the last `most` requests, the newest first."""
+    routes = [f"{report['routes'][name]:,} {word}" for name, word in SHORT_ROUTES.items()]
+    up = f"ampproxy {report['version']}, up {span(report['uptime_seconds'])}"
+    lines = [sheet.line((f"{up}; calls: {', '.join(routes)}", "bold"))]
+    lines += [sheet.line((notice, "red")) for notice in report["notices"]]
+    for account in report["accounts"]:
+        lines += ["", *account_lines(sheet, account)]
+    if report["models"]:
+        heads = f"{'MODEL':<28} {'PROVIDER':<12}  CALLS  FAILED   TOKENS IN         OUT"
+        lines += ["", sheet.line((heads, "dim"))]
+        lines += [model_line(sheet, model) for model in report["models"]]
+    if most > 0 and report["requests"]:
+        lines += ["", sheet.line(("LAST REQUESTS", "dim"))]
+        lines += [request_line(sheet, one) for one in report["requests"][: -most - 1 : -1]]
+    return lines
+
+
+# -- The page at / --
+#
+# One page without any outside file.  It holds no data: it asks /status as any client does, with the
+# key that the person gives it where one is needed.  What a client sent is only ever text in it.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>ampproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --back: #f6f7f9; --card: #fff; --line: #d5d9e0; --text: #1b2130; --soft: #566076;
+  --local: #14692f; --mapped: #0b5c86; --paid: #b3151f; --none: #7a4d00; --bar: #3f6fd8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #12151c; --card: #1b202b; --line: #343c4c; --text: #e7eaf1; --soft: #a3adc0;
+    --local: #7bd694; --mapped: #7cc7f0; --paid: #ff8a8a; --none: #f0c36b; --bar: #7aa2ff;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 80rem;
+  background: var(--back); color: var(--text); font: 16px/1.45 system-ui, sans-serif;
+}
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1.05rem; margin: 1.6rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .3rem 0; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; }
+.soft, header p, dt, th { color: var(--soft); }
+[hidden] { display: none !important; }
+:focus-visible { outline: 3px solid var(--bar); outline-offset: 2px; }
+button, input {
+  font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .8rem;
+}
+button { cursor: pointer; }
+form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-top: 2rem; }
+#paid {
+  margin: 1rem 0 0; padding: .6rem .9rem; border: 2px solid var(--paid); border-radius: .5rem;
+  color: var(--paid); font-weight: 700; overflow-wrap: anywhere;
+}
+.figures { display: flex; flex-wrap: wrap; gap: .6rem 2rem; margin: 0; }
+.figures dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.cards {
+  display: grid; gap: .8rem; padding: 0; margin: 0; list-style: none;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+}
+.cards > li {
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem;
+}
+.top { display: flex; justify-content: space-between; gap: .6rem; align-items: start; }
+.mark {
+  border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem;
+  font-size: .85rem; font-weight: 600; white-space: nowrap;
+}
+.local, .ready { color: var(--local); }
+.mapped { color: var(--mapped); }
+.none, .resting { color: var(--none); }
+.amp, .needs-login { color: var(--paid); }
+.disabled { color: var(--soft); }
+.why { overflow-wrap: anywhere; }
+.window { margin-top: .7rem; font-size: .9rem; }
+.window > div:first-child { display: flex; justify-content: space-between; gap: 1rem; }
+[role=progressbar] {
+  height: .6rem; border: 1px solid var(--soft); border-radius: .3rem; overflow: hidden;
+}
+[role=progressbar] span { display: block; height: 100%; background: var(--bar); }
+[role=progressbar].full span { background: var(--paid); }
+.small {
+  display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem; margin: .8rem 0 0; font-size: .9rem;
+}
+.small dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+.top button { flex: none; }
+table { width: 100%; border-collapse: collapse; font-size: .92rem; }
+th { text-align: left; font-weight: 600; }
+th, td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
+td { overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.t { white-space: nowrap; }
+tr.amp td { color: var(--paid); font-weight: 700; }
+@media (max-width: 700px) {
+  thead { position: absolute; clip-path: inset(50%); height: 1px; width: 1px; overflow: hidden; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; padding: .5rem 0; }
+  tr { border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: 0; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--soft); font-weight: 400; }
+  td.wide { flex-basis: 100%; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1>ampproxy</h1>
+  <p id="about"></p>
+  <p id="link" role="status"></p>
+</header>
+<noscript><p>This page needs JavaScript; <a href="/status">the same as JSON</a> does not.</p>
+</noscript>
+<form id="ask" hidden>
+  <label for="key">A key of this proxy (api-keys)</label>
+  <input id="key" type="password" autocomplete="off" required aria-describedby="wrong">
+  <button>Show the status</button>
+  <p id="wrong" role="alert"></p>
+</form>
+<main id="all" hidden>
+  <p id="paid" role="status" hidden></p>
+  <p id="said" role="status"></p>
+  <section aria-labelledby="calls-title">
+    <h2 id="calls-title">Calls since the start</h2>
+    <dl id="calls" class="figures"></dl>
+  </section>
+  <section aria-labelledby="accounts-title">
+    <h2 id="accounts-title">Accounts</h2>
+    <ul id="accounts" class="cards"></ul>
+  </section>
+  <section aria-labelledby="models-title">
+    <h2 id="models-title">Models</h2>
+    <div id="models"></div>
+  </section>
+  <section aria-labelledby="requests-title">
+    <h2 id="requests-title">Last requests</h2>
+    <div id="requests"></div>
+  </section>
+</main>
+<script>
+"use strict";
+const EVERY = 2000, KEPT = "ampproxy-key";
+const ROUTES = {local: "local", mapped: "mapped", amp: "PAID", none: "refused"};
+const find = id => document.getElementById(id);
+const count = number => Math.round(number || 0).toLocaleString("en");
+let key = sessionStorage.getItem(KEPT) || "", timer = 0;
+
+function make(tag, about, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(about || {})) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function span(seconds) {
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const first = units.findIndex(([size]) => seconds >= size);
+  if (first < 0) return "0 s";
+  const [size, name] = units[first], rest = Math.floor(seconds % size);
+  const words = `${Math.floor(seconds / size)} ${name}`;
+  if (first > 1) return words;
+  const [less, lesser] = units[first + 1];
+  return `${words} ${Math.floor(rest / less)} ${lesser}`;
+}
+
+// What has not changed is left alone, so that focus and reading position stay where they are.
+function put(id, ...children) {
+  const there = find(id), fresh = there.cloneNode(false);
+  fresh.append(...children);
+  if (there.isEqualNode(fresh)) return;
+  const focused = document.activeElement && document.activeElement.id;
+  there.replaceChildren(...fresh.childNodes);
+  if (focused && document.activeElement.id !== focused) find(focused)?.focus();
+}
+
+function pairs(table) {
+  return table.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+}
+
+function figure(route, number) {
+  const mark = make("dd", {class: number ? route : ""}, count(number));
+  return make("div", {}, make("dt", {}, ROUTES[route]), mark);
+}
+
+function bar(account, quota) {
+  const used = Math.min(100, Math.max(0, quota.used_percent));
+  const resets = quota.resets_in_seconds ? `resets in ${span(quota.resets_in_seconds)}` : "";
+  const box = make("div", {
+    role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": used,
+    "aria-label": `${account.provider} ${account.account}: quota ${quota.window}`,
+    "aria-valuetext": `${used} % used${resets && ", " + resets}`,
+    class: used >= 95 ? "full" : "",
+  }, make("span"));
+  box.firstChild.style.width = `${used}%`;
+  const words = make("div", {}, make("span", {}, `${quota.window}: ${used} %`),
+                     make("span", {class: "soft"}, resets));
+  return make("div", {class: "window"}, words, box);
+}
+
+function button(account) {
+  const id = encodeURIComponent(`wake ${account.provider} ${account.account}`);
+  const told = {type: "button", id, "data-provider": account.provider,
+                "data-account": account.account, "aria-label": `Try ${account.account} again now`};
+  return make("p", {}, make("button", told, "Try again now"));
+}
+
+function card(account) {
+  const words = {resting: `resting, wakes in ${span(account.wakes_in_seconds)}`,
+                 "needs-login": "needs login"};
+  const title = make("h3", {}, account.account);
+  const kinds = [account.provider, account.plan].filter(Boolean).join(", ");
+  const kind = make("p", {class: "soft"}, kinds), state = words[account.state] || account.state;
+  const mark = make("span", {class: `mark ${account.state}`}, state);
+  const box = make("li", {}, make("div", {class: "top"}, make("div", {}, title, kind), mark));
+  if (account.reason) box.append(make("p", {class: "why"}, account.reason));
+  if (account.state === "needs-login")
+    box.append(make("p", {}, "Run ", make("code", {}, `ampproxy.py login ${account.provider}`)));
+  if (account.state === "resting" || (account.state === "ready" && account.reason))
+    box.append(button(account));
+  box.append(...account.quota.map(quota => bar(account, quota)));
+  const expires = account.expires_in_seconds, table = [
+    ["calls, failed", `${count(account.requests)}, ${count(account.errors)}`],
+    ["running, threads", `${count(account.in_flight)}, ${count(account.threads)}`],
+    ["tokens in, out", `${count(account.input_tokens)}, ${count(account.output_tokens)}`],
+  ];
+  if (expires !== null)
+    table.push(["token", expires > 0 ? `good for ${span(expires)}` : "is refreshed when needed"]);
+  box.append(make("dl", {class: "small"}, ...pairs(table)));
+  return box;
+}
+
+// Rows that a phone lays out as lines lose their meaning unless they say what they are.
+function table(heads, rows) {
+  const cells = (tag, role, row) => row.map(([text, kind, label]) => {
+    const about = {role};
+    if (kind) about.class = kind;
+    if (label && tag === "td") about["data-label"] = label;
+    return make(tag, tag === "th" ? {...about, scope: "col"} : about, text);
+  });
+  const head = make("thead", {role: "rowgroup"},
+                    make("tr", {role: "row"}, ...cells("th", "columnheader", heads)));
+  const body = rows.map(([kind, row]) =>
+    make("tr", {role: "row", class: kind}, ...cells("td", "cell", row)));
+  return make("table", {role: "table"}, head, make("tbody", {role: "rowgroup"}, ...body));
+}
+
+function modelTable(models) {
+  if (!models.length) return make("p", {class: "soft"}, "No model has been asked yet.");
+  const heads = [["model"], ["answered by"], ["calls", "n"], ["failed", "n"],
+                 ["tokens in", "n"], ["tokens out", "n"]];
+  return table(heads, models.map(m => [m.provider === "ampcode" ? "amp" : "", [
+    [m.model, "wide"], [m.provider], [count(m.requests), "n", "calls"],
+    [count(m.errors), "n", "failed"], [count(m.input_tokens), "n", "in"],
+    [count(m.output_tokens), "n", "out"]]]));
+}
+
+function requestTable(requests) {
+  if (!requests.length) return make("p", {class: "soft"}, "No request has come yet.");
+  const heads = [["time"], ["route"], ["model"], ["answered by"], ["status", "n"],
+                 ["seconds", "n"], ["tokens in", "n"], ["tokens out", "n"]];
+  return table(heads, [...requests].reverse().map(r => {
+    const when = new Date(r.time).toLocaleTimeString("en", {hour12: false});
+    const mapped = r.served_model && r.served_model !== r.model ? ` as ${r.served_model}` : "";
+    const mark = make("span", {class: `mark ${r.route}`}, ROUTES[r.route]);
+    return [r.route === "amp" ? "amp" : "", [
+      [when, "t"], [mark], [r.model, "wide"], [`${r.provider} ${r.account}${mapped}`],
+      [`${r.status}`, "n"], [r.seconds.toFixed(1), "n", "seconds"],
+      [count(r.input_tokens), "n", "in"], [count(r.output_tokens), "n", "out"]]];
+  }));
+}
+
+function show(told) {
+  find("ask").hidden = true;
+  find("all").hidden = false;
+  put("about", `${told.version}, up ${span(told.uptime_seconds)}, fallback: ${told.fallback}`);
+  const words = told.notices.join(". ");
+  find("paid").hidden = !words;
+  put("paid", words);
+  put("calls", ...Object.keys(ROUTES).map(route => figure(route, told.routes[route])));
+  put("accounts", ...told.accounts.map(card));
+  put("models", modelTable(told.models));
+  put("requests", requestTable(told.requests));
+}
+
+function askForKey() {
+  find("all").hidden = true;
+  if (find("ask").hidden) {
+    find("ask").hidden = false;
+    find("key").focus();
+  }
+  put("wrong", key ? "That is not a key of this proxy." : "");
+  key = "";
+  sessionStorage.removeItem(KEPT);
+}
+
+function ask(path, about) {
+  const headers = {"Accept": "application/json", "Content-Type": "application/json"};
+  if (key) headers["X-Api-Key"] = key;
+  return fetch(path, {cache: "no-store", ...about, headers});
+}
+
+async function look() {
+  clearTimeout(timer);
+  try {
+    const answer = await ask("/status");
+    if (answer.status === 401) {
+      put("link", "");
+      askForKey();
+      return;  // the form looks again
+    }
+    if (!answer.ok) throw new Error(`it answered ${answer.status}`);
+    show(await answer.json());
+    put("link", "live");
+  } catch (error) {
+    put("link", `out of reach (${error.message}); what follows may be old`);
+  }
+  timer = setTimeout(look, EVERY);
+}
+
+find("ask").addEventListener("submit", event => {
+  event.preventDefault();
+  key = find("key").value.trim();
+  sessionStorage.setItem(KEPT, key);
+  find("key").value = "";
+  look();
+});
+find("accounts").addEventListener("click", async event => {
+  const {provider, account} = event.target.dataset;
+  if (!account) return;
+  const answer = await ask("/status/wake", {
+    method: "POST", body: JSON.stringify({provider, account})}).catch(() => ({ok: false}));
+  put("said", answer.ok ? `${account} may be asked again` : `${account} could not be woken`);
+  look();
+});
+document.addEventListener("visibilitychange", () => document.hidden || look());
+look();
+</script>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def page_headers() -> dict[str, str]:
+    """Only the page's own script and style run, and no other page may frame it."""
+    hashes = []
+    for part in re.findall("<(?:style|script)>(.*?)</", PAGE, re.S):
+        digest = hashlib.sha256(part.encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+    style, script = hashes
+    policy = (
+        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {
+        "Content-Security-Policy": policy,
+        "Content-Type": "text/html; charset=utf-8",
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
 
 
 # == The server ====================================================================================
@@ -4256,6 +4772,9 @@ class Server:
             if browser_path:  # a browser's cookies are valid only there
                 location = {"Location": self.ampcode.address(request)}
                 return web.Response(status=302, headers=location)
+            if f"{method} {path}" == "GET /" and "text/html" in request.headers.get("Accept", ""):
+                self.check_place(request)
+                return web.Response(text=PAGE, headers=page_headers())  # needs no key: no data
         key = client_key(request, config["api-keys"])
         if isinstance(request.protocol, Connection):
             request.protocol.known()
@@ -4292,19 +4811,40 @@ class Server:
     ) -> web.StreamResponse:
         """What is no model call: lists, the status, and all that ampcode.com answers."""
         path, method = request.rel_url.raw_path, request.method
-        local = self.live.config["ampcode"]["restrict-management-to-localhost"]
-        if local and not model_path and not is_loopback(request.remote or ""):
-            raise fault(403, "Access denied: management routes restricted to localhost")
+        if not model_path:
+            self.check_place(request)
         if method == "GET" and LISTING.fullmatch(path) and not upgrades:
             return web.json_response(model_list(request, self.forwarder.chooser))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
+        if method == "POST" and path == "/status/wake":
+            return await self.wake(request)
         acts = path.startswith(("/api/thread-actors", "/actors/"))
         if acts and (method == "POST" or upgrades):
             self.ledger.note_server_side(path)
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
+
+    def check_place(self, request: Request) -> None:
+        local = self.live.config["ampcode"]["restrict-management-to-localhost"]
+        if local and not is_loopback(request.remote or ""):
+            raise fault(403, "Access denied: management routes restricted to localhost")
+
+    async def wake(self, request: Request) -> web.Response:
+        """End an account's rest: {"account": name}, and its provider where two have that name."""
+        if request.content_type != "application/json":  # what a form of another site cannot send
+            raise fault(415, "this wants Content-Type: application/json")
+        try:
+            asked = parse_object(await read_body(request))
+        except ValueError as error:
+            raise fault(400, f"The request body cannot be read: {explain(error)}") from None
+        name, provider = str(asked.get("account", "")), str(asked.get("provider", ""))
+        woken = self.ledger.wake(name, provider)
+        if not woken:
+            names = ", ".join(account.label for account in self.pool.accounts.values())
+            raise fault(404, f"no account {name[:100]!r}; there are: {names or 'none'}")
+        return web.json_response({"woken": [f"{one.kind} {one.label}" for one in woken]})
 
     def refuse(self, request: Request, call: Call | None, problem: Problem) -> web.Response:
         """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
@@ -4407,13 +4947,19 @@ NAMES = {  # for `login`
 }
 
 
-async def serve(live: Live, args: Json) -> None:
-    """Run the proxy; also without a command."""
-    server = Server(live, Net(live))
+def stop_signal() -> asyncio.Future[None]:
+    """Done when the person, or the system, wants the program to end."""
     stop = asyncio.get_running_loop().create_future()
     for name in (signal.SIGINT, signal.SIGTERM):
         with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
             stop.get_loop().add_signal_handler(name, stop.cancel)
+    return stop
+
+
+async def serve(live: Live, args: Json) -> None:
+    """Run the proxy; also without a command."""
+    server = Server(live, Net(live))
+    stop = stop_signal()
     async with server.serving() as port:
         address = live.address(port)
         log.info("ampproxy %s: %s", __version__, address)
@@ -4471,18 +5017,58 @@ async def accounts(live: Live, args: Json) -> None:
 
 
 async def status(live: Live, args: Json) -> None:
-    """Ask the running proxy how it stands, as JSON."""
-    host, keys = live.config["host"] or "localhost", [*live.config["api-keys"], ""]
-    url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
-    more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
+    """Ask the running proxy how it stands; end an account's rest by hand."""
+    if "wake" in args:
+        told = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
+        say(f"{', '.join(told['woken'])}: may be asked again")
+    elif "watch" in args:
+        await watch_status(live, "json" in args)
+    else:
+        show_status(await ask_proxy(live), "json" in args)
+
+
+def show_status(report: Json, as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(status_lines(report, sheet_for(sys.stdout))), flush=True)
+
+
+async def watch_status(live: Live, as_json: bool) -> None:
+    """The same again and again, in place on a terminal, until it is told to stop."""
+    stop, report = stop_signal(), await ask_proxy(live)
+    in_place = sys.stdout.isatty() and not as_json
+    trouble = ""
+    with full_screen() if in_place else nullcontext():
+        while not stop.done():
+            if in_place:
+                draw_status(report, trouble)
+            elif not trouble:
+                show_status(report, as_json)
+            await asyncio.wait([stop], timeout=2)
+            try:
+                report, trouble = await ask_proxy(live), ""
+            except Failure as error:
+                trouble = explain(error)
+
+
+@contextmanager
+def full_screen() -> Iterator[None]:
+    """The terminal's other screen, without a cursor; what was on the first comes back."""
+    print("\x1b[?1049h\x1b[?25l", end="", flush=True)
     try:
-        async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
-            told = parse_object(await answer.read())
-    except NET_ERRORS as error:
-        raise Failure(
-            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
-        ) from error
-    say(json.dumps(told, indent=2, ensure_ascii=False))
+        yield
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+
+
+def draw_status(report: Json, trouble: str) -> None:
+    sheet, rows = sheet_for(sys.stdout), shutil.get_terminal_size().lines
+    lines = [sheet.line((trouble, "red"))] if trouble else []
+    room = rows - len(lines) - len(status_lines(report, sheet, 0)) - 2  # for the last requests
+    lines += status_lines(report, sheet, room)
+    shown = "\x1b[K\r\n".join(lines[:rows])
+    print(f"\x1b[H{shown}\x1b[K\x1b[J", end="", flush=True)
 
 
 async def route(live: Live, args: Json) -> None:
@@ -4533,7 +5119,11 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
     },
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
     "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
-    "status": {"--json": {"action": "store_true"}},
+    "status": {
+        "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
+        "--watch": {"action": "store_true", "help": "again every two seconds; Ctrl-C ends it"},
+        "--wake": {"metavar": "ACCOUNT", "help": "end this account's rest"},
+    },
 }
 
 
@@ -4557,7 +5147,17 @@ def parse(argv: list[str] | None) -> Json:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, with one sentence on standard error, 2 wrong usage."""
-    args = parse(argv)
+    try:
+        try:
+            return run(parse(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has read enough: `check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(args: Json) -> int:
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
         live = Live(find_config(args.get("config")), **given)
@@ -4565,12 +5165,13 @@ def main(argv: list[str] | None = None) -> int:
         path = live.log_file if command == "serve" else None
         set_up_log(live.config["debug"], live.warnings, path)
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-        run = importlib.import_module(loop).run
-        run(COMMANDS[command](live, args))
+        importlib.import_module(loop).run(COMMANDS[command](live, args))
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
         problem = explain(error) if isinstance(error, Exception) else "stopped"
         print(f"ampproxy: {printable(problem)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Misuse) else 1
     return 0
 
 
