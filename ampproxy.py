@@ -38,6 +38,7 @@ Forwarding             the story of one model call
 ampcode.com            everything else, as it came; the tunnel; paid calls
 Status                 what was served, and how the accounts stand
 The server             the one place that takes requests, and the one exit for errors
+Setting up clients     what a client's own settings must say; one writer that can undo
 Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
@@ -71,6 +72,7 @@ import stat
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 import webbrowser
 import zlib
@@ -1102,21 +1104,27 @@ class Live:
 # what others changed meanwhile, survive each save.
 
 
-def save_token(path: Path, token: Json) -> None:
+def replace_file(path: Path, raw: bytes, mode: int = 0o600) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
     path = path.resolve()  # the target of a link, not the link
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(OSError):  # somebody else's directory, that we may write to
-        path.parent.chmod(0o700)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(json.dumps(token, indent=2).encode() + b"\n")
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
+        draft.chmod(mode)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def save_token(path: Path, token: Json) -> None:
+    path = path.resolve()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):  # somebody else's directory, that we may write to
+        path.parent.chmod(0o700)
+    replace_file(path, json.dumps(token, indent=2).encode() + b"\n")
 
 
 def read_token(path: Path) -> Json:
@@ -3801,7 +3809,19 @@ def quota_of(headers: Any) -> list[Window]:
 # It gets what is no model call, byte for byte, WebSockets too; and, for credits, the model calls
 # that nobody here answers.
 
-SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
+
+def secrets_file() -> Path:
+    """Where Amp keeps its keys, one an address."""
+    usual = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(usual).expanduser() / "amp/secrets.json"
+
+
+def stored_key(secrets: Json, base: str) -> str:
+    """Amp's own key for an address, from that file."""
+    found = secrets.get(f"apiKey@{base}/") or secrets.get(f"apiKey@{base}") or ""
+    return str(found).strip()
+
+
 # The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
 FLAG = re.compile(
     rb"(?:,|(\[))\s{0,99}\{[^{}]{0,99}"
@@ -3832,9 +3852,8 @@ class Ampcode:
         if self.secrets_until <= now:
             self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
             with suppress(OSError, ValueError):
-                self.secrets = parse_object(SECRETS_FILE.expanduser().read_bytes())
-        found = self.secrets.get(f"apiKey@{base}/") or self.secrets.get(f"apiKey@{base}") or ""
-        return str(found).strip()
+                self.secrets = parse_object(secrets_file().read_bytes())
+        return stored_key(self.secrets, base)
 
     def upstream_key(self, key: str) -> str:
         """Ours at ampcode.com, for a client with this key of ours."""
@@ -4930,6 +4949,584 @@ class Server:
             await asyncio.wait(running, timeout=REFRESH_WAIT)
 
 
+# == Setting up clients ============================================================================
+#
+# What a client's own settings must say so that it comes here.  There is one writer for all of them:
+# it changes a text in a few places, so that comments and order stay, reads the result, and refuses
+# it when anything else has changed with it.  What was there before is kept beside it for --undo.
+#
+# To add a client, write the function that says what its files must hold and name it in CLIENTS.
+
+Keys = tuple[str | int, ...]  # the way to a value in tables and lists
+Step = tuple[Keys, Any]  # the value that belongs there; GONE: none
+GONE: Any = object()
+BACKUP = ".before-ampproxy"  # an empty one: there was no file
+
+
+def value_at(table: Any, keys: Keys) -> Any:
+    for key in keys:
+        try:
+            table = table[key]
+        except (LookupError, TypeError):
+            return GONE
+    return table
+
+
+# -- JSON with comments and trailing commas, edited as text --
+
+BLANKS = re.compile(r"(?:\s|//[^\n]*|/\*.*?\*/)*", re.S)
+REST_OF_LINE = re.compile(r"[ \t]*(?://[^\n]*|/\*[^\n]*?\*/)?")
+
+
+@dataclass
+class Node:
+    """A value, where it stands in the text, and its members: where each begins, and its node."""
+
+    value: Any
+    start: int
+    end: int
+    members: dict[str | int, tuple[int, Node]] = field(default_factory=dict)
+
+
+class JsonText:
+    """Reads such a text.  ValueError, with the line, for what is none."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def whole(self) -> Node:
+        try:
+            node = self.value()
+        except RecursionError:
+            raise self.wrong("it is nested too deeply") from None
+        self.skip()
+        if self.at < len(self.text):
+            raise self.wrong("something stands behind its end")
+        return node
+
+    def wrong(self, reason: str) -> ValueError:
+        return ValueError(f"line {self.text.count(chr(10), 0, self.at) + 1}: {reason}")
+
+    def skip(self) -> None:
+        found = BLANKS.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+
+    def takes(self, sign: str) -> bool:
+        self.skip()
+        found = self.text.startswith(sign, self.at)
+        self.at += found
+        return found
+
+    def value(self) -> Node:
+        self.skip()
+        start = self.at
+        if self.takes("{"):
+            members = self.members("}")
+            table = {name: node.value for name, (_, node) in members.items()}
+            return Node(table, start, self.at, members)
+        if self.takes("["):
+            members = self.members("]")
+            return Node([node.value for _, node in members.values()], start, self.at, members)
+        try:
+            value, self.at = json.JSONDecoder().raw_decode(self.text, start)
+        except ValueError:
+            raise self.wrong("no value stands where one is expected") from None
+        return Node(value, start, self.at)
+
+    def members(self, closing: str) -> dict[str | int, tuple[int, Node]]:
+        found: dict[str | int, tuple[int, Node]] = {}
+        goes_on = True
+        while not self.takes(closing):
+            if not goes_on:
+                raise self.wrong(f"a comma or {closing} is missing")
+            start, key = self.at, len(found)
+            if closing == "}":
+                key = self.value().value
+                if not isinstance(key, str) or not self.takes(":"):
+                    raise self.wrong("a name and a colon are expected")
+            found[key] = start, self.value()
+            goes_on = self.takes(",")
+        return found
+
+
+def read_json_text(text: str) -> Json:
+    value = JsonText(text).whole().value if text.strip() else {}
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def indent_at(text: str, place: int) -> str:
+    """The blanks at the beginning of the line."""
+    line = text[text.rfind("\n", 0, place) + 1 :]
+    return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def json_put(text: str, keys: Keys, value: Any) -> str:
+    """The text with the value there; a list is made longer at its end only."""
+    text = text if text.strip() else "{}\n"
+    node = JsonText(text).whole()
+    for depth, key in enumerate(keys):
+        if not isinstance(node.value, list if isinstance(key, int) else dict):
+            raise ValueError(f"{keys[depth - 1]} is of another kind")
+        if key not in node.members:
+            for inner in reversed(keys[depth + 1 :]):
+                value = [value] if isinstance(inner, int) else {inner: value}
+            return json_inserted(text, node, key, value)
+        _, node = node.members[key]
+    own = json_written(value, indent_at(text, node.start))
+    return text[: node.start] + own + text[node.end :]
+
+
+def json_written(value: Any, indent: str) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + indent)
+
+
+def json_inserted(text: str, node: Node, key: str | int, value: Any) -> str:
+    """Behind the last member of a table or list, and behind the comment on its line."""
+    outer = indent_at(text, node.start)
+    name = "" if isinstance(key, int) else f"{json.dumps(key)}: "
+    if not node.members:
+        own = f"\n{outer}  {name}{json_written(value, outer + '  ')}"
+        inside = text[node.start + 1 : node.end - 1].rstrip()
+        return f"{text[: node.start + 1]}{own}{inside}\n{outer}{text[node.end - 1 :]}"
+    start, last = max(node.members.values(), key=lambda member: member[1].end)
+    in_lines = "\n" in text[node.start : start]
+    reader = JsonText(text)
+    reader.at = last.end
+    ends_in_comma = reader.takes(",")
+    behind = reader.at if ends_in_comma else last.end
+    indent = indent_at(text, start) if in_lines else outer
+    own = f"{name}{json_written(value, indent)}"
+    if not in_lines:
+        return f"{text[:behind]}{'' if ends_in_comma else ','} {own}{text[behind:]}"
+    comment = REST_OF_LINE.match(text, behind)
+    line_end = comment.end() if comment else behind
+    kept = text[last.end : line_end] if ends_in_comma else f",{text[last.end : line_end]}"
+    comma = "," if ends_in_comma else ""
+    return f"{text[: last.end]}{kept}\n{indent}{own}{comma}{text[line_end:]}"
+
+
+def json_drop(text: str, keys: Keys) -> str:
+    """The text without that member, its comma and its line."""
+    node = JsonText(text).whole()
+    for key in keys[:-1]:
+        _, node = node.members[key]
+    start, gone = node.members[keys[-1]]
+    end, reader = gone.end, JsonText(text)
+    reader.at = end
+    before = [member.end for _, member in node.members.values() if member.end < start]
+    if reader.takes(","):
+        end = reader.at
+    elif before:  # it was the last: the comma in front of it goes
+        reader.at = max(before)
+        reader.takes(",")
+        text = text[: reader.at - 1] + text[reader.at :]
+        start, end = start - 1, end - 1
+    line_start = text.rfind("\n", 0, start) + 1
+    comment = REST_OF_LINE.match(text, end)
+    line_end = comment.end() if comment else end
+    if not text[line_start:start].strip() and text[line_end : line_end + 1] == "\n":
+        return text[:line_start] + text[line_end + 1 :]
+    return text[:start].rstrip(" ") + text[end:].lstrip(" ")
+
+
+def json_line(keys: Keys, value: Any) -> str:
+    for key in reversed(keys[1:]):
+        value = [value] if isinstance(key, int) else {key: value}
+    return f"{json.dumps(keys[0])}: {json.dumps(value, ensure_ascii=False)}"
+
+
+# -- TOML, edited as text: texts at the top, and whole tables --
+
+TOML_HEAD = re.compile(r"(?m)^[ \t]*\[")
+
+
+def read_toml(text: str) -> Json:
+    return tomllib.loads(text)
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(name)} = {toml_value(inner)}" for name, inner in value.items())
+        return f"{{ {', '.join(pairs)} }}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def toml_table(keys: Keys, value: Json) -> str:
+    lines = [f"[{'.'.join(map(str, keys))}]"]
+    lines += [f"{name} = {toml_value(inner)}" for name, inner in value.items()]
+    return "\n".join(lines) + "\n"
+
+
+def toml_place(text: str, keys: Keys, whole_table: bool) -> tuple[int, int]:
+    """Where a table or a line stands; (-1, -1) for nowhere."""
+    if whole_table:
+        name = re.escape(".".join(map(str, keys)))
+        head = re.search(rf"(?m)^[ \t]*\[{name}\][ \t]*(#.*)?\n?", text)
+        if not head:
+            return -1, -1
+        following = TOML_HEAD.search(text, head.end())
+        return head.start(), following.start() if following else len(text)
+    first = TOML_HEAD.search(text)
+    top = text[: first.start()] if first else text
+    value = "\"[^\"\\n]*\"|'[^'\\n]*'|[\\w.+-]+"
+    line = re.search(rf"(?m)^[ \t]*{keys[0]}[ \t]*=[ \t]*({value})", top)
+    return line.span(1) if line else (-1, -1)
+
+
+def toml_put(text: str, keys: Keys, value: Any) -> str:
+    whole_table = isinstance(value, dict)
+    start, end = toml_place(text, keys, whole_table)
+    if start >= 0:
+        if not whole_table:
+            return text[:start] + toml_value(value) + text[end:]
+        return text[:start] + toml_table(keys, value) + "\n" * (end < len(text)) + text[end:]
+    if whole_table:
+        between = "\n" * (bool(text) and not text.endswith("\n")) + "\n" * bool(text)
+        return f"{text}{between}{toml_table(keys, value)}"
+    return f"{keys[0]} = {toml_value(value)}\n{text}"  # in front of all tables
+
+
+def toml_drop(text: str, keys: Keys) -> str:
+    whole_table = isinstance(value_at(read_toml(text), keys), dict)
+    start, end = toml_place(text, keys, whole_table)
+    if start < 0:
+        raise ValueError(f"{keys[-1]} was not found")
+    if whole_table:
+        above, below = text[:start].rstrip("\n"), text[end:]
+        return above + "\n" * bool(above) + "\n" * bool(above and below) + below
+    return text[: text.rfind("\n", 0, start) + 1] + text[end:].partition("\n")[2]
+
+
+def toml_line(keys: Keys, value: Any) -> str:
+    if isinstance(value, dict):
+        return toml_table(keys, value).rstrip()
+    return f"{keys[0]} = {toml_value(value)}"
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    read: Callable[[str], Json]
+    put: Callable[[str, Keys, Any], str]
+    drop: Callable[[str, Keys], str]
+    line: Callable[[Keys, Any], str]  # what a person would add
+
+
+JSON_FORMAT = Format("JSON", read_json_text, json_put, json_drop, json_line)
+TOML_FORMAT = Format("TOML", read_toml, toml_put, toml_drop, toml_line)
+
+
+# -- The one writer --
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a file of a client must say, by what it says; and which values there are ours."""
+
+    path: Path
+    form: Format
+    steps: Callable[[Json], list[Step]]
+    ours: Callable[[Json], list[Keys]]
+
+    @property
+    def backup(self) -> Path:
+        return self.path.with_name(self.path.name + BACKUP)
+
+    def text(self) -> str:
+        try:
+            return read_file(self.path).decode() if self.path.exists() else ""
+        except (OSError, ValueError) as error:
+            raise Failure(f"{self.path} cannot be read: {explain(error)}") from error
+
+    def wanted(self, text: str) -> list[Step]:
+        """The steps that change something; Failure, with what to do by hand, for no such file."""
+        try:
+            found = self.form.read(text)
+        except ValueError as error:
+            raise Failure(
+                f"{self.path} is no {self.form.name} ({explain(error)}) and stays as it is;"
+                f" mend it, or add by hand: {self.by_hand(self.steps({}))}"
+            ) from error
+        steps = self.steps(found)
+        if any(value is GONE for _, value in steps):
+            return steps  # places move
+        return [(keys, value) for keys, value in steps if value_at(found, keys) != value]
+
+    def by_hand(self, steps: list[Step]) -> str:
+        lines = []
+        for keys, value in steps:
+            if value is not GONE:
+                lines.append(self.form.line(keys, shown(keys[-1], value)).replace("\n", "; "))
+        return ", ".join(lines) or "nothing; take out what names ampproxy"
+
+    def changed(self, text: str, steps: list[Step]) -> str:
+        """The text after the steps; Failure when more than these would change."""
+        expected = self.form.read(text)
+        new = text
+        try:
+            for keys, value in steps:
+                if value is GONE:
+                    new = self.form.drop(new, keys)
+                else:
+                    new = self.form.put(new, keys, value)
+                expected = with_step(expected, keys, value)
+            if pruned(self.form.read(new)) != pruned(expected):
+                raise ValueError("its layout is unusual")
+        except (ValueError, LookupError, TypeError) as error:
+            raise Failure(
+                f"{self.path} cannot be edited ({explain(error)}) and stays as it is;"
+                f" add by hand: {self.by_hand(steps)}"
+            ) from error
+        return new
+
+    def write(self, text: str, new: str) -> None:
+        """The new text in place, what was there before beside it."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.backup.exists():
+                replace_file(self.backup, text.encode())
+            self.replace(new)
+        except OSError as error:
+            raise Failure(f"{self.path} cannot be written: {explain(error)}") from error
+
+    def replace(self, new: str) -> None:
+        mode = stat.S_IMODE(self.path.stat().st_mode) if self.path.exists() else 0o600
+        replace_file(self.path, new.encode(), mode)
+
+    def undo(self) -> bool:
+        """Whether there was anything to undo; what others changed since stays."""
+        if not self.backup.exists():
+            return False
+        try:
+            text, before = self.text(), read_file(self.backup).decode()
+            new = before
+            if text != self.changed(before, self.wanted(before)):
+                new = self.without_ours(text, before)
+            if before.strip() or pruned(self.form.read(new)):
+                self.replace(new)
+            else:
+                self.path.unlink(missing_ok=True)
+            self.backup.unlink()
+        except (OSError, ValueError) as error:
+            raise Failure(f"{self.path} cannot be written: {explain(error)}") from error
+        return True
+
+    def without_ours(self, text: str, before: str) -> str:
+        """With the earlier values in the places of ours."""
+        self.wanted(text)  # Failure for what cannot be read
+        found, earlier = self.form.read(text), self.form.read(before)
+        steps = []
+        for keys in reversed(self.ours(found)):
+            old = GONE if isinstance(keys[-1], int) else value_at(earlier, keys)
+            if value_at(found, keys) not in (old, GONE):
+                steps.append((keys, old))
+        return self.changed(text, steps)
+
+
+def pruned(table: Any) -> Any:
+    """Without tables that are empty: TOML does not show them."""
+    if not isinstance(table, dict):
+        return table
+    inner = {name: pruned(value) for name, value in table.items()}
+    return {name: value for name, value in inner.items() if value != {}}
+
+
+def with_step(table: Any, keys: Keys, value: Any) -> Any:
+    """A copy of plain tables and lists with one value changed."""
+    key, *rest = keys
+    if isinstance(key, int):
+        items = as_list(table)
+        return items[:key] + ([] if value is GONE else [value]) + items[key + 1 :]
+    kept = dict(table) if isinstance(table, dict) else {}
+    if rest:
+        empty: Any = [] if isinstance(rest[0], int) else {}
+        kept[key] = with_step(kept.get(key, empty), (*rest,), value)
+    elif value is GONE:
+        kept.pop(key, None)
+    else:
+        kept[key] = value
+    return kept
+
+
+def shown(name: Any, value: Any) -> Any:
+    """A value as a person may see it."""
+    if isinstance(value, dict):
+        return {key: shown(key, inner) for key, inner in value.items()}
+    secret = re.search("(?i)key|token", str(name)) and value != "any"
+    return mask(str(value)) if secret else value
+
+
+def described(keys: Keys, old: Any, new: Any) -> str:
+    """A change in one line."""
+
+    def words(value: Any) -> str:
+        if value is GONE:
+            return "nothing"
+        if isinstance(value, dict):
+            return str(value.get("displayName") or value.get("base_url") or "a table")
+        return json.dumps(shown(keys[-1], value), ensure_ascii=False)
+
+    return f"  {'.'.join(map(str, keys))}: {words(old)} -> {words(new)}"
+
+
+# -- The clients --
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where clients are to go, and what they can have there."""
+
+    url: str
+    key: str  # that they must show; "any" where none is needed
+    amp_key: str  # the person's own at ampcode.com
+    chooser: Chooser
+
+    def models(self, verb: str) -> list[str]:
+        return [*self.chooser.listed(verb)]
+
+
+def fixed(path: Path, form: Format, values: dict[Keys, Any]) -> Edit:
+    """An edit whose values do not depend on what the file says."""
+    return Edit(path, form, lambda found: [*values.items()], lambda found: [*values])
+
+
+def folder(variable: str, usual: str) -> Path:
+    return Path(os.environ.get(variable) or usual).expanduser()
+
+
+def amp_settings() -> Path:
+    if given := os.environ.get("AMP_SETTINGS_FILE"):
+        return Path(given).expanduser()
+    path = folder("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
+    other = path.with_suffix(".jsonc")
+    return other if other.is_file() and not path.exists() else path
+
+
+def amp_edits(target: Target) -> list[Edit]:
+    edits = [fixed(amp_settings(), JSON_FORMAT, {("amp.url",): target.url})]
+    key = target.amp_key if target.key == "any" else target.key
+    if key:  # Amp keeps one key an address, as it is spelled
+        values: dict[Keys, Any] = {(f"apiKey@{target.url}{end}",): key for end in ("", "/")}
+        edits.append(fixed(secrets_file(), JSON_FORMAT, values))
+    return edits
+
+
+DROID_WORDS = (  # what droid calls a dialect, a verb of it, and what its base URL ends in
+    ("anthropic", "messages", ""),
+    ("openai", "responses", "/v1"),
+    ("generic-chat-completion-api", "completions", "/v1"),
+)
+DROID_MARK = " (ampproxy)"  # at the end of the names that are ours
+
+
+def droid_models(target: Target) -> list[Json]:
+    """An entry a model, in the dialect of who serves it where droid knows that one."""
+    rows = {row.name: row for row in target.chooser.live.rows}
+    served = {verb: target.models(verb) for _, verb, _ in DROID_WORDS}
+    models = []
+    for name, owner in target.chooser.listed().items():
+        own = rows[owner].provider.paths
+        for word, verb, end in sorted(DROID_WORDS, key=lambda one: one[1] not in own):
+            if name in served[verb]:
+                about = {"model": name, "displayName": name + DROID_MARK, "provider": word}
+                place = {"baseUrl": target.url + end, "apiKey": target.key}
+                models.append({**about, **place, "maxOutputTokens": 32000})
+                break
+    return models
+
+
+def droid_edits(target: Target) -> list[Edit]:
+    models = droid_models(target)
+
+    def ours(found: Json) -> list[Keys]:
+        models = map(as_dict, as_list(found.get("customModels")))
+        names = [str(model.get("displayName")) for model in models]
+        return [("customModels", i) for i, name in enumerate(names) if name.endswith(DROID_MARK)]
+
+    def steps(found: Json) -> list[Step]:
+        old = ours(found)
+        if [value_at(found, keys) for keys in old] == models:
+            return []
+        start = len(as_list(found.get("customModels"))) - len(old)
+        new = [(("customModels", start + i), model) for i, model in enumerate(models)]
+        return [(keys, GONE) for keys in reversed(old)] + new
+
+    return [Edit(Path("~/.factory/settings.json").expanduser(), JSON_FORMAT, steps, ours)]
+
+
+def claude_code_edits(target: Target) -> list[Edit]:
+    environment = {
+        "ANTHROPIC_BASE_URL": target.url,
+        "ANTHROPIC_AUTH_TOKEN": target.key,
+        "ENABLE_TOOL_SEARCH": "true",  # it turns that off for hosts it does not know (clients.md)
+    }
+    models = target.models("messages")
+    if models and not any(name.startswith("claude-") for name in models):
+        names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+        environment |= dict.fromkeys(names, models[0])
+    path = folder("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
+    return [fixed(path, JSON_FORMAT, {("env", name): value for name, value in environment.items()})]
+
+
+def codex_edits(target: Target) -> list[Edit]:
+    provider: Json = {"name": "ampproxy", "base_url": f"{target.url}/v1", "wire_api": "responses"}
+    if target.key != "any":
+        provider["http_headers"] = {"X-Api-Key": target.key}
+    models = target.models("responses")
+    place: Keys = ("model_providers", "ampproxy")
+
+    def steps(found: Json) -> list[Step]:
+        told: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
+        model, _ = split_model(str(found.get("model")))
+        if models and not target.chooser.ways(model, "", "responses")[0]:
+            told.insert(0, (("model",), models[0]))
+        return told
+
+    def ours(found: Json) -> list[Keys]:
+        model: list[Keys] = [("model",)] if found.get("model") in models else []
+        return [*model, ("model_provider",), place]
+
+    return [Edit(folder("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
+
+
+@dataclass(frozen=True)
+class Client:
+    title: str
+    program: str  # by whose name it is found on the PATH
+    edits: Callable[[Target], list[Edit]]
+
+
+CLIENTS = {
+    "amp": Client("Amp", "amp", amp_edits),
+    "droid": Client("Factory's droid", "droid", droid_edits),
+    "claude-code": Client("Claude Code", "claude", claude_code_edits),
+    "codex": Client("Codex CLI", "codex", codex_edits),
+}
+
+
+def is_installed(client: Client, edits: list[Edit]) -> bool:
+    return bool(shutil.which(client.program)) or edits[0].path.parent.is_dir()
+
+
+def plan(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
+    """What setting up would change, in words and as texts; Failure before anything is written."""
+    lines, writes = [], []
+    for edit in edits:
+        text = edit.text()
+        steps = edit.wanted(text)
+        if steps:
+            found = edit.form.read(text)
+            lines.append(f"{client.title}: {edit.path}")
+            for keys, value in steps:
+                old = value_at(found, keys)
+                if value is not GONE or old is not GONE:
+                    lines.append(described(keys, old, value))
+            writes.append((edit, text, edit.changed(text, steps)))
+    return lines, writes
+
+
 # == Command line ==================================================================================
 #
 # One coroutine a command; its docstring is its help.  A Failure is what main says in one sentence.
@@ -4999,6 +5596,68 @@ async def logout(live: Live, args: Json) -> None:
         raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
+
+
+async def setup(live: Live, args: Json) -> None:
+    """Point a client's own settings to the proxy; without a client: say what that would change."""
+    pool, secrets_told, config = Pool(live), Json(), live.config
+    pool.scan()
+    with suppress(OSError, ValueError):
+        secrets_told = parse_object(read_file(secrets_file()))
+    upstream = str(config["ampcode"]["upstream-url"]).rstrip("/")
+    amp_key = stored_key(secrets_told, upstream) or str(config["ampcode"]["upstream-api-key"])
+    url = str(args.get("url") or live.address()).rstrip("/")
+    if not is_address(url):
+        raise Misuse(f"--url {url!r} is no address that begins with http:// or https://")
+    target = Target(url, [*config["api-keys"], "any"][0], amp_key, Chooser(live, pool))
+    if args["client"]:
+        set_up(target, args["client"], "undo" in args)
+    elif "undo" in args:
+        raise Misuse(f"say which client: ampproxy.py setup {'|'.join(CLIENTS)} --undo")
+    else:
+        survey(target)
+
+
+def set_up(target: Target, name: str, undo: bool) -> None:
+    client = CLIENTS[name]
+    edits = client.edits(target)
+    if undo:
+        undone = [str(edit.path) for edit in edits if edit.undo()]
+        for path in undone:
+            say(f"{client.title}: {path} is as it was before")
+        if not undone:
+            say(f"{client.title}: there is nothing to undo")
+        return
+    lines, writes = plan(client, edits)
+    for edit, text, new in writes:
+        edit.write(text, new)
+    say("\n".join(lines) if lines else f"{client.title} is set up already; nothing was changed")
+    if writes:
+        say(f"Done. `ampproxy.py setup {name} --undo` brings back what was there before.")
+    if name == "amp" and len(edits) == 1:
+        say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
+    if not target.models(""):
+        say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+    say(f"Next: ampproxy.py, and then {client.program} in another terminal.")
+
+
+def survey(target: Target) -> None:
+    """Which clients there are, and what setting them up would change."""
+    ready: list[str] = []
+    for name, client in CLIENTS.items():
+        edits = client.edits(target)
+        if not is_installed(client, edits):
+            say(f"{client.title}: not found on this machine")
+            continue
+        try:
+            lines, _ = plan(client, edits)
+        except Failure as error:
+            say(f"{client.title}: {error}")
+            continue
+        say("\n".join(lines) if lines else f"{client.title}: set up already")
+        ready += [name] if lines else []
+    if ready:
+        say(f"Nothing was changed. Next: ampproxy.py setup {'|'.join(ready)}")
 
 
 async def accounts(live: Live, args: Json) -> None:
@@ -5104,7 +5763,8 @@ def masked(value: Any, key: str = "") -> Any:
 
 
 COMMANDS = {
-    command.__name__: command for command in (serve, login, logout, accounts, status, route, check)
+    command.__name__: command
+    for command in (serve, login, logout, accounts, status, route, check, setup)
 }
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
@@ -5118,6 +5778,11 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "--no-browser": {"action": "store_true", "help": "print the address only"},
     },
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "setup": {
+        "client": {"nargs": "?", "choices": CLIENTS, "default": None},
+        "--url": {"help": "the proxy's address, where it is not the configuration's"},
+        "--undo": {"action": "store_true", "help": "bring back what was there before"},
+    },
     "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
     "status": {
         "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
