@@ -323,6 +323,11 @@ def read_file(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
+def folder(variable: str, usual: str) -> Path:
+    """Where an environment variable says that something is kept, else the usual place."""
+    return Path(os.environ.get(variable) or usual).expanduser()
+
+
 def unpack_gzip(raw: bytes) -> bytes | None:
     """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
     unpacker = zlib.decompressobj(31)
@@ -1155,13 +1160,18 @@ def expiry(token: Json) -> float:
     return parse_time(token.get("expired"))
 
 
-def claims(token: Json) -> Json:
-    """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
+def jwt_payload(token: Any) -> Json:
+    """What a JSON web token says, unchecked: it only names its owner to himself."""
     try:
-        payload = str(token["id_token"]).split(".")[1]
-        told = parse_object(base64.urlsafe_b64decode(payload + "=="))
+        payload = str(token).split(".")[1]
+        return parse_object(base64.urlsafe_b64decode(payload + "=="))
     except (ValueError, LookupError):
         return {}
+
+
+def claims(token: Json) -> Json:
+    """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
+    told = jwt_payload(token.get("id_token"))
     auth = as_dict(told.get("https://api.openai.com/auth"))
     found = {
         "account_id": auth.get("chatgpt_account_id"),
@@ -1169,6 +1179,134 @@ def claims(token: Json) -> Json:
         "email": auth.get("email") or told.get("email"),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def token_name(kind: str, email: str) -> str:
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+
+
+# -- Logins of other programs on this machine --
+#
+# They are read, never written, and nothing of them is redeemed here.  A copy remembers the file
+# that it came from: near its expiry that is read again, as the other program may have refreshed
+# what both of them use.  A reader makes a token of ours out of a file, or nothing: {}.
+#
+# To add a program, write its reader and name it in SOURCES.
+
+REFRESHED = ("access_token", "refresh_token", "id_token", "expired", "last_refresh", "token")
+
+
+def told_in(path: Path, *keys: str) -> str:
+    """A text in a JSON file; "" for none."""
+    try:
+        value: Any = parse_object(read_file(path))
+    except (OSError, ValueError):
+        return ""
+    for key in keys:
+        value = as_dict(value).get(key)
+    return value if isinstance(value, str) else ""
+
+
+def of_milliseconds(value: Any) -> str:
+    return rfc3339(number(value / 1000)) if isinstance(value, (int, float)) else ""
+
+
+def read_claude_code(told: Json, path: Path) -> Json:
+    found = as_dict(told.get("claudeAiOauth"))
+    places = (path.with_name(".claude.json"), path.parent.parent / ".claude.json")
+    emails = [told_in(place, "oauthAccount", "emailAddress") for place in places]
+    return {
+        "type": "claude",
+        "email": next(filter(None, emails), ""),
+        "access_token": found.get("accessToken"),
+        "refresh_token": found.get("refreshToken") or "",
+        "expired": of_milliseconds(found.get("expiresAt")),
+        "plan": found.get("subscriptionType") or "",
+    }
+
+
+def read_codex_cli(told: Json, path: Path) -> Json:
+    found = as_dict(told.get("tokens"))
+    ends = number(jwt_payload(found.get("access_token")).get("exp"))
+    return {
+        "type": "codex",
+        "email": claims(found).get("email", ""),
+        "access_token": found.get("access_token"),
+        "refresh_token": found.get("refresh_token") or "",
+        "id_token": found.get("id_token") or "",
+        "account_id": found.get("account_id") or "",
+        "expired": rfc3339(ends) if ends else "",
+        "last_refresh": told.get("last_refresh") or "",
+    }
+
+
+def read_gemini_cli(told: Json, path: Path) -> Json:
+    """In CLIProxyAPI's form, which has the token in a table of its own."""
+    ends = of_milliseconds(told.get("expiry_date"))
+    names = ("access_token", "refresh_token", "token_type", "scope")
+    token = {name: told[name] for name in names if name in told}
+    active = told_in(path.with_name("google_accounts.json"), "active")
+    email = jwt_payload(told.get("id_token")).get("email") or active
+    return {"type": "gemini", "email": email, "token": {**token, "expiry": ends}}
+
+
+def read_cliproxyapi(told: Json, path: Path) -> Json:
+    return told if told.get("type") in LOGINS else {}
+
+
+@dataclass(frozen=True)
+class Source:
+    program: str
+    folder: Callable[[], Path]
+    pattern: str  # of its files there
+    read: Callable[[Json, Path], Json]
+
+
+SOURCES = (
+    Source(
+        "Claude Code",
+        lambda: folder("CLAUDE_CONFIG_DIR", "~/.claude"),
+        ".credentials.json",
+        read_claude_code,
+    ),
+    Source("Codex CLI", lambda: folder("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
+    Source(
+        "Gemini CLI",
+        lambda: folder("", "~/.gemini"),
+        "oauth_creds.json",
+        read_gemini_cli,
+    ),
+    Source("CLIProxyAPI", lambda: folder("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi),
+)
+
+
+def access_token_of(token: Json) -> str:
+    return str(token.get("access_token") or as_dict(token.get("token")).get("access_token") or "")
+
+
+def ends_at(token: Json) -> float:
+    """When its access token expires; 0 where nobody said."""
+    return parse_time(token.get("expired") or as_dict(token.get("token")).get("expiry"))
+
+
+def read_source(source: Source, path: Path) -> Json:
+    """Another program's login as a token of ours; {} where the file holds none.  May raise."""
+    token = source.read(parse_object(read_file(path)), path)
+    return token if access_token_of(token) else {}
+
+
+def newer_at_source(token: Json) -> Json:
+    """What the file that a login was copied from says now, if that is newer; else {}."""
+    origin = as_dict(token.get("source"))
+    found = Json()
+    for source in SOURCES:
+        if source.program == origin.get("program"):
+            with suppress(OSError, ValueError):
+                found = read_source(source, Path(str(origin.get("file"))))
+    same_owner = found.get("email") in ("", None, token.get("email"))
+    if not found or not same_owner or ends_at(found) <= ends_at(token):
+        return {}
+    return {name: found[name] for name in REFRESHED if name in found}
 
 
 # == The network ===================================================================================
@@ -1552,8 +1690,7 @@ async def sign_in(live: Live, provider: Provider, browser: bool) -> tuple[str, P
         await net.close()
     token = {"type": provider.name, "refresh_token": "", "id_token": "", **who}
     token |= token_fields(answer, time.time())
-    name = f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', token['email'])}.json"
-    path = live.auth_dir / name
+    path = live.auth_dir / token_name(provider.name, token["email"])
     save_token(path, merge_token(path, {}, token))
     return token["email"], path
 
@@ -2039,6 +2176,7 @@ class Pool:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
             self.read(account.path)
+            self.adopt(account)
             if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
                 return
             assert self.net and account.row
@@ -2048,6 +2186,8 @@ class Pool:
             }
             if not form["refresh_token"]:
                 raise fault(401, "refused, and there is no refresh token")
+            if program := as_dict(account.token.get("source")).get("program"):
+                log.warning("%s: %s may need a new login now", account.name, program)
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, account.row.provider, form)
             self.read(account.path)
@@ -2065,6 +2205,14 @@ class Pool:
         finally:
             account.refreshing = None
 
+    def adopt(self, account: Login) -> None:
+        """Take a newer token from the program that this login was copied from."""
+        if newer := newer_at_source(account.token):
+            account.replaced = account.access_token
+            self.save(account, newer)
+            account.rests, account.retry_at = {}, 0.0
+            log.info("%s: %s has a newer token", account.name, account.token["source"]["program"])
+
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
         account.take(merge_token(account.path, account.token, changes))
@@ -2079,6 +2227,7 @@ class Pool:
         pause = 1 if LOCAL in problem.codes else REFRESH_PAUSE
         account.retry_at = self.clock.monotonic() + pause
         self.read(account.path)
+        self.adopt(account)
         if not account.retry_at:
             return  # a newer token was there
         account.trouble = f"refresh failed: {problem.message}"
@@ -3812,8 +3961,7 @@ def quota_of(headers: Any) -> list[Window]:
 
 def secrets_file() -> Path:
     """Where Amp keeps its keys, one an address."""
-    usual = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(usual).expanduser() / "amp/secrets.json"
+    return folder("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
 
 
 def stored_key(secrets: Json, base: str) -> str:
@@ -5392,10 +5540,6 @@ def fixed(path: Path, form: Format, values: dict[Keys, Any]) -> Edit:
     return Edit(path, form, lambda found: [*values.items()], lambda found: [*values])
 
 
-def folder(variable: str, usual: str) -> Path:
-    return Path(os.environ.get(variable) or usual).expanduser()
-
-
 def amp_settings() -> Path:
     if given := os.environ.get("AMP_SETTINGS_FILE"):
         return Path(given).expanduser()
@@ -5539,6 +5683,7 @@ VERBS = {  # what `route` asks for
     "responses": "responses",
     "gemini": "generateContent",
 }
+IMPORTABLE = {word: kind for kind, row in LOGINS.items() for word in (kind, *row.also)}
 NAMES = {  # for `login`
     word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
 }
@@ -5596,6 +5741,101 @@ async def logout(live: Live, args: Json) -> None:
         raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
+
+
+async def import_(live: Live, args: Json) -> None:
+    """Copy the logins of other programs on this machine."""
+    kind = IMPORTABLE.get(args["provider"], "")
+    copies = show_sources(live, kind)
+    if not copies:
+        say("There is nothing to copy.")
+        return
+    say(SHARING)
+    if "yes" not in args and not (sys.stdin.isatty() and confirmed("Copy? [y/N] ")):
+        raise Failure("nothing was copied; `ampproxy.py import --yes` does it")
+    for path, token in copies:
+        save_token(path, token)
+        say(f"Copied to {path}")
+    say("Next: ampproxy.py")
+
+
+SHARING = """
+Both programs then use one login.  A refresh token of Claude or ChatGPT works once: who uses it
+first logs the other out.  ampproxy never writes to the other program's files, takes a newer token
+from there whenever it needs one, and only where there is none uses the refresh token itself; then
+the other program may ask for a new login.  A login of its own (ampproxy.py login) has none of this.
+"""
+
+
+def show_sources(live: Live, kind: str) -> list[tuple[Path, Json]]:
+    """Say which logins were found, and return the tokens to save, and where."""
+    here = {(a.kind, a.label): a for a in Pool(live).scan() if isinstance(a, Login)}
+    copies: dict[tuple[str, str], tuple[Path, Json]] = {}
+    looked, found_any = [], False
+    for source in SOURCES:
+        place = source.folder()
+        looked.append(f"{place / source.pattern}".replace("[!.]", ""))
+        own = place.resolve() == live.auth_dir.resolve()
+        for path in [] if own else sorted(place.glob(source.pattern)):
+            words, token = judge_source(source, path)
+            if token and kind not in ("", token["type"]):
+                continue
+            found_any = True
+            if token:
+                who = (str(token["type"]), str(token["email"]))
+                told, copy = judge_copy(live, path, token, here.get(who))
+                words += f"; {told}" if who not in copies else "; found above already"
+                if copy:
+                    copies.setdefault(who, copy)
+            say(f"{source.program}: {words}  ({path})")
+    if not found_any:
+        raise Failure(f"no login of another program was found; looked at {', '.join(looked)}")
+    return [*copies.values()]
+
+
+def judge_source(source: Source, path: Path) -> tuple[str, Json]:
+    """What a file of another program holds, in words, and as a token of ours."""
+    try:
+        token = read_source(source, path)
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {explain(error)}", {}
+    if not token:
+        return "no login is in it", {}
+    token["email"] = token.get("email") or f"from-{path.parent.name.strip('.')}"
+    token["source"] = {"program": source.program, "file": str(path)}
+    left = ends_at(token) - time.time()
+    ends = f"expired {span(-left)} ago" if left < 0 else f"good for {span(left)}"
+    return (
+        f"{token['type']} {token['email']}, {ends if ends_at(token) else 'expiry unknown'}",
+        token,
+    )
+
+
+def judge_copy(
+    live: Live, path: Path, token: Json, login: Login | None
+) -> tuple[str, tuple[Path, Json] | None]:
+    """Whether it may be copied, in words, and what is to be saved where."""
+    if login is None:
+        name = token_name(token["type"], token["email"])
+        if path.name.startswith(f"{token['type']}-"):
+            name = path.name  # CLIProxyAPI's: it may name a plan or a project, too
+        return "can be copied", (live.auth_dir / name, token)
+    if login.token.get("source") != token["source"]:
+        return "signed in here already, with a login of its own", None
+    if newer := newer_at_source(login.token):
+        return "newer than the copy here", (login.path, login.token | newer)
+    return "copied already", None
+
+
+def confirmed(question: str) -> bool:
+    """Ask the person at the terminal.  Ctrl-C ends the program at once, as it should."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 async def setup(live: Live, args: Json) -> None:
@@ -5763,8 +6003,8 @@ def masked(value: Any, key: str = "") -> Any:
 
 
 COMMANDS = {
-    command.__name__: command
-    for command in (serve, login, logout, accounts, status, route, check, setup)
+    command.__name__.rstrip("_"): command
+    for command in (serve, login, logout, accounts, status, route, check, setup, import_)
 }
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
@@ -5782,6 +6022,10 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "client": {"nargs": "?", "choices": CLIENTS, "default": None},
         "--url": {"help": "the proxy's address, where it is not the configuration's"},
         "--undo": {"action": "store_true", "help": "bring back what was there before"},
+    },
+    "import": {
+        "provider": {"nargs": "?", "choices": IMPORTABLE, "default": None},
+        "--yes": {"action": "store_true", "help": "copy without asking"},
     },
     "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
     "status": {
