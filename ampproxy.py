@@ -38,7 +38,9 @@ Forwarding             the story of one model call
 ampcode.com            everything else, as it came; the tunnel; paid calls
 Status                 what was served, and how the accounts stand
 The server             the one place that takes requests, and the one exit for errors
+Amp's modes            which models Amp asks for, and who would answer
 Setting up clients     what a client's own settings must say; one writer that can undo
+The login menu         all logins on the whole terminal, with the arrow keys
 Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
@@ -5097,6 +5099,107 @@ class Server:
             await asyncio.wait(running, timeout=REFRESH_WAIT)
 
 
+# == Amp's modes ===================================================================================
+#
+# Which models Amp's clients ask for where they call models themselves (January to May 2026), and
+# who would answer them here: for `check`.  Sub-agents and handoff use the model of the mode.
+#
+# To add a mode, or what a newer client asks for in one, change AMP_MODES.
+
+
+class Mode(NamedTuple):
+    name: str
+    verb: str  # of its calls
+    models: tuple[str, ...]  # the newest client's first (amp-client.md 1)
+    small: bool = False  # a quick model will do
+
+
+HAIKU = "claude-haiku-4-5-20251001"
+AMP_MODES = (
+    Mode("smart", "messages", ("claude-opus-4-7", "claude-opus-4-6", "claude-opus-4-5-20251101")),
+    Mode("rush", "messages", (HAIKU,), small=True),
+    Mode("large", "messages", ("claude-opus-4-6", "claude-sonnet-4-5-20250929")),
+    Mode("deep", "responses", ("gpt-5.4", "gpt-5.2-codex")),
+    Mode("title", "messages", (HAIKU,), small=True),
+    Mode("oracle", "responses", ("gpt-5.4", "gpt-5.2", "gpt-5.1")),
+    Mode("finder, look_at", "generateContent", ("gemini-3-flash-preview",), small=True),
+    Mode("librarian", "messages", ("claude-sonnet-4-6", HAIKU), small=True),
+    Mode("review", "generateContent", ("gemini-3.1-pro-preview", "gemini-3-pro-preview")),
+    Mode("painter", "generateContent", ("gemini-3-pro-image-preview",)),
+)
+SMALL_MODEL = re.compile("haiku|mini|flash|lite|nano|spark", re.I)
+IMAGE_MODEL = re.compile("image", re.I)
+
+
+def who_answers(chooser: Chooser, model: str, verb: str) -> tuple[str, str]:
+    """The route that a model takes here, and who answers there."""
+    ways, _ = chooser.ways(*split_model(model), verb)
+    if ways:
+        name = ways[0].rows[0].name
+        return ways[0].route, name if ways[0].route == "local" else f"{name} as {ways[0].model}"
+    never = chooser.live.config["ampcode"]["fallback"] == "never"
+    return ("none", "nobody") if never else ("amp", "ampcode.com")
+
+
+def stand_in(chooser: Chooser, mode: Mode, model: str) -> str:
+    """The model here that could answer instead; "" where there is none of that kind."""
+    names = [
+        name
+        for name in chooser.listed(mode.verb)
+        if who_answers(chooser, name, mode.verb)[0] == "local"
+    ]
+    paints = bool(IMAGE_MODEL.search(model))
+    names = [name for name in names if bool(IMAGE_MODEL.search(name)) == paints]
+    fitting = [name for name in names if bool(SMALL_MODEL.search(name)) == mode.small]
+    return next(iter(fitting or names), "")
+
+
+def mode_lines(chooser: Chooser) -> list[str]:
+    """A line for each mode and each model that a client asks for in it."""
+    lines = [f"{'mode or helper':<17}{'model':<29}answered by"]
+    for mode in AMP_MODES:
+        for model in mode.models:
+            route, who = who_answers(chooser, model, mode.verb)
+            name = mode.name if model == mode.models[0] else ""
+            lines.append(f"{name:<17}{model:<29}{SHORT_ROUTES[route]}: {who}")
+    return lines
+
+
+def who_could(model: str) -> str:
+    """What to get for a model: a login, or a key."""
+    logins = [kind for kind, row in LOGINS.items() if row.authorize_url]
+    words = [f"ampproxy.py login {k}" for k in logins if matches(model, (*LOGINS[k].names,))]
+    words += [f"a key under {k}" for k, row in API_KEYS.items() if matches(model, (*row.names,))]
+    return " or ".join(words) or "no provider that is known here"
+
+
+def mapping_lines(chooser: Chooser) -> tuple[list[str], list[str]]:
+    """Lines for model-mappings that keep all of that here, and words about what cannot be kept."""
+    rules: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for mode in AMP_MODES:
+        for model in mode.models:
+            if who_answers(chooser, model, mode.verb)[0] in ("local", "mapped"):
+                continue
+            if target := stand_in(chooser, mode, model):
+                rules.setdefault(model, f"- {{from: {model}, to: {target}}}")
+            else:
+                lost[model] = f"{model}: {who_could(model)}"
+    return [*rules.values()], [*lost.values()]
+
+
+def model_lines(chooser: Chooser) -> list[str]:
+    """What each account and each key serves."""
+    lines = []
+    for account in chooser.pool.accounts.values():
+        row = account.row
+        names = ", ".join(row.provider.names) if row else "nothing: its provider is not served here"
+        but = ", ".join(row.provider.excluded_models) if row else ""
+        state = " (disabled)" if account.disabled else ""
+        lines.append(f"{account.kind} {account.label}{state}: {names}{but and f', but not {but}'}")
+    return lines or ["none: run `ampproxy.py login claude` (or codex)"]
+
+
 # == Setting up clients ============================================================================
 #
 # What a client's own settings must say so that it comes here.  There is one writer for all of them:
@@ -5671,6 +5774,262 @@ def plan(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit,
     return lines, writes
 
 
+# == The login menu ================================================================================
+#
+# All logins on the whole terminal, with the arrow keys.  It shows what the running proxy says, and
+# what the token files say where none runs.  A login is a process of its own: it talks to the
+# terminal itself, and may be stopped without ending the list.
+
+NAMES = {  # for `login`
+    word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
+}
+
+MENU_KEYS = "Up and Down choose   Enter signs in   d disconnects   q leaves"
+MENU_PAUSE = 2  # seconds between looks at the proxy and at the files
+
+
+@contextmanager
+def handling(stop: Callable[[], object], *names: str) -> Iterator[None]:
+    """What signals of these names do, until the block ends."""
+    loop = asyncio.get_running_loop()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def curses_screen() -> Iterator[tuple[Any, Any]]:
+    """curses and its screen; the terminal is as it was before after any end of the block."""
+    try:
+        curses: Any = importlib.import_module("curses")
+        screen = curses.initscr()
+    except Exception as error:  # Windows has no curses, and TERM may name no terminal
+        words = f"this terminal cannot show the list ({explain(error)})"
+        raise Failure(f"{words}: {say_which_login()}") from error
+    log.disabled = True  # its lines would stand across the list
+    try:
+        curses.noecho()
+        curses.cbreak()
+        screen.keypad(True)
+        screen.nodelay(True)
+        with suppress(curses.error):
+            curses.curs_set(0)
+        yield curses, screen
+    finally:
+        log.disabled = False
+        with suppress(curses.error):
+            curses.curs_set(1)
+        screen.keypad(False)
+        curses.nocbreak()
+        curses.echo()
+        curses.endwin()
+
+
+def say_which_login() -> str:
+    return f"ampproxy.py login {'|'.join(dict.fromkeys(NAMES.values()))}"
+
+
+class Menu:
+    """What is on the list, what is chosen, and what a key does."""
+
+    def __init__(self, live: Live) -> None:
+        self.live, self.pool = live, Pool(live)
+        self.report = Json()  # of the running proxy
+        self.running = False
+        self.chosen = self.top = 0
+        self.message = ""
+        self.doomed: Login | None = None  # to be disconnected after a yes
+        self.items: list[tuple[str, Login | None]] = []
+
+    def look(self) -> None:
+        """Take up the token files."""
+        self.pool.scan()
+        logins = [a for a in self.pool.accounts.values() if isinstance(a, Login)]
+        kinds = [*dict.fromkeys([*NAMES.values(), *(login.kind for login in logins)])]
+        self.items = []
+        for kind in kinds:
+            self.items += [(kind, login) for login in logins if login.kind == kind]
+            self.items += [(kind, None)] if kind in NAMES.values() else []
+        self.chosen = min(self.chosen, len(self.items) - 1)
+
+    async def ask(self) -> None:
+        """What the running proxy says."""
+        try:
+            self.report, self.running = await ask_proxy(self.live), True
+        except Failure:
+            self.report, self.running = {}, False
+
+    def told_of(self, login: Login) -> Json:
+        for account in as_dicts(self.report.get("accounts")):
+            if (account["provider"], account["account"]) == (login.kind, login.label):
+                return account
+        return {"provider": login.kind, "state": login.state(0), "quota": [], "reason": ""}
+
+    def lines(self, signs: str) -> list[tuple[str, int]]:
+        """The list: its lines, and the item that each belongs to; -1: a heading."""
+        lines, last = [], ""
+        for index, (kind, login) in enumerate(self.items):
+            if kind != last:
+                lines += [("", -1)] * bool(last) + [(kind, -1)]
+                last = kind
+            mark = ">" if index == self.chosen else " "
+            if login is None:
+                lines.append(
+                    (
+                        f" {mark} sign in with {'another' if lines[-1][1] >= 0 else 'an'} account",
+                        index,
+                    )
+                )
+            else:
+                lines += [(line, index) for line in self.login_lines(login, mark, signs)]
+        return lines
+
+    def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
+        told, left = self.told_of(login), login.expires - time.time()
+        ends = "no expiry" if left > 1e9 else f"token {span(left)}" if left > 0 else "refresh due"
+        name = login.label + (f" ({login.plan})" if login.plan else "")
+        state = state_words(told).partition(":")[0]
+        lines = [f" {mark} {name:<34.34} {state:<28.28} {ends}"]
+        lines += [f"     {told['reason']}"] if told["reason"] else []
+        sheet = Sheet(plain, 80, signs)
+        for quota in told["quota"]:
+            used, resets = quota["used_percent"], quota["resets_in_seconds"]
+            ends = f"resets in {span(resets)}" if resets else ""
+            lines.append(f"     {quota['window']:<10.10} {sheet.bar(used)}{used:>4.0f} %  {ends}")
+        return lines
+
+    def draw(self, curses: Any, screen: Any, signs: str) -> None:
+        rows, _ = screen.getmaxyx()
+        lines = self.lines(signs)
+        own = [place for place, (_, index) in enumerate(lines) if index == self.chosen]
+        room = max(1, rows - 4)  # beside the title and the last two lines
+        if own:
+            self.top = min(self.top, max(0, own[0] - 1))
+            self.top = max(self.top, own[-1] - room + 1)
+        where = "running" if self.running else "not running"
+        screen.erase()
+        put_line(screen, 0, f" ampproxy: logins (proxy {where})", curses.A_BOLD)
+        for row, (text, index) in enumerate(lines[self.top : self.top + room], 2):
+            heading = curses.A_BOLD if index < 0 else 0
+            put_line(screen, row, text, curses.A_REVERSE if index == self.chosen else heading)
+        put_line(screen, rows - 2, f" {self.message}", curses.A_BOLD)
+        put_line(screen, rows - 1, f" {MENU_KEYS}", 0)
+        screen.refresh()
+
+    def take(self, curses: Any, key: int) -> str:
+        """What a key means: a provider to sign in to, "quit", or "" for nothing more."""
+        if self.doomed:
+            self.message = "" if key not in (ord("y"), ord("Y")) else disconnect(self.doomed)
+            self.doomed = None
+            self.look()
+            return ""
+        self.message = ""
+        kind, login = self.items[self.chosen]
+        if key in (curses.KEY_UP, ord("k")):
+            self.chosen = max(0, self.chosen - 1)
+        elif key in (curses.KEY_DOWN, ord("j")):
+            self.chosen = min(len(self.items) - 1, self.chosen + 1)
+        elif key in (ord("\n"), ord("\r"), curses.KEY_ENTER):
+            if kind in NAMES.values():
+                return kind
+            self.message = f"ampproxy.py has no login for {kind}"
+        elif key == ord("d") and login:
+            self.doomed = login
+            self.message = f"Disconnect {login.label} (deletes {login.path.name})? y or n"
+        elif key == ord("d"):
+            self.message = "Choose an account to disconnect"
+        return "quit" if key in (ord("q"), 3, 4) else ""
+
+
+def put_line(screen: Any, row: int, text: str, style: int) -> None:
+    """As much of a line as there is room for; the last column of a terminal may wrap."""
+    rows, columns = screen.getmaxyx()
+    if 0 <= row < rows and columns > 1:
+        screen.addnstr(row, 0, printable(text), columns - 1, style)
+
+
+def disconnect(login: Login) -> str:
+    """Delete a login's file, and say so."""
+    try:
+        login.path.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{login.path} cannot be deleted: {explain(error)}"
+    return f"{login.label} is disconnected"
+
+
+async def choose_login(menu: Menu) -> str:
+    """Show the list until a provider to sign in to is chosen; "" when the person leaves."""
+    stop, moved = asyncio.Event(), asyncio.Event()
+    stdin = sys.stdin.fileno()
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        stop.set()
+        moved.set()
+
+    async def keep_asking() -> None:
+        while True:
+            await menu.ask()
+            moved.set()
+            await asyncio.sleep(MENU_PAUSE)
+
+    with (
+        curses_screen() as (curses, screen),
+        handling(leave, "SIGINT", "SIGTERM", "SIGHUP"),
+        handling(moved.set, "SIGWINCH"),
+    ):
+        loop.add_reader(stdin, moved.set)
+        asking = asyncio.create_task(keep_asking())
+        try:
+            while not stop.is_set():
+                menu.look()
+                size = shutil.get_terminal_size()
+                if screen.getmaxyx() != (size.lines, size.columns):
+                    curses.resizeterm(size.lines, size.columns)
+                menu.draw(curses, screen, sheet_for(sys.stdout).signs)
+                await moved.wait()
+                moved.clear()
+                while (key := screen.getch()) != -1:
+                    if chosen := menu.take(curses, key):
+                        return "" if chosen == "quit" else chosen
+        finally:
+            loop.remove_reader(stdin)
+            asking.cancel()
+    return ""
+
+
+async def log_in_there(live: Live, kind: str, options: list[str]) -> tuple[str, bool]:
+    """Run a login on this terminal: how it ended, in words, and whether the list goes on."""
+    config = ["--config", str(live.path)] if live.path else []
+    command = [sys.executable, __file__, "login", kind, *options, *config]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    ended = asyncio.Event()
+
+    def end() -> None:
+        ended.set()
+        with suppress(ProcessLookupError):
+            process.terminate()
+
+    # Ctrl-C is for the login; the terminal sends it to both.
+    with handling(bool, "SIGINT"), handling(end, "SIGTERM", "SIGHUP"):
+        _, errors = await process.communicate()
+    words = errors.decode(errors="replace").strip().splitlines()
+    if process.returncode == 0:
+        return f"Signed in to {kind}", not ended.is_set()
+    return (words[-1] if words else "the login was stopped"), not ended.is_set()
+
+
+async def show_menu(live: Live, options: list[str]) -> None:
+    menu, goes_on = Menu(live), True
+    while goes_on and (kind := await choose_login(menu)):
+        menu.message, goes_on = await log_in_there(live, kind, options)
+
+
 # == Command line ==================================================================================
 #
 # One coroutine a command; its docstring is its help.  A Failure is what main says in one sentence.
@@ -5684,9 +6043,6 @@ VERBS = {  # what `route` asks for
     "gemini": "generateContent",
 }
 IMPORTABLE = {word: kind for kind, row in LOGINS.items() for word in (kind, *row.also)}
-NAMES = {  # for `login`
-    word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
-}
 
 
 def stop_signal() -> asyncio.Future[None]:
@@ -5718,10 +6074,12 @@ async def serve(live: Live, args: Json) -> None:
 
 
 async def login(live: Live, args: Json) -> None:
-    """Sign in to a provider; several logins are several accounts."""
+    """Sign in to a provider, again for another account; without one: a list of all logins."""
     if not args["provider"]:
-        kinds = "|".join(dict.fromkeys(NAMES.values()))
-        raise Failure(f"say which provider: ampproxy.py login {kinds}")
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise Misuse(f"the list of logins needs a terminal; without one: {say_which_login()}")
+        await show_menu(live, ["--no-browser"] if "no_browser" in args else [])
+        return
     kind = NAMES[args["provider"]]
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
     browser = "no_browser" not in args and not remote
@@ -5821,7 +6179,7 @@ def judge_copy(
             name = path.name  # CLIProxyAPI's: it may name a plan or a project, too
         return "can be copied", (live.auth_dir / name, token)
     if login.token.get("source") != token["source"]:
-        return "signed in here already, with a login of its own", None
+        return "signed in here already", None
     if newer := newer_at_source(login.token):
         return "newer than the copy here", (login.path, login.token | newer)
     return "copied already", None
@@ -5982,9 +6340,27 @@ async def route(live: Live, args: Json) -> None:
 
 
 async def check(live: Live, args: Json) -> None:
-    """Check the configuration and print what is in effect."""
+    """Print the configuration in effect, what each account serves, and who answers Amp."""
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
+    pool = Pool(live)
+    pool.scan()
+    chooser = Chooser(live, pool)
+    comments = ["", "Accounts and keys, and the models that each serves (* is anything):", ""]
+    comments += [*model_lines(chooser), "", "Amp, as far as its clients call models (to May 2026):"]
+    comments += ["", *mode_lines(chooser), "", NEWER_AMP]
+    rules, lost = mapping_lines(chooser)
+    if lost:
+        comments += ["", "No account here can answer these; what could:", "", *lost]
+    if rules:
+        place = live.path or "config.yaml"
+        comments += ["", f"To answer the others here, too, put this into {place}:", ""]
+    say("\n".join(f"# {line}".rstrip() for line in comments))
+    if rules:
+        say("\n".join(["ampcode:", "  model-mappings:", *(f"    {rule}" for rule in rules)]))
+
+
+NEWER_AMP = "Clients of July 2026 and newer run all models on Amp's servers: Amp bills those."
 
 
 SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
