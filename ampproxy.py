@@ -4299,7 +4299,9 @@ class Ledger:
         told = []
         if calls := self.routes["amp"]:
             names = ", ".join(f"{name} ({n})" for name, n in self.paid.most_common(5))
-            words = f"PAID: ampcode.com was asked for {calls} calls and may charge for them"
+            words = (
+                f"PAID: ampcode.com was asked {calls} time{'s' * (calls > 1)} and may charge for it"
+            )
             told.append(f"{words}: {names}" if names else words)
         if self.server_side:
             words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
@@ -4427,7 +4429,7 @@ def state_words(account: Json) -> str:
         case "resting":
             return f"resting, wakes in {span(account['wakes_in_seconds'])}"
         case "needs-login":
-            return f"needs login: ampproxy.py login {account['provider']}"
+            return "needs login"
     return str(account["state"])
 
 
@@ -4470,6 +4472,8 @@ def account_lines(sheet: Sheet, account: Json) -> list[str]:
     indent = " " * 14
     if account["reason"]:
         lines.append(sheet.line((indent + account["reason"], "yellow")))
+    if account["state"] == "needs-login":
+        lines.append(sheet.line((f"{indent}run ampproxy.py login {account['provider']}", "red")))
     for quota in account["quota"]:
         used = quota["used_percent"]
         ends = quota["resets_in_seconds"]
@@ -5893,7 +5897,7 @@ class Menu:
         told, left = self.told_of(login), login.expires - time.time()
         ends = "no expiry" if left > 1e9 else f"token {span(left)}" if left > 0 else "refresh due"
         name = login.label + (f" ({login.plan})" if login.plan else "")
-        state = state_words(told).partition(":")[0]
+        state = state_words(told)
         lines = [f" {mark} {name:<34.34} {state:<28.28} {ends}"]
         lines += [f"     {told['reason']}"] if told["reason"] else []
         sheet = Sheet(plain, 80, signs)
@@ -6021,7 +6025,8 @@ async def log_in_there(live: Live, kind: str, options: list[str]) -> tuple[str, 
     words = errors.decode(errors="replace").strip().splitlines()
     if process.returncode == 0:
         return f"Signed in to {kind}", not ended.is_set()
-    return (words[-1] if words else "the login was stopped"), not ended.is_set()
+    reason = words[-1].removeprefix("ampproxy: ") if words else "the login was stopped"
+    return reason, not ended.is_set()
 
 
 async def show_menu(live: Live, options: list[str]) -> None:

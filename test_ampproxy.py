@@ -19,12 +19,14 @@ import asyncio
 import base64
 import bisect
 import dataclasses
+import fcntl
 import functools
 import gzip
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -33,6 +35,8 @@ import os
 import random
 import re
 import secrets
+import select
+import shutil
 import signal
 import socket
 import stat
@@ -42,6 +46,8 @@ import subprocess
 import symtable
 import sys
 import tempfile
+import termios
+import threading
 import time
 import zlib
 from collections import Counter
@@ -6817,7 +6823,7 @@ async def test_anthropic_sdk(tmp_path, base):
     (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
     (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "usage"), (["login", "nobody"], 2, "invalid choice"),
     (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid"),
-    (["login"], 1, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
+    (["login"], 2, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
     (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 2, "--port"),
 ])  # fmt: skip
 @in_loop
@@ -6912,6 +6918,601 @@ async def test_serve_and_stop(tmp_path):
                 assert rest.endswith(events()[-1])
             status, _, _ = await cli.end()
     assert status == 0
+
+
+# == For people ====================================================================================
+# The start, the log, `status` and the page at /, `setup`, `import`, the list of logins, `check`.
+
+
+def own_terminal():
+    """In the new process: so that Ctrl-C and a change of size reach it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Terminal:
+    """The program on a pseudo-terminal of its own."""
+
+    def __init__(self, home, *args, rows=24, columns=80, **env):
+        self.master, self.slave = os.openpty()
+        self.resize(rows, columns)
+        self.before = termios.tcgetattr(self.slave)
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "TERM": "xterm-256color",
+            "LANG": "C.UTF-8",
+            "SSH_TTY": "x",
+            **env,
+        }
+        command = [sys.executable, str(SCRIPT), *args]
+        self.process = subprocess.Popen(command, env=env, cwd=home, stdin=self.slave, stdout=self.slave, stderr=self.slave,
+                                        start_new_session=True, preexec_fn=own_terminal)  # noqa: PLW1509  # fmt: skip
+        self.seen = ""  # all of it, as it came
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read(self, wait):
+        if not select.select([self.master], [], [], wait)[0]:
+            return False
+        with suppress(OSError):
+            self.seen += os.read(self.master, 65536).decode(errors="replace")
+            return True
+        return False
+
+    def until(self, words, start=None):
+        """Wait until `words` stand behind what had come when this was called, or behind `start`."""
+        start, end = len(self.seen) if start is None else start, time.monotonic() + 15
+        while words not in plain_text(self.seen[start:]):
+            assert time.monotonic() < end, f"no {words!r} in {plain_text(self.seen[start:])!r}"
+            self.read(0.2)
+        return plain_text(self.seen[start:])
+
+    def type(self, keys, words):
+        """Press keys, and wait for what then comes."""
+        start = len(self.seen)
+        os.write(self.master, keys.encode())
+        return self.until(words, start)
+
+    def end(self):
+        """The exit status; the terminal must be as it was, and nothing of a screen left."""
+        end = time.monotonic() + 15
+        while self.process.poll() is None:
+            assert time.monotonic() < end, plain_text(self.seen)
+            self.read(0.1)
+        while self.read(0):
+            pass
+        assert termios.tcgetattr(self.slave) == self.before
+        assert self.seen.count("\x1b[?1049h") == self.seen.count("\x1b[?1049l")
+        if "\x1b[?25l" in self.seen:  # the cursor was hidden
+            assert self.seen.rfind("\x1b[?25h") > self.seen.rfind("\x1b[?25l")
+        assert "Traceback" not in self.seen
+        return self.process.returncode
+
+
+def plain_text(text):
+    return re.sub(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|[=>])", "", text)
+
+
+class FakeStream(io.StringIO):
+    def __init__(self, terminal=True, encoding="utf-8"):
+        super().__init__()
+        self.terminal, self._encoding = terminal, encoding
+
+    encoding = property(lambda self: self._encoding)
+
+    def isatty(self):
+        return self.terminal
+
+
+# -- The start and the log --
+
+
+@pytest.mark.parametrize(("env", "terminal", "wanted"), [
+    ({}, True, True), ({}, False, False), ({"NO_COLOR": "1"}, True, False), ({"NO_COLOR": ""}, True, True), ({"TERM": "dumb"}, True, False),
+])  # fmt: skip
+def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch, env, terminal, wanted):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    painted = ampproxy.paint_for(FakeStream(terminal))("text", "red")
+    assert painted == ("\x1b[1;31mtext\x1b[0m" if wanted else "text")
+
+
+@in_loop
+async def test_lines_of_requests_stand_in_columns(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rules = [{"from": "gpt-9", "to": "claude-opus-4-7"}]
+    async with world(tmp_path, ampcode={"model-mappings": rules}) as w:
+        await w.ask(PATH, ASK)
+        await w.ask(PATH, {**ASK, "model": "gpt-9"})
+        await w.ask(PATH, {**ASK, "model": "grok"})
+        await w.ask("/v1/messages", {**ASK, "model": "grok"})
+    lines = [r.getMessage() for r in caplog.records if hasattr(r, "colour")]
+    words = ["LOCAL_PROVIDER", "MODEL_MAPPING", "AMP_CREDITS", "NO_PROVIDER"]
+    assert [line.split()[0] for line in lines] == words
+    assert [line[15:19] for line in lines] == ["200 ", "200 ", "200 ", "404 "]
+    assert [line[27:].split()[0] for line in lines] == ["claude-opus-4-6", "gpt-9", "grok", "grok"]
+    assert lines[1].endswith("claude fre... as claude-opus-4-7")
+    assert len(lines[0]) < 80
+    record = next(r for r in caplog.records if hasattr(r, "colour"))
+    shown = ampproxy.LogFormatter("%X", ampproxy.coloured).format(record)
+    assert "\x1b[32mLOCAL_PROVIDER\x1b[0m 200" in shown
+    warning = logging.LogRecord("ampproxy", logging.WARNING, "", 0, "well\x1b[2J", (), None)
+    assert (
+        ampproxy.LogFormatter("%H", ampproxy.coloured).format(warning)[2:]
+        == " \x1b[33mWARNING\x1b[0m well\\u001b[2J"
+    )
+
+
+def test_the_log_file_is_private_and_bounded(tmp_path):
+    handler = ampproxy.LogFile(tmp_path / "x.log", maxBytes=300, backupCount=2)
+    handler.setFormatter(ampproxy.LogFormatter("%Y-%m-%d %H:%M:%S", ampproxy.plain))
+    for number in range(40):
+        handler.handle(
+            logging.LogRecord(
+                "ampproxy", logging.INFO, "", 0, f"line {number} of fred@example.com", (), None
+            )
+        )
+    handler.close()
+    files = sorted(tmp_path.glob("x.log*"))
+    assert [path.name for path in files] == ["x.log", "x.log.1", "x.log.2"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert max(path.stat().st_size for path in files) <= 300
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d line 39 of fre\.\.\.",
+        files[0].read_text().splitlines()[-1],
+    )
+
+
+@in_loop
+async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_path):
+    port, auth = free_port(), tmp_path / "auth"
+    config = {"auth-dir": str(auth), "port": port, "logging-to-file": True,
+              "openai-compatibility": [{"name": "router", "base-url": "http://127.0.0.1:9", "api-key-entries": [{"api-key": "sk-12345678"}]}],
+              "ampcode": {"model-mappings": [{"from": "gpt-5", "to": ["claude-opus-4-7", "x"]}], "fallback": "unserved"}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("a@example.com", "b@example.com"):
+        token_file(auth, name, expired="2099-01-01T00:00:00Z")
+    with Cli(tmp_path) as cli:
+        told = await cli.until('"amp.url"', "stderr")
+        cli.process.send_signal(signal.SIGTERM)
+        await cli.end()
+    assert f": http://127.0.0.1:{port}\n" in told
+    for words in (
+        "config    /",
+        "/config.yaml",
+        "claude 2 logins, router 1 key",
+        "gpt-5 > claude-opus-4-7 or x",
+        "fallback: unserved",
+    ):
+        assert words in told
+    assert f'"amp.url": "http://127.0.0.1:{port}"' in told
+    assert "NO LOGIN" not in told
+    file = auth / "logs/ampproxy.log"
+    assert "claude 2 logins" in file.read_text()
+    assert "stopping" in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("fallback", "words"),
+    [("always", "every model call is a paid one"), ("never", "no model call can be answered")],
+)
+@in_loop
+async def test_a_start_without_any_account_is_loud(tmp_path, fallback, words):
+    config = {
+        "auth-dir": str(tmp_path / "auth"),
+        "port": free_port(),
+        "ampcode": {"fallback": fallback},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with Cli(tmp_path) as cli:
+        told = await cli.until("NO LOGIN AND NO KEY", "stderr")
+    assert words in told
+    assert "ampproxy.py login claude" in told
+
+
+@in_loop
+async def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "auth").mkdir()
+    (tmp_path / "auth/logs").write_text("a file in the way")
+    (tmp_path / "config.yaml").write_text(
+        f"auth-dir: {tmp_path / 'auth'}\nlogging-to-file: true\nport: 0"
+    )
+    with Cli(tmp_path) as cli:
+        code, _, err = await cli.end()
+    assert code == 1
+    assert re.fullmatch("ampproxy: the log cannot be written to .*logs/ampproxy.log: .*\n", err)
+
+
+# -- status --
+
+
+def busy_quota(five_hours="0.42", week="0.96"):
+    kind, ends = "anthropic-ratelimit-unified", 1_800_000_000
+    return {f"{kind}-5h-utilization": five_hours, f"{kind}-5h-reset": str(ends + 7900),
+            f"{kind}-7d-utilization": week, f"{kind}-7d-reset": str(ends + 400_000)}  # fmt: skip
+
+
+@asynccontextmanager
+async def busy_world(tmp_path, **config):
+    """Two accounts, one at rest; a local, a mapped, a paid and a refused call."""
+    rules = {"model-mappings": [{"from": "gpt-9", "to": "claude-opus-4-7"}]}
+    keys = {"X-Api-Key": config["api-keys"][0]} if "api-keys" in config else {}
+    async with world(
+        tmp_path, ("anna@example.com", "bert@example.com"), ampcode=rules, **config
+    ) as w:
+        w.write(port=w.port, ampcode=rules, **config)
+        w.claude.script = [limit(**{"Retry-After": "900"}), answer_json(message(), **busy_quota())]
+        for model in ("claude-opus-4-6", "gpt-9", "<b>grok</b>"):
+            await w.ask(PATH, {**ASK, "model": model}, headers=keys)
+        await w.ask("/v1/messages", {**ASK, "model": "nobody"}, headers=keys)
+        yield w
+
+
+@in_loop
+async def test_the_report_counts_models_and_says_what_is_paid(tmp_path):
+    async with busy_world(tmp_path) as w:
+        _, report, _ = await w.ask_json("/status", method="GET")
+    assert report["models"] == [
+        {"provider": "ampcode", "model": "<b>grok</b>", "requests": 1, "errors": 0, "input_tokens": 0, "output_tokens": 0},
+        {"provider": "claude", "model": "claude-opus-4-6", "requests": 1, "errors": 0, "input_tokens": 11, "output_tokens": 7},
+        {"provider": "claude", "model": "claude-opus-4-7", "requests": 1, "errors": 0, "input_tokens": 11, "output_tokens": 7},
+    ]  # fmt: skip
+    assert report["notices"] == [
+        "PAID: ampcode.com was asked 1 time and may charge for it: <b>grok</b> (1)"
+    ]
+    assert report["fallback"] == "always"
+
+
+@in_loop
+async def test_names_of_models_are_counted_up_to_a_bound(tmp_path):
+    async with world(tmp_path) as w:
+        for number in range(ampproxy.PAID_MODELS + 5):
+            await w.ask(PATH, {**ASK, "model": f"grok-{number}"})
+        assert len(w.server.ledger.models) == ampproxy.PAID_MODELS
+        assert w.server.ledger.routes["amp"] == ampproxy.PAID_MODELS + 5
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@in_loop
+async def test_the_table_fits_its_terminal_and_loses_no_state(tmp_path, width):
+    async with busy_world(tmp_path) as w:
+        _, report, _ = await w.ask_json("/status", method="GET")
+    lines = ampproxy.status_lines(report, ampproxy.Sheet(ampproxy.plain, width, "#-"))
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for words in ("anna@example.com", "PAID", "429", "#" * 8 + "-"):
+        assert words in text
+    if width > 40:
+        for words in (
+            "calls: 1 local",
+            "42 %",
+            "resting, wakes in 15 min",
+            "resets in 2 h 11 min",
+            "1 mapped, 1 PAID, 1 refused",
+            "claude answered 429",
+        ):
+            assert words in text
+    coloured = ampproxy.status_lines(report, ampproxy.Sheet(ampproxy.coloured, width, "#-"))
+    assert [plain_text(line) for line in coloured] == lines
+    assert any(line.startswith("\x1b[1;31mPAID") for line in coloured)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "0 s"), (-5, "0 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (7900, "2 h 11 min"), (86400, "1 d 0 h"), (400_000, "4 d 15 h"),
+])  # fmt: skip
+def test_lengths_of_time_are_told_in_words(seconds, words):
+    assert ampproxy.span(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("encoding", "signs"),
+    [("utf-8", "█░"), ("ascii", "#-"), ("latin-1", "#-"), (None, "#-"), ("none", "#-")],
+)
+def test_bars_are_made_of_what_the_terminal_can_show(encoding, signs):
+    assert ampproxy.sheet_for(FakeStream(encoding=encoding)).signs == signs
+
+
+@in_loop
+async def test_the_command_shows_a_table_and_ends_a_rest(tmp_path):
+    async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        with Cli(tmp_path, "status") as cli:
+            code, out, err = await cli.end()
+        assert (code, err) == (0, "")
+        assert "resting, wakes in 15 min" in out
+        assert "\x1b" not in out
+        with Cli(tmp_path, "status", "--wake", "Anna@example.com") as cli:
+            assert await cli.end() == (0, "claude anna@example.com: may be asked again\n", "")
+        assert [a.state(w.clock.monotonic()) for a in w.server.pool.accounts.values()] == [
+            "ready"
+        ] * 2
+        with Cli(tmp_path, "status", "--wake", "nobody") as cli:
+            code, out, err = await cli.end()
+        assert (code, out) == (1, "")
+        assert "no account 'nobody'; there are: anna@example.com, bert@example.com" in err
+        w.write(port=w.port, **{"api-keys": ["wrong"]})
+        with Cli(tmp_path, "status") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "answered 401: Invalid API key" in err
+        w.write(port=URL(w.amp.url).port)
+        w.amp.usual = (200, {}, [b"<html>"])
+        with Cli(tmp_path, "status") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "is no ampproxy" in err
+
+
+@in_loop
+async def test_watching_goes_on_in_place_and_outlives_the_proxy(tmp_path):
+    async with busy_world(tmp_path) as w:
+        with await asyncio.to_thread(
+            Terminal, tmp_path, "status", "--watch", "--config", str(w.file)
+        ) as terminal:
+            await asyncio.to_thread(terminal.until, "1 PAID", 0)
+            start = len(terminal.seen)
+            await w.ask(PATH, {**ASK, "model": "grok-2"})
+            await asyncio.to_thread(terminal.until, "2 PAID", start)
+            w.write(port=1)  # it reads its configuration once: it goes on asking here
+            await asyncio.to_thread(os.write, terminal.master, b"\x03")
+            assert await asyncio.to_thread(terminal.end) == 0
+        with Cli(tmp_path, "status", "--watch") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "no proxy to ask" in err
+        w.write(port=w.port)
+        with Cli(tmp_path, "status", "--watch", "--json") as cli:
+            assert '"routes"' in await cli.until('"notices"')
+            await cli.until('"notices"')
+            cli.process.send_signal(signal.SIGTERM)
+            code, _, err = await cli.end()
+        assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(("headers", "body", "status", "words"), [
+    ({}, {"account": "anna@example.com"}, 401, "Missing API key"),
+    ({"X-Api-Key": "sesame", "Origin": "http://evil.example"}, {"account": "anna@example.com"}, 403, "another web site"),
+    ({"X-Api-Key": "sesame", "Sec-Fetch-Site": "cross-site"}, {"account": "anna@example.com"}, 403, "another web site"),
+    ({"X-Api-Key": "sesame", "Content-Type": "text/plain"}, {"account": "anna@example.com"}, 415, "application/json"),
+    ({"X-Api-Key": "sesame"}, b"{", 400, "cannot be read"), ({"X-Api-Key": "sesame"}, b"[]", 400, "no JSON object"),
+    ({"X-Api-Key": "sesame"}, {}, 404, "no account ''"), ({"X-Api-Key": "sesame"}, {"account": "anna@example.com", "provider": "codex"}, 404, "no account"),
+    ({"X-Api-Key": "sesame"}, {"account": "anna@example.com", "provider": "claude"}, 200, "claude anna@example.com"),
+])  # fmt: skip
+@in_loop
+async def test_only_who_may_manage_ends_a_rest(tmp_path, headers, body, status, words):
+    async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        told = await w.ask("/status/wake", body, headers=headers)
+        assert (told.status, words in told.bytes.decode()) == (status, True)
+        resting = w.server.pool.accounts[w.tokens[0]].state(w.clock.monotonic()) == "resting"
+        assert resting == (status != 200)
+        assert not [r for r in w.amp.requests if "wake" in r.path]
+
+
+@in_loop
+async def test_a_wake_ends_the_wait_for_a_login_too(tmp_path):
+    async with world(tmp_path) as w:
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.script = [said(401)]
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        assert (await w.ask("/status/wake", {"account": "fred@example.com"})).status == 200
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+# -- The page --
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = ampproxy.PAGE
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|<img|<iframe| src=| on[a-z]+=|innerHTML|eval\(", page
+    )
+    assert re.findall(r'href="([^"]*)"', page) == ["data:,", "/status"]
+
+
+@in_loop
+async def test_a_browser_gets_the_page_and_others_the_report(tmp_path):
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        page = await w.ask("/", method="GET", headers=browser)
+        assert (page.status, page.content_type, page.bytes.decode()) == (
+            200,
+            "text/html",
+            ampproxy.PAGE,
+        )
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        for tag in ("style", "script"):
+            inside = re.search(f"<{tag}>(.*?)</{tag}>", ampproxy.PAGE, re.S)[1]
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert (page.headers["Cache-Control"], page.headers["X-Content-Type-Options"]) == (
+            "no-store",
+            "nosniff",
+        )
+        assert (await w.ask("/", method="GET", headers={"Accept": "*/*"})).status == 401
+        assert (await w.ask("/status", method="GET", headers=browser)).status == 401
+        told = await w.ask("/", method="GET", headers={"Accept": "*/*", "X-Api-Key": "sesame"})
+        assert json.loads(told.bytes)["version"] == ampproxy.__version__
+        evil = await w.ask("/", method="GET", headers={**browser, "Sec-Fetch-Site": "cross-site"})
+        assert evil.status == 403
+    (tmp_path / "b").mkdir()
+    async with world(tmp_path / "b") as w:
+        assert (
+            await w.ask("/", method="GET", headers={**browser, "Host": "evil.example"})
+        ).status == 403
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Browser:
+    """A headless Chromium, driven over its DevTools socket."""
+
+    def __init__(self, folder):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                   "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
+        self.process = subprocess.Popen(command, env={**os.environ, "HOME": str(folder)}, text=True, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        for line in self.process.stderr:
+            if found := re.search(r"DevTools listening on ws://([^/]+)", line):
+                self.address, self.number = found[1], 0
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return
+        raise RuntimeError("Chromium did not start")
+
+    async def attach(self, http):
+        async with http.get(f"http://{self.address}/json/list") as answer:
+            pages = [one for one in await answer.json(content_type=None) if one["type"] == "page"]
+        self.socket = await http.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
+
+    async def do(self, method, **parameters):
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
+        while True:
+            told = await self.socket.receive_json()
+            if told.get("id") == self.number:
+                assert "error" not in told, told
+                return told["result"]
+
+    async def js(self, text):
+        told = await self.do(
+            "Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    async def until(self, condition):
+        look = (
+            f"() => {{ try {{ if ({condition}) {{ clearInterval(t); done(true); }} }} catch {{}} }}"
+        )
+        assert await self.js(f"new Promise(done => {{ const t = setInterval({look}, 20); }})")
+
+    async def press(self, key, text=""):
+        for kind in ("keyDown", "keyUp"):
+            await self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Tab": 9, "Enter": 13}[key],
+                          **({"text": text} if text and kind == "keyDown" else {}))  # fmt: skip
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+CONTRAST = """(() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const shine = ([r, g, b]) => { const [x, y, z] = [r, g, b].map(v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z; };
+  const ground = node => { for (; node; node = node.parentElement) { const c = rgb(getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+  const bad = [];
+  for (const node of document.querySelectorAll("main *")) {
+    if (![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    const [a, b] = [shine(rgb(getComputedStyle(node).color)), shine(ground(node))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push(node.outerHTML.slice(0, 80));
+  }
+  return bad;
+})()"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(tmp_path, scheme, width):
+    """With a key: it is asked for, kept, and everything is there, by keyboard and by role."""
+
+    async def drive():
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+            await browser.attach(http)
+            await look_around()
+            await browser.until(
+                "document.querySelector('#link').textContent.startsWith('out of reach')"
+            )
+
+    async def look_around():
+        async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+            await browser.do(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=900,
+                deviceScaleFactor=1,
+                mobile=width < 500,
+            )
+            await browser.do(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": scheme}],
+            )
+            await browser.do("Page.navigate", url=w.url + "/")
+            await browser.until("document.activeElement.id === 'key'")
+            for key, then in (
+                ("wrong", "!!document.querySelector('#wrong').textContent"),
+                ("sesame", "document.querySelector('#requests table')"),
+            ):
+                await browser.do("Input.insertText", text=key)
+                await browser.press("Enter", "\r")
+                await browser.until(then)
+            assert await browser.js(
+                "[document.querySelector('#key').offsetParent, sessionStorage.getItem('ampproxy-key')]"
+            ) == [None, "sesame"]
+            assert await browser.js("document.documentElement.scrollWidth <= innerWidth"), (
+                "nothing sticks out at the side"
+            )
+            assert await browser.js(CONTRAST) == []
+            assert "ampcode.com was asked 1 time" in await browser.js(
+                "document.querySelector('#paid').textContent"
+            )
+            assert await browser.js("[...document.querySelectorAll('[role=progressbar]')].map(b => [b.ariaLabel, b.ariaValueNow, b.ariaValueText])") == [
+                ["claude bert@example.com: quota 5h", "42", "42 % used, resets in 2 h 11 min"],
+                ["claude bert@example.com: quota 7d", "96", "96 % used, resets in 4 d 15 h"]]  # fmt: skip
+            rows = await browser.js(
+                "[...document.querySelectorAll('#requests tbody tr')].map(r => [r.className, r.querySelector('.mark').textContent, r.cells[2].textContent])"
+            )
+            assert rows == [
+                ["", "refused", "nobody"],
+                ["amp", "PAID", "<b>grok</b>"],
+                ["", "mapped", "gpt-9"],
+                ["", "local", "claude-opus-4-6"],
+            ]
+            tree = (await browser.do("Accessibility.getFullAXTree"))["nodes"]
+            roles = Counter(node["role"]["value"] for node in tree if not node["ignored"])
+            assert roles["progressbar"] == 2
+            assert roles["columnheader"] == 14, "the tables are tables, on a phone, too"
+            # The button, by keyboard alone.
+            await browser.press("Tab")
+            assert await browser.js(
+                "[document.activeElement.tagName, document.activeElement.ariaLabel]"
+            ) == ["BUTTON", "Try anna@example.com again now"]
+            await browser.press("Enter", "\r")
+            await browser.until(
+                "document.querySelector('#said').textContent.includes('may be asked again')"
+            )
+            await browser.until(
+                "document.querySelectorAll('.mark.ready').length === 2 && !document.querySelector('main button')"
+            )
+            # It is live, and says so when it is not.
+            await w.ask(PATH, {**ASK, "model": "grok-2"}, headers={"X-Api-Key": "sesame"})
+            await browser.until("document.querySelector('#paid').textContent.includes('2 times')")
+
+    browser = Browser(tmp_path / "profile")
+    try:
+        loop_runner()(drive())
+    finally:
+        browser.close()
 
 
 # == Benchmark =====================================================================================
