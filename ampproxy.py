@@ -5371,9 +5371,10 @@ def json_drop(text: str, keys: Keys) -> str:
     end, reader = gone.end, JsonText(text)
     reader.at = end
     before = [member.end for _, member in node.members.values() if member.end < start]
-    if reader.takes(","):
+    is_last = not reader.takes(",")
+    if not is_last:
         end = reader.at
-    elif before:  # it was the last: the comma in front of it goes
+    elif before:  # the comma in front of it goes
         reader.at = max(before)
         reader.takes(",")
         text = text[: reader.at - 1] + text[reader.at :]
@@ -5383,7 +5384,8 @@ def json_drop(text: str, keys: Keys) -> str:
     line_end = comment.end() if comment else end
     if not text[line_start:start].strip() and text[line_end : line_end + 1] == "\n":
         return text[:line_start] + text[line_end + 1 :]
-    return text[:start].rstrip(" ") + text[end:].lstrip(" ")
+    above = text[:start].rstrip(" ") if is_last else text[:start]
+    return above + text[end:].lstrip(" ")
 
 
 def json_line(keys: Keys, value: Any) -> str:
@@ -5659,8 +5661,12 @@ def amp_edits(target: Target) -> list[Edit]:
     edits = [fixed(amp_settings(), JSON_FORMAT, {("amp.url",): target.url})]
     key = target.amp_key if target.key == "any" else target.key
     if key:  # Amp keeps one key an address, as it is spelled
-        values: dict[Keys, Any] = {(f"apiKey@{target.url}{end}",): key for end in ("", "/")}
-        edits.append(fixed(secrets_file(), JSON_FORMAT, values))
+        steps: list[Step] = [((f"apiKey@{target.url}{end}",), key) for end in ("", "/")]
+
+        def ours(found: Json) -> list[Keys]:
+            return [(name,) for name, value in found.items() if value == key]  # of any --url
+
+        edits.append(Edit(secrets_file(), JSON_FORMAT, lambda found: steps, ours))
     return edits
 
 
@@ -5895,10 +5901,16 @@ class Menu:
 
     def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
         told, left = self.told_of(login), login.expires - time.time()
-        ends = "no expiry" if left > 1e9 else f"token {span(left)}" if left > 0 else "refresh due"
+        ends = (
+            "no expiry"
+            if login.expires == NEVER
+            else f"token {span(left)}"
+            if left > 0
+            else "refresh due"
+        )
         name = login.label + (f" ({login.plan})" if login.plan else "")
         state = state_words(told)
-        lines = [f" {mark} {name:<34.34} {state:<28.28} {ends}"]
+        lines = [f" {mark} {name:<30.30} {state:<28.28} {ends}"]
         lines += [f"     {told['reason']}"] if told["reason"] else []
         sheet = Sheet(plain, 80, signs)
         for quota in told["quota"]:

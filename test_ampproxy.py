@@ -6932,7 +6932,7 @@ def own_terminal():
 class Terminal:
     """The program on a pseudo-terminal of its own."""
 
-    def __init__(self, home, *args, rows=24, columns=80, **env):
+    def __init__(self, home, *args, rows=24, columns=80, script=(str(SCRIPT),), **env):
         self.master, self.slave = os.openpty()
         self.resize(rows, columns)
         self.before = termios.tcgetattr(self.slave)
@@ -6944,7 +6944,7 @@ class Terminal:
             "SSH_TTY": "x",
             **env,
         }
-        command = [sys.executable, str(SCRIPT), *args]
+        command = [sys.executable, *script, *args]
         self.process = subprocess.Popen(command, env=env, cwd=home, stdin=self.slave, stdout=self.slave, stderr=self.slave,
                                         start_new_session=True, preexec_fn=own_terminal)  # noqa: PLW1509  # fmt: skip
         self.seen = ""  # all of it, as it came
@@ -6978,11 +6978,14 @@ class Terminal:
             self.read(0.2)
         return plain_text(self.seen[start:])
 
-    def type(self, keys, words):
-        """Press keys, and wait for what then comes."""
-        start = len(self.seen)
+    def shows(self, words, keys=""):
+        """Press keys, and wait until the whole screen has `words`, which may be a pattern."""
         os.write(self.master, keys.encode())
-        return self.until(words, start)
+        end = time.monotonic() + 15
+        while not re.search(words, screen := screen_of(self.seen)):
+            assert time.monotonic() < end, f"no {words!r} in {screen}"
+            self.read(0.2)
+        return screen
 
     def end(self):
         """The exit status; the terminal must be as it was, and nothing of a screen left."""
@@ -6998,6 +7001,51 @@ class Terminal:
             assert self.seen.rfind("\x1b[?25h") > self.seen.rfind("\x1b[?25l")
         assert "Traceback" not in self.seen
         return self.process.returncode
+
+
+def screen_of(text, rows=64, columns=220):
+    """What a VT100 shows after these bytes: enough of one for curses."""
+    grid, row, column = [[" "] * columns for _ in range(rows)], 0, 0
+    top, bottom = 0, rows - 1  # what scrolls
+    for found in re.finditer(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[()].|\x1b.|.", text, re.S):
+        numbers = [int(n) for n in re.findall(r"\d+", found[1] or "")]
+        count = (numbers or [1])[0]
+        match f"[{found[2]}" if found[2] else found[0]:
+            case "[H":
+                row, column = ([n - 1 for n in numbers] + [0, 0])[:2]
+            case "[A" | "[B" | "[C" | "[D" as way:
+                row += {"[A": -count, "[B": count}.get(way, 0)
+                column += {"[C": count, "[D": -count}.get(way, 0)
+            case "[J":
+                for line in grid[row + 1 :]:
+                    line[:] = [" "] * columns
+                grid[row][column:] = [" "] * (columns - column)
+            case "[K" if numbers == [1]:
+                grid[row][: column + 1] = [" "] * (column + 1)
+            case "[K":
+                grid[row][column:] = [" "] * (columns - column)
+            case "\r":
+                column = 0
+            case "[r":
+                top, bottom = numbers[0] - 1, numbers[1] - 1
+            case "\n" if row == bottom:
+                grid[top : bottom + 1] = [*grid[top + 1 : bottom + 1], [" "] * columns]
+            case "\n":
+                row += 1
+            case "\x1bM" if row == top:
+                grid[top : bottom + 1] = [[" "] * columns, *grid[top:bottom]]
+            case "\x1bM":
+                row -= 1
+            case "\b":
+                column -= 1
+            case "\t":
+                column += 8 - column % 8
+            case letter if len(letter) == 1 and letter.isprintable():
+                if column == columns:
+                    row, column = min(row + 1, rows - 1), 0
+                grid[row][column] = letter
+                column += 1
+    return "\n".join("".join(line).rstrip() for line in grid)
 
 
 def plain_text(text):
@@ -7513,6 +7561,807 @@ def test_the_page_in_a_browser(tmp_path, scheme, width):
         loop_runner()(drive())
     finally:
         browser.close()
+
+
+# -- setup --
+
+
+def jsonc(text, keys, value):
+    """The text with a value put there, or taken out; read again."""
+    if value is ampproxy.GONE:
+        return ampproxy.json_drop(text, keys)
+    return ampproxy.json_put(text, keys, value)
+
+
+@pytest.mark.parametrize(("before", "keys", "value", "after"), [
+    ("", ("a",), 1, '{\n  "a": 1\n}\n'), ("{}", ("a",), 1, '{\n  "a": 1\n}'), ("{ }\n", ("a", "b"), 1, '{\n  "a": {\n    "b": 1\n  }\n}\n'),
+    ('{"a": 1}', ("a",), "x", '{"a": "x"}'), ('{"a": 1}', ("b",), True, '{"a": 1, "b": true}'),
+    ('{\n  "a": 1\n}', ("b",), 2, '{\n  "a": 1,\n  "b": 2\n}'), ('{\n\t"a": 1, // one\n}', ("b",), 2, '{\n\t"a": 1, // one\n\t"b": 2,\n}'),
+    ('{\n  "a": 1 // one, two\n  // the end\n}', ("b",), 2, '{\n  "a": 1, // one, two\n  "b": 2\n  // the end\n}'),
+    ('{\n  "a": 1 /* , */,\n  "c": 3\n}', ("a",), 2, '{\n  "a": 2 /* , */,\n  "c": 3\n}'),
+    ('{\n    "l": [\n        {"x": 1}\n    ]\n}', ("l", 1), {"y": 2}, '{\n    "l": [\n        {"x": 1},\n        {\n          "y": 2\n        }\n    ]\n}'),
+    ('{"l": []}', ("l", 0), 1, '{"l": [\n  1\n]}'), ('{"e": {"a": "}"}}', ("e", "b"), 2, '{"e": {"a": "}", "b": 2}}'),
+    ("// all\n{\n  // none\n}\n", ("a",), 1, '// all\n{\n  "a": 1\n  // none\n}\n'),
+    ('{"a": 1, "b": 2}', ("b",), ampproxy.GONE, '{"a": 1}'), ('{"a": 1, "b": 2}', ("a",), ampproxy.GONE, '{"b": 2}'),
+    ('{\n  "a": 1, // one\n  "b": 2\n}', ("b",), ampproxy.GONE, '{\n  "a": 1 // one\n}'), ('{\n  "a": 1,\n  "b": 2, // two\n}', ("b",), ampproxy.GONE, '{\n  "a": 1,\n}'),
+    ('{\n  "a": 1,\n  "b": {\n    "c": 1\n  }\n}', ("b",), ampproxy.GONE, '{\n  "a": 1\n}'), ('{"l": [1, 2, 3]}', ("l", 1), ampproxy.GONE, '{"l": [1, 3]}'),
+])  # fmt: skip
+def test_json_is_edited_as_text(before, keys, value, after):
+    assert jsonc(before, keys, value) == after
+    plain_value = ampproxy.with_step(ampproxy.read_json_text(before), keys, value)
+    assert ampproxy.read_json_text(after) == plain_value
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"a"}', '{"a": }', '{"a": 1 "b": 2}', '{"a": 1} x', "{'a': 1}", '{"a": 1,,}', "{,}", '{1: 2}', '{"a": [1 2]}', "/* {}", "x", '{"a": ' * 5000,
+])  # fmt: skip
+def test_what_is_no_json_is_said_so(text):
+    with pytest.raises(ValueError):
+        ampproxy.read_json_text(text)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+COMMENTS = st.sampled_from(["", " ", "\n", " // x\n", "/* , } */", '\n  // "q\n', "\t"])
+
+
+@st.composite
+def commented(draw, value):
+    """The JSON of a value with comments and blanks wherever they may stand, and trailing commas."""
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(k)}{draw(COMMENTS)}:{draw(COMMENTS)}{draw(commented(v))}"
+            for k, v in value.items()
+        ]
+    elif isinstance(value, list):
+        parts = [draw(commented(v)) for v in value]
+    else:
+        return json.dumps(value)
+    inside = ",".join(draw(COMMENTS) + part + draw(COMMENTS) for part in parts)
+    if parts and draw(st.booleans()):
+        inside += "," + draw(COMMENTS)
+    return "{}"[0] + inside + "}" if isinstance(value, dict) else "[" + inside + "]"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.data(),
+    st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=4),
+    st.text(max_size=4),
+    JSON_VALUES,
+)
+def test_an_edit_changes_one_value_and_no_other(data, table, key, value):
+    text = data.draw(commented(table))
+    put = ampproxy.json_put(text, (key,), value)
+    assert ampproxy.read_json_text(put) == {**table, key: value}
+    comments = re.findall(r"// x\n|/\* , } \*/", text)
+    if key not in table:
+        assert len(re.findall(r"// x\n|/\* , } \*/", put)) >= len(comments), "no comment is lost"
+        gone = ampproxy.json_drop(put, (key,))
+        assert ampproxy.read_json_text(gone) == table
+
+
+TOML_TABLE = {"name": "ampproxy", "base_url": "http://x/v1"}
+TOML_LINES = '[model_providers.ampproxy]\nname = "ampproxy"\nbase_url = "http://x/v1"\n'
+
+
+@pytest.mark.parametrize(("before", "keys", "value", "after"), [
+    ("", ("model",), "m", 'model = "m"\n'), ('model = "o" # why\n[t]\nmodel = "t"\n', ("model",), "m", 'model = "m" # why\n[t]\nmodel = "t"\n'),
+    ("# c\n[t]\nmodel = 'x'\n", ("model",), "m", "model = \"m\"\n# c\n[t]\nmodel = 'x'\n"),
+    ("", ("model_providers", "ampproxy"), TOML_TABLE, TOML_LINES), ("a = 1\n", ("model_providers", "ampproxy"), TOML_TABLE, "a = 1\n\n" + TOML_LINES),
+    ('[model_providers.ampproxy] # old\nname = "o"\n\n[z]\na = 1\n', ("model_providers", "ampproxy"), TOML_TABLE, TOML_LINES + "\n[z]\na = 1\n"),
+    ("a = 1\n\n" + TOML_LINES, ("model_providers", "ampproxy"), ampproxy.GONE, "a = 1\n"), (TOML_LINES, ("model_providers", "ampproxy"), ampproxy.GONE, ""),
+    ('a = 1\nmodel = "m"\nb = 2\n', ("model",), ampproxy.GONE, "a = 1\nb = 2\n"),
+])  # fmt: skip
+def test_toml_is_edited_as_text(before, keys, value, after):
+    drop = value is ampproxy.GONE
+    got = ampproxy.toml_drop(before, keys) if drop else ampproxy.toml_put(before, keys, value)
+    assert got == after
+
+
+CLIENT_FILES = {
+    "amp": {".config/amp/settings.json": '{\n  // mine\n  "amp.notifications": true, // loud\n}\n', ".local/share/amp/secrets.json": '{"apiKey@https://ampcode.com/": "sgamp_user_secret"}'},
+    "droid": {".factory/settings.json": '{\n    "customModels": [\n        // own\n        {"model": "own", "displayName": "Own"}\n    ]\n}\n'},
+    "claude-code": {".claude/settings.json": '{\n  "env": {"FOO": "1"},\n  "model": "opus"\n}\n'},
+    "codex": {".codex/config.toml": '# mine\nmodel = "o3-gone" # once good\n\n[projects."/x"] # p\ntrust_level = "trusted"\n'},
+}  # fmt: skip
+
+
+def client_home(tmp_path, monkeypatch, files, **config):
+    """A home with these files, a config.yaml with a Claude and an OpenAI key, and no client on the PATH."""
+    home = tmp_path / "user"
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    for name in (
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "AMP_SETTINGS_FILE",
+        "CLAUDE_CONFIG_DIR",
+        "CODEX_HOME",
+        "SSH_CONNECTION",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = {"auth-dir": str(tmp_path / "auth"), "claude-api-key": [{"api-key": "sk-ant-secret"}],
+             "codex-api-key": [{"api-key": "sk-secret", "models": ["gpt-5.5", "gpt-5.4"]}], **config}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+
+    def run(*args):
+        return ampproxy.main([*args, "--config", str(tmp_path / "config.yaml")])
+
+    return home, run
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_a_client_is_set_up_once_and_undone(tmp_path, monkeypatch, capsys, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = tree(home)
+    for path in home.rglob("*.*"):
+        if path.is_file():
+            path.chmod(0o640)
+    assert run("setup", name) == 0
+    told = capsys.readouterr()
+    assert "Next: ampproxy.py" in told.out
+    assert f"setup {name} --undo" in told.out
+    assert not re.search("secret(?!s)|Traceback", told.out + told.err)
+    first = tree(home)
+    for path, text in before.items():
+        assert first[path + ampproxy.BACKUP] == text
+        for comment in re.findall(r"(?://|#) \w.*", text):
+            assert comment in first[path], "comments stay"
+        assert stat.S_IMODE((home / path).stat().st_mode) == 0o640
+        assert stat.S_IMODE((home / (path + ampproxy.BACKUP)).stat().st_mode) == 0o600
+    assert run("setup", name) == 0
+    assert "set up already" in capsys.readouterr().out
+    assert tree(home) == first
+    assert run("setup", name, "--url", "http://box:9000/") == 0
+    assert "http://box:9000" in "".join(tree(home).values())
+    assert "127.0.0.1" not in "".join(
+        text for path, text in tree(home).items() if "secrets" not in path
+    )
+    assert run("setup", name, "--undo") == 0
+    capsys.readouterr()
+    after = {path: read_any(path, text) for path, text in tree(home).items()}
+    assert after == {path: read_any(path, text) for path, text in before.items()}
+    assert run("setup", name, "--undo") == 0
+    assert "nothing to undo" in capsys.readouterr().out
+
+
+def read_any(path, text):
+    return ampproxy.read_toml(text) if path.endswith(".toml") else ampproxy.read_json_text(text)
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_undo_brings_back_every_byte(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = tree(home)
+    assert (run("setup", name), run("setup", name, "--undo")) == (0, 0)
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_files_that_were_not_there_go_again(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, {})
+    assert run("setup", name) == 0
+    assert tree(home)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in home.rglob("*") if p.is_file()} == {0o600}
+    assert run("setup", name, "--undo") == 0
+    assert tree(home) == {}
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_undo_keeps_what_others_changed_since(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = {path: read_any(path, text) for path, text in tree(home).items()}
+    assert run("setup", name) == 0
+    for path in before:
+        file, form = (
+            home / path,
+            (ampproxy.toml_put if path.endswith(".toml") else ampproxy.json_put),
+        )
+        file.write_text(form(file.read_text(), ("later",), "kept"))
+    assert run("setup", name, "--undo") == 0
+    assert {path: read_any(path, text) for path, text in tree(home).items()} == {
+        path: {**table, "later": "kept"} for path, table in before.items()
+    }
+
+
+def test_what_each_client_is_told(tmp_path, monkeypatch):
+    files = {path: text for one in CLIENT_FILES.values() for path, text in one.items()}
+    home, run = client_home(tmp_path, monkeypatch, files, **{"api-keys": ["sesame-open"]})
+    for name in CLIENT_FILES:
+        assert run("setup", name) == 0
+    said = {
+        path: read_any(path, text)
+        for path, text in tree(home).items()
+        if not path.endswith(ampproxy.BACKUP)
+    }
+    assert said[".config/amp/settings.json"] == {
+        "amp.notifications": True,
+        "amp.url": "http://127.0.0.1:8317",
+    }
+    assert said[".local/share/amp/secrets.json"]["apiKey@http://127.0.0.1:8317"] == "sesame-open", (
+        "it is the proxy's key that is asked for"
+    )
+    assert (
+        said[".local/share/amp/secrets.json"]["apiKey@https://ampcode.com/"] == "sgamp_user_secret"
+    )
+    assert said[".claude/settings.json"] == {"model": "opus", "env": {
+        "FOO": "1", "ANTHROPIC_BASE_URL": "http://127.0.0.1:8317", "ANTHROPIC_AUTH_TOKEN": "sesame-open", "ENABLE_TOOL_SEARCH": "true"}}  # fmt: skip
+    codex = said[".codex/config.toml"]
+    assert (codex["model"], codex["model_provider"]) == ("gpt-5.5", "ampproxy")
+    assert codex["model_providers"]["ampproxy"] == {
+        "name": "ampproxy", "base_url": "http://127.0.0.1:8317/v1", "wire_api": "responses", "http_headers": {"X-Api-Key": "sesame-open"}}  # fmt: skip
+    own, *models = said[".factory/settings.json"]["customModels"]
+    assert own == {"model": "own", "displayName": "Own"}
+    assert {(m["provider"], m["baseUrl"]) for m in models if m["model"].startswith("claude-")} == {
+        ("anthropic", "http://127.0.0.1:8317")
+    }
+    assert {(m["provider"], m["baseUrl"]) for m in models if m["model"].startswith("gpt-")} == {
+        ("openai", "http://127.0.0.1:8317/v1")
+    }
+    assert len(models) == 9
+    assert models[7] == {
+        "model": "gpt-5.5",
+        "displayName": "gpt-5.5 (ampproxy)",
+        "provider": "openai",
+        "baseUrl": "http://127.0.0.1:8317/v1",
+        "apiKey": "sesame-open",
+        "maxOutputTokens": 32000,
+    }
+
+
+def test_a_model_that_is_served_stays(tmp_path, monkeypatch):
+    home, run = client_home(tmp_path, monkeypatch, {".codex/config.toml": 'model = "gpt-5.4"\n'})
+    assert run("setup", "codex") == 0
+    assert read_any(".toml", (home / ".codex/config.toml").read_text())["model"] == "gpt-5.4"
+
+
+def test_claude_code_is_given_a_model_where_nobody_serves_claudes(tmp_path, monkeypatch):
+    row = {"base-url": "http://127.0.0.1:9", "api-key": "sk-ant-x", "models": ["kimi-k2"]}
+    home, run = client_home(tmp_path, monkeypatch, {}, **{"claude-api-key": [row]})
+    assert run("setup", "claude-code") == 0
+    environment = json.loads((home / ".claude/settings.json").read_text())["env"]
+    assert (environment["ANTHROPIC_MODEL"], environment["ANTHROPIC_DEFAULT_HAIKU_MODEL"]) == (
+        "kimi-k2",
+        "kimi-k2",
+    )
+
+
+BROKEN = {"amp": (".config/amp/settings.json", '"amp.url": "http://127.0.0.1:8317"'), "droid": (".factory/settings.json", '"customModels": [{"model": "gpt-5.5"'),
+          "claude-code": (".claude/settings.json", '"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8317"}'), "codex": (".codex/config.toml", 'model_provider = "ampproxy"')}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch, capsys, name):
+    path, line = BROKEN[name]
+    home, run = client_home(tmp_path, monkeypatch, {path: '{"a": '})
+    assert run("setup", name) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert f"{home / path} is no " in told.err
+    assert line in told.err
+    assert tree(home) == {path: '{"a": '}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model_providers = { other = { name = "x" } }\n',
+        'model_providers.other.name = "x"\n[model_providers]\n',
+        'text = """\nmodel = "x"\n[model_providers.ampproxy]\n"""\n',
+    ],
+)
+def test_an_unusual_layout_is_refused_not_damaged(tmp_path, monkeypatch, capsys, text):
+    home, run = client_home(tmp_path, monkeypatch, {".codex/config.toml": text})
+    with suppress(ValueError):
+        ampproxy.read_toml(text)
+    assert run("setup", "codex") == 1
+    assert "stays as it is" in capsys.readouterr().err
+    assert tree(home) == {".codex/config.toml": text}
+
+
+@pytest.mark.parametrize("text", ['{"customModels": {"a": 1}}', '{"customModels": null}'])
+def test_a_value_of_another_kind_is_not_overwritten(tmp_path, monkeypatch, capsys, text):
+    home, run = client_home(tmp_path, monkeypatch, {".factory/settings.json": text})
+    assert run("setup", "droid") == 1
+    assert "of another kind" in capsys.readouterr().err
+    assert tree(home) == {".factory/settings.json": text}
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, {".codex": "a file in the way"})
+    assert run("setup", "codex") == 1
+    assert re.fullmatch(
+        r"ampproxy: \S+/.codex/config.toml cannot be (read|written): .*\n", capsys.readouterr().err
+    )
+    assert tree(home) == {".codex": "a file in the way"}
+
+
+def test_a_link_stays_a_link(tmp_path, monkeypatch):
+    home, run = client_home(tmp_path, monkeypatch, {"dotfiles/amp.json": "{}", ".config/amp/x": ""})
+    (home / ".config/amp/settings.json").symlink_to(home / "dotfiles/amp.json")
+    assert run("setup", "amp") == 0
+    assert (home / ".config/amp/settings.json").is_symlink()
+    assert json.loads((home / "dotfiles/amp.json").read_text()) == {
+        "amp.url": "http://127.0.0.1:8317"
+    }
+
+
+def test_amps_other_places(tmp_path, monkeypatch, capsys):
+    home, run = client_home(
+        tmp_path, monkeypatch, {".config/amp/settings.jsonc": "{} // c\n", "own.json": "{}"}
+    )
+    assert run("setup", "amp") == 0
+    assert "amp.url" in (home / ".config/amp/settings.jsonc").read_text()
+    assert "No key of Amp was found" in capsys.readouterr().out
+    monkeypatch.setenv("AMP_SETTINGS_FILE", str(home / "own.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
+    (home / "data/amp").mkdir(parents=True)
+    (home / "data/amp/secrets.json").write_text('{"apiKey@https://ampcode.com": "sgamp_x"}')
+    assert run("setup", "amp") == 0
+    assert "amp.url" in (home / "own.json").read_text()
+    assert (
+        json.loads((home / "data/amp/secrets.json").read_text())["apiKey@http://127.0.0.1:8317/"]
+        == "sgamp_x"
+    )
+
+
+def test_setup_alone_says_what_it_would_do_and_does_nothing(tmp_path, monkeypatch, capsys):
+    files = {**CLIENT_FILES["amp"], **CLIENT_FILES["codex"], ".claude/settings.json": "{"}
+    home, run = client_home(tmp_path, monkeypatch, files)
+    before = tree(home)
+    assert run("setup") == 0
+    out = capsys.readouterr().out
+    for words in (
+        'amp.url: nothing -> "http://127.0.0.1:8317"',
+        'model: "o3-gone" -> "gpt-5.5"',
+        "is no JSON",
+        "droid: not found",
+        "Next: ampproxy.py setup amp|codex",
+    ):
+        assert words in out
+    assert "sgamp_user" not in out
+    assert tree(home) == before
+    assert run("setup", "--undo") == 2
+    assert run("setup", "amp", "--url", "box") == 2
+    assert "no address" in capsys.readouterr().err
+
+
+# -- import --
+
+
+def jwt(**fields):
+    return f"h.{base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip('=')}.s"
+
+
+def foreign_files(now, **more):
+    """The login files of four other programs."""
+    auth = {"chatgpt_account_id": "acc-1", "chatgpt_plan_type": "plus"}
+    codex = {"id_token": jwt(email="carl@example.com", **{"https://api.openai.com/auth": auth}),
+             "access_token": jwt(exp=int(now + 9 * 86400)), "refresh_token": "rt_carl", "account_id": "acc-1"}  # fmt: skip
+    claude = {
+        "accessToken": "sk-ant-oat-cli",
+        "refreshToken": "sk-ant-ort-cli",
+        "expiresAt": int((now + 7200) * 1000),
+        "subscriptionType": "max",
+    }
+    google = {
+        "access_token": "ya29.g",
+        "refresh_token": "1//g",
+        "token_type": "Bearer",
+        "id_token": jwt(email="gina@example.com"),
+        "expiry_date": int((now - 7200) * 1000),
+    }
+    return {
+        ".claude/.credentials.json": json.dumps({"claudeAiOauth": claude}), ".claude.json": json.dumps({"oauthAccount": {"emailAddress": "fred@example.com"}}),
+        ".codex/auth.json": json.dumps({"OPENAI_API_KEY": None, "tokens": codex, "last_refresh": "2026-11-01T00:00:00Z"}),
+        ".gemini/oauth_creds.json": json.dumps(google), ".cli-proxy-api/claude-zoe@example.com.json": json.dumps(
+            {"type": "claude", "email": "zoe@example.com", "access_token": "sk-ant-oat-zoe", "refresh_token": "r", "expired": "2099-01-01T00:00:00Z", "note": "kept"}),
+        ".cli-proxy-api/broken.json": "{", ".cli-proxy-api/other.json": '{"type": "qwen", "access_token": "x"}', **more,
+    }  # fmt: skip
+
+
+def test_import_copies_on_a_yes_and_writes_nothing_elsewhere(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(time.time()))
+    before, auth = tree(home), tmp_path / "auth"
+    assert run("import") == 1
+    told = capsys.readouterr()
+    assert told.err == "ampproxy: nothing was copied; `ampproxy.py import --yes` does it\n"
+    for words in ("Claude Code: claude fred@example.com, good for 1 h 59 min", "Codex CLI: codex carl@example.com, good for 8 d", "expired 2 h 0 min ago", "CLIProxyAPI: claude zoe@example.com",
+                  "cannot be read", "A refresh token of Claude or ChatGPT works once"):  # fmt: skip
+        assert words in told.out
+    assert not re.search("sk-ant|rt_carl|ya29", told.out)
+    assert not auth.exists()
+    assert run("import", "codex", "--yes") == 0
+    assert [path.name for path in auth.iterdir()] == ["codex-carl@example.com.json"]
+    assert run("import", "--yes") == 0
+    assert tree(home) == before
+    tokens = {path.name: json.loads(path.read_text()) for path in auth.iterdir()}
+    assert {*tokens} == {
+        "codex-carl@example.com.json",
+        "claude-fred@example.com.json",
+        "claude-zoe@example.com.json",
+        "gemini-gina@example.com.json",
+    }
+    assert {stat.S_IMODE(path.stat().st_mode) for path in auth.iterdir()} == {0o600}
+    claude, codex = tokens["claude-fred@example.com.json"], tokens["codex-carl@example.com.json"]
+    assert (claude["access_token"], claude["refresh_token"], claude["plan"]) == (
+        "sk-ant-oat-cli",
+        "sk-ant-ort-cli",
+        "max",
+    )
+    assert claude["source"] == {
+        "program": "Claude Code",
+        "file": str(home / ".claude/.credentials.json"),
+    }
+    assert (codex["account_id"], codex["refresh_token"], codex["last_refresh"]) == (
+        "acc-1",
+        "rt_carl",
+        "2026-11-01T00:00:00Z",
+    )
+    assert ampproxy.parse_time(codex["expired"]) == pytest.approx(time.time() + 9 * 86400, abs=60)
+    assert tokens["claude-zoe@example.com.json"]["note"] == "kept"
+    assert tokens["gemini-gina@example.com.json"]["token"]["refresh_token"] == "1//g"
+    capsys.readouterr()
+    assert run("import") == 0
+    assert "nothing to copy" in capsys.readouterr().out
+    assert {path.name: json.loads(path.read_text()) for path in auth.iterdir()} == tokens
+
+
+def test_import_takes_what_is_newer_and_leaves_logins_of_our_own(tmp_path, monkeypatch, capsys):
+    now = time.time()
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(now))
+    own = token_file(tmp_path / "auth", "zoe@example.com")
+    before = own.read_text()
+    assert run("import", "--yes") == 0
+    assert "zoe@example.com, good for" in (told := capsys.readouterr().out)
+    assert "signed in here already" in told
+    assert own.read_text() == before
+    newer = foreign_files(now + 3600)[".claude/.credentials.json"].replace("oat-cli", "oat-new")
+    (home / ".claude/.credentials.json").write_text(newer)
+    assert run("import", "--yes") == 0
+    assert "newer than the copy here" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "auth/claude-fred@example.com.json").read_text())["access_token"]
+        == "sk-ant-oat-new"
+    )
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    ({}, "no login of another program was found; looked at "), ({".codex/auth.json": '{"OPENAI_API_KEY": "sk-secret-key", "tokens": null}'}, "Codex CLI: no login is in it"),
+    ({".claude/.credentials.json": '{"claudeAiOauth": {"accessToken": "t", "expiresAt": "x"}}'}, "claude from-claude, expiry unknown; can be copied"),
+    ({".claude/.credentials.json": "[]"}, "cannot be read"), ({".codex/auth.json": '{"tokens": {"access_token": "a.b.c", "id_token": 5}}'}, "codex from-codex, expiry unknown"),
+    ({".gemini/oauth_creds.json": '{"access_token": "ya29.x", "expiry_date": 1e300}', ".gemini/google_accounts.json": '{"active": "gina@example.com"}'}, "gemini gina@example.com"),
+])  # fmt: skip
+def test_odd_files_of_other_programs(tmp_path, monkeypatch, capsys, files, words):
+    _, run = client_home(tmp_path, monkeypatch, files)
+    run("import")
+    told = capsys.readouterr()
+    assert words in told.out + told.err
+    assert "sk-secret" not in told.out + told.err
+
+
+def test_import_asks_at_a_terminal(tmp_path):
+    (tmp_path / ".claude").mkdir()
+    (tmp_path / ".claude/.credentials.json").write_text(
+        foreign_files(time.time())[".claude/.credentials.json"]
+    )
+    for answer, code in (("n\r", 1), ("\x03", 1), ("\x04", 1), ("y\r", 0)):
+        with Terminal(tmp_path, "import") as terminal:
+            terminal.until("[y/N]")
+            assert not [*tmp_path.glob(".ampproxy/*")]
+            os.write(terminal.master, answer.encode())
+            assert terminal.end() == code
+    assert [path.name for path in tmp_path.glob(".ampproxy/*")] == ["claude-from-claude.json"]
+
+
+@in_loop
+async def test_a_copied_login_takes_newer_tokens_from_its_source_first(tmp_path, caplog):
+    source = tmp_path / "there/.credentials.json"
+    source.parent.mkdir()
+
+    def write(token, hours):
+        oauth = {
+            "accessToken": token,
+            "refreshToken": f"{token}-refresh",
+            "expiresAt": (1_800_000_000 + hours * 3600) * 1000,
+        }
+        source.write_text(json.dumps({"claudeAiOauth": oauth}))
+
+    caplog.set_level(logging.INFO)
+    origin = {"program": "Claude Code", "file": str(source)}
+    async with world(tmp_path, ()) as w:
+        path = token_file(w.auth, expired="2027-01-15T09:00:00Z", source=origin)
+        w.server.tick()
+        write("sk-ant-oat-theirs", 8)
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "fred@example.com", "while ours is good it stays"
+        w.clock.now = 3590
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "theirs"
+        assert "Claude Code has a newer token" in caplog.text
+        token = json.loads(path.read_text())
+        assert (token["refresh_token"], token["note"], token["source"]) == (
+            "sk-ant-oat-theirs-refresh",
+            "kept",
+            origin,
+        )
+        assert not w.authority.requests
+        w.clock.now = 8 * 3600 + 10
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "new"
+        assert w.authority.body()["refresh_token"] == "sk-ant-oat-theirs-refresh"
+        assert "Claude Code may need a new login now" in caplog.text
+        # The refresh token was used there: what they have now is taken, and the account is back.
+        write("sk-ant-oat-again", 40)
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.script = [said(401)]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "again"
+        assert json.loads(source.read_text())["claudeAiOauth"]["accessToken"] == "sk-ant-oat-again"
+
+
+@in_loop
+async def test_a_login_of_somebody_else_at_the_source_is_not_taken(tmp_path):
+    source = tmp_path / "there/.credentials.json"
+    source.parent.mkdir()
+    (source.parent / ".claude.json").write_text(
+        json.dumps({"oauthAccount": {"emailAddress": "boss@example.com"}})
+    )
+    source.write_text(
+        json.dumps(
+            {"claudeAiOauth": {"accessToken": "sk-ant-oat-boss", "expiresAt": 1_900_000_000_000}}
+        )
+    )
+    async with world(tmp_path, ()) as w:
+        token_file(
+            w.auth,
+            expired="2027-01-15T07:00:00Z",
+            source={"program": "Claude Code", "file": str(source)},
+        )
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "new"
+
+
+# -- The list of logins --
+
+
+def login_home(tmp_path, **config):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"auth-dir": str(tmp_path / "auth"), "port": 1, **config})
+    )
+    return token_file(tmp_path / "auth", expired="2099-01-01T00:00:00Z", plan="max")
+
+
+def test_the_list_of_logins_moves_and_disconnects(tmp_path):
+    path = login_home(tmp_path)
+    with Terminal(tmp_path, "login", "--config", "config.yaml", TERM="vt100") as terminal:
+        first = terminal.shows("q leaves")
+        assert "proxy not running" in first
+        assert re.search(r"claude\n > fred@example.com \(max\) +ready +token \d+ d", first)
+        assert "   sign in with another account\n\ncodex\n   sign in with an account" in first
+        assert max(map(len, first.splitlines())) < 80
+        terminal.shows("Disconnect fred@example.com", "d")
+        terminal.shows(r"q leaves\n*$", "n")
+        assert path.exists()
+        terminal.shows(" > sign in with another", "\x1bOB")
+        terminal.shows("Choose an account", "d")
+        terminal.shows(" > fred", "k")
+        terminal.shows(
+            r"Disconnect fred@example.com \(deletes claude-fred@example.com.json\)\?", "d"
+        )
+        screen = terminal.shows("fred@example.com is disconnected", "y")
+        assert "claude\n > sign in with an account" in screen
+        assert not path.exists()
+        terminal.shows("codex\n > sign in", "\x1bOA\x1bOA\x1bOB\x1bOBx")
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("end", ["q", "\x03", signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_terminal_is_as_it_was_after_any_end(tmp_path, end):
+    login_home(tmp_path)
+    with Terminal(tmp_path, "login", "--config", "config.yaml") as terminal:
+        terminal.until("q leaves", 0)
+        assert "\x1b[?1049h" in terminal.seen
+        assert termios.tcgetattr(terminal.slave) != terminal.before
+        if isinstance(end, str):
+            os.write(terminal.master, end.encode())
+        else:
+            terminal.process.send_signal(end)
+        assert terminal.end() == 0
+
+
+def test_the_terminal_is_as_it_was_after_a_crash(tmp_path):
+    login_home(tmp_path)
+    source = """
+import ampproxy, sys
+def take(menu, curses, key):
+    raise ZeroDivisionError("a fault of the list")
+ampproxy.Menu.take = take
+sys.exit(ampproxy.main(["login", "--config", "config.yaml"]))"""
+    with Terminal(tmp_path, script=("-c", source), PYTHONPATH=str(HERE)) as terminal:
+        terminal.until("q leaves", 0)
+        os.write(terminal.master, b"x")
+        assert terminal.end() == 1
+        assert plain_text(terminal.seen).endswith("ampproxy: a fault of the list\r\n")
+
+
+def test_the_list_fits_any_size(tmp_path):
+    login_home(tmp_path)
+    with Terminal(
+        tmp_path, "login", "--config", "config.yaml", rows=3, columns=12, TERM="vt100"
+    ) as terminal:
+        terminal.shows("ampproxy")
+        for rows, columns, words in (
+            (24, 80, "q leaves"),
+            (1, 1, ""),
+            (60, 30, "fred@example.com"),
+            (2, 200, "q leaves"),
+        ):
+            terminal.resize(rows, columns)
+            terminal.shows(words)
+        terminal.shows("q leaves", "j")
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+
+
+def test_a_terminal_that_cannot_show_it_is_told_the_words(tmp_path):
+    login_home(tmp_path)
+    with Terminal(
+        tmp_path, "login", "--config", "config.yaml", TERM="no-such-terminal"
+    ) as terminal:
+        terminal.until("cannot show the list", 0)
+        assert terminal.end() == 1
+        assert "ampproxy.py login claude|codex" in terminal.seen
+
+
+@in_loop
+async def test_the_list_shows_what_the_proxy_knows_and_signs_in(tmp_path):
+    async with authority(tmp_path) as fake, busy_world(tmp_path) as w:
+        text = yaml.safe_load(w.file.read_text())
+        text["providers"]["claude"] |= {
+            "authorize-url": fake.url + "/authorize",
+            "token-url": fake.url + "/token",
+            "callback-port": free_port(),
+        }
+        w.file.write_text(yaml.safe_dump(text))
+        with await asyncio.to_thread(
+            functools.partial(Terminal, tmp_path, "login", "--config", str(w.file), TERM="vt100")
+        ) as terminal:
+            await asyncio.to_thread(terminal.shows, "resting, wakes in 15 min")
+            shown = await asyncio.to_thread(terminal.shows, "96 %.*resets")
+            assert "proxy running" in shown
+            assert re.search(
+                r"bert@example.com +ready[^\n]*\n +5h +█{8}░{12}  42 %  resets in", shown
+            )
+            assert re.search(r"7d +█{19}░  96 %", shown)
+            start = len(terminal.seen)
+            await asyncio.to_thread(os.write, terminal.master, b"\r")
+            await asyncio.to_thread(terminal.until, "paste the address", start)
+            await asyncio.to_thread(terminal.shows, "\n stopped\n", "\x03")
+            start = len(terminal.seen)
+            await asyncio.to_thread(os.write, terminal.master, b"\r")
+            told = await asyncio.to_thread(terminal.until, "paste the address", start)
+            asked = query_of(told)
+            done = f"{asked['redirect_uri']}?code=c0de&state={asked['state']}"
+            async with aiohttp.ClientSession() as http, http.get(done) as page:
+                assert page.status == 200
+            await asyncio.to_thread(terminal.shows, "Signed in to claude")
+            await asyncio.to_thread(terminal.shows, "> bert", "j")
+            await asyncio.to_thread(os.write, terminal.master, b"q")
+            assert await asyncio.to_thread(terminal.end) == 0
+    assert (tmp_path / "auth/claude-fred@example.com.json").exists()
+
+
+# -- check --
+
+
+def test_check_says_who_answers_amp_and_what_to_add(tmp_path, monkeypatch, capsys):
+    auth = tmp_path / "auth"
+    rows = {
+        "claude": {
+            "models": ["claude-opus-4-7", "claude-sonnet-4-6", "claude-3-5-haiku"],
+            "excluded-models": ["claude-sonnet-*"],
+        }
+    }
+    _, run = client_home(
+        tmp_path, monkeypatch, {}, **{"claude-api-key": [], "codex-api-key": [], "providers": rows}
+    )
+    token_file(auth, expired="2099-01-01T00:00:00Z")
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert (
+        "# claude fred@example.com: claude-opus-4-7, claude-sonnet-4-6, claude-3-5-haiku, but not claude-sonnet-*"
+        in out
+    )
+    assert "# smart            claude-opus-4-7              local: claude" in out
+    assert "# deep             gpt-5.4                      PAID: ampcode.com" in out
+    assert "# gpt-5.4: ampproxy.py login codex or a key under codex-api-key" in out
+    assert "# gemini-3-flash-preview: a key under gemini-api-key" in out
+    for mode in (
+        "rush",
+        "large",
+        "title",
+        "oracle",
+        "finder, look_at",
+        "librarian",
+        "review",
+        "painter",
+    ):
+        assert f"\n# {mode:<17}" in out
+    lines = yaml.safe_load(out[out.index("\nampcode:\n  model-mappings") :])["ampcode"][
+        "model-mappings"
+    ]
+    assert {"from": "claude-haiku-4-5-20251001", "to": "claude-3-5-haiku"} in lines, (
+        "a quick one for a quick one"
+    )
+    assert {"from": "claude-opus-4-6", "to": "claude-opus-4-7"} in lines
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**config, "ampcode": {"model-mappings": lines}})
+    )
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert (
+        "# rush             claude-haiku-4-5-20251001    mapped: claude as claude-3-5-haiku" in out
+    )
+    assert not re.search(r"# \S*\s+claude-\S+ +PAID", out)
+    assert "- {from:" not in out
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**config, "ampcode": {"fallback": "never"}})
+    )
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert "refused: nobody" in out
+    assert "PAID" not in out
+
+
+def test_check_with_no_account_at_all(tmp_path, monkeypatch, capsys):
+    _, run = client_home(tmp_path, monkeypatch, {}, **{"claude-api-key": [], "codex-api-key": []})
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert "# none: run `ampproxy.py login claude` (or codex)" in out
+    assert "# claude-opus-4-7: ampproxy.py login claude or a key under claude-api-key" in out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["check"], ["--help"], ["check", "--help"], ["route", "gpt-5.4"], ["accounts"], ["setup"]],
+)
+def test_a_pipe_that_closes_early_ends_quietly(tmp_path, args):
+    command = [sys.executable, str(SCRIPT), *args]
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody will read any of it
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # == Benchmark =====================================================================================
