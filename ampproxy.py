@@ -6126,7 +6126,7 @@ async def import_(live: Live, args: Json) -> None:
         say("There is nothing to copy.")
         return
     say(SHARING)
-    if "yes" not in args and not (sys.stdin.isatty() and confirmed("Copy? [y/N] ")):
+    if "yes" not in args and not (sys.stdin.isatty() and await confirmed("Copy? [y/N] ")):
         raise Failure("nothing was copied; `ampproxy.py import --yes` does it")
     for path, token in copies:
         save_token(path, token)
@@ -6202,15 +6202,25 @@ def judge_copy(
     return "copied already", None
 
 
-def confirmed(question: str) -> bool:
-    """Ask the person at the terminal.  Ctrl-C ends the program at once, as it should."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+async def confirmed(question: str) -> bool:
+    """Ask the person at the terminal; Ctrl-C ends the program, as ever."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    def read() -> None:
+        if not answer.done():
+            answer.set_result(sys.stdin.readline())
+
+    print(question, end="", flush=True)
     try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
+        loop.add_reader(sys.stdin.fileno(), read)
+    except NotImplementedError:  # Windows
+        read()
+    try:
+        return str(await answer).strip().lower() in ("y", "yes")
     finally:
-        signal.signal(signal.SIGINT, before)
+        with suppress(NotImplementedError):
+            loop.remove_reader(sys.stdin.fileno())
 
 
 async def setup(live: Live, args: Json) -> None:

@@ -7140,7 +7140,6 @@ async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_pat
     assert f": http://127.0.0.1:{port}\n" in told
     for words in (
         "config    /",
-        "/config.yaml",
         "claude 2 logins, router 1 key",
         "gpt-5 > claude-opus-4-7 or x",
         "fallback: unserved",
