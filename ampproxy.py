@@ -4581,9 +4581,10 @@ form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-t
 .cards > li {
   background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem;
 }
-.top { display: flex; justify-content: space-between; gap: .6rem; align-items: start; }
+.top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .3rem .6rem; }
+.top > div { flex: 1 1 12rem; }
 .mark {
-  border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem;
+  align-self: start; border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem;
   font-size: .85rem; font-weight: 600; white-space: nowrap;
 }
 .local, .ready { color: var(--local); }
@@ -4603,7 +4604,6 @@ form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-t
   display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem; margin: .8rem 0 0; font-size: .9rem;
 }
 .small dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
-.top button { flex: none; }
 table { width: 100%; border-collapse: collapse; font-size: .92rem; }
 th { text-align: left; font-weight: 600; }
 th, td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
