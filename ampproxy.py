@@ -5561,7 +5561,10 @@ class Edit:
             new = before
             if text != self.changed(before, self.wanted(before)):
                 new = self.without_ours(text, before)
-            if before.strip() or pruned(self.form.read(new)):
+            left = [
+                value for value in self.form.read(new).values() if pruned(value) not in ({}, [])
+            ]
+            if before.strip() or left:
                 self.replace(new)
             else:
                 self.path.unlink(missing_ok=True)
@@ -5704,8 +5707,9 @@ def droid_edits(target: Target) -> list[Edit]:
 
     def steps(found: Json) -> list[Step]:
         old = ours(found)
-        if [value_at(found, keys) for keys in old] == models:
-            return []
+        pairs = zip(models, (as_dict(value_at(found, keys)) for keys in old), strict=False)
+        if len(old) == len(models) and all(new.items() <= has.items() for new, has in pairs):
+            return []  # droid adds fields of its own
         start = len(as_list(found.get("customModels"))) - len(old)
         new = [(("customModels", start + i), model) for i, model in enumerate(models)]
         return [(keys, GONE) for keys in reversed(old)] + new

@@ -7824,6 +7824,21 @@ def test_what_each_client_is_told(tmp_path, monkeypatch):
     }
 
 
+def test_fields_that_droid_adds_are_no_change(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, {})
+    assert run("setup", "droid") == 0
+    file = home / ".factory/settings.json"
+    told = json.loads(file.read_text())
+    for index, model in enumerate(told["customModels"]):
+        model |= {"id": f"custom:{index}", "index": index}
+    file.write_text(json.dumps(told))
+    capsys.readouterr()
+    assert run("setup", "droid") == 0
+    assert "set up already" in capsys.readouterr().out
+    assert run("setup", "droid", "--undo") == 0
+    assert tree(home) == {}
+
+
 def test_a_model_that_is_served_stays(tmp_path, monkeypatch):
     home, run = client_home(tmp_path, monkeypatch, {".codex/config.toml": 'model = "gpt-5.4"\n'})
     assert run("setup", "codex") == 0
