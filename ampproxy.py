@@ -1210,7 +1210,7 @@ def told_in(path: Path, *keys: str) -> str:
 
 
 def of_milliseconds(value: Any) -> str:
-    return rfc3339(number(value / 1000)) if isinstance(value, (int, float)) else ""
+    return rfc3339(number(value // 1000)) if isinstance(value, (int, float)) else ""
 
 
 def read_claude_code(told: Json, path: Path) -> Json:
@@ -1253,7 +1253,7 @@ def read_gemini_cli(told: Json, path: Path) -> Json:
 
 
 def read_cliproxyapi(told: Json, path: Path) -> Json:
-    return told if told.get("type") in LOGINS else {}
+    return told if str(told.get("type")) in LOGINS else {}
 
 
 @dataclass(frozen=True)
@@ -4819,6 +4819,7 @@ function ask(path, about) {
 
 async function look() {
   clearTimeout(timer);
+  if (document.hidden) return;  // it looks again when it is shown
   try {
     const answer = await ask("/status");
     if (answer.status === 401) {
@@ -4850,7 +4851,7 @@ find("accounts").addEventListener("click", async event => {
   put("said", answer.ok ? `${account} may be asked again` : `${account} could not be woken`);
   look();
 });
-document.addEventListener("visibilitychange", () => document.hidden || look());
+document.addEventListener("visibilitychange", look);
 look();
 </script>
 </body>
@@ -5892,29 +5893,20 @@ class Menu:
                 lines += [("", -1)] * bool(last) + [(kind, -1)]
                 last = kind
             mark = ">" if index == self.chosen else " "
-            if login is None:
-                lines.append(
-                    (
-                        f" {mark} sign in with {'another' if lines[-1][1] >= 0 else 'an'} account",
-                        index,
-                    )
-                )
-            else:
+            if login:
                 lines += [(line, index) for line in self.login_lines(login, mark, signs)]
+            else:
+                which = "an" if lines[-1] == (kind, -1) else "another"
+                lines.append((f" {mark} sign in with {which} account", index))
         return lines
 
     def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
         told, left = self.told_of(login), login.expires - time.time()
-        ends = (
-            "no expiry"
-            if login.expires == NEVER
-            else f"token {span(left)}"
-            if left > 0
-            else "refresh due"
-        )
+        token = f"token {span(left)}" if left > 0 else "refresh due"
+        if login.expires == NEVER:
+            token = "no expiry"
         name = login.label + (f" ({login.plan})" if login.plan else "")
-        state = state_words(told)
-        lines = [f" {mark} {name:<30.30} {state:<28.28} {ends}"]
+        lines = [f" {mark} {name:<30.30} {state_words(told):<28.28} {token}"]
         lines += [f"     {told['reason']}"] if told["reason"] else []
         sheet = Sheet(plain, 80, signs)
         for quota in told["quota"]:
@@ -6133,7 +6125,11 @@ async def import_(live: Live, args: Json) -> None:
     if "yes" not in args and not (sys.stdin.isatty() and await confirmed("Copy? [y/N] ")):
         raise Failure("nothing was copied; `ampproxy.py import --yes` does it")
     for path, token in copies:
-        save_token(path, token)
+        try:
+            save_token(path, token)
+        except OSError as error:
+            words = f"{path} cannot be written: {explain(error)}"
+            raise Failure(f"{words}; auth-dir can name another folder") from error
         say(f"Copied to {path}")
     say("Next: ampproxy.py")
 
@@ -6180,14 +6176,12 @@ def judge_source(source: Source, path: Path) -> tuple[str, Json]:
         return f"cannot be read: {explain(error)}", {}
     if not token:
         return "no login is in it", {}
-    token["email"] = token.get("email") or f"from-{path.parent.name.strip('.')}"
+    token["email"] = str(token.get("email") or f"from-{path.parent.name.strip('.')}")
     token["source"] = {"program": source.program, "file": str(path)}
     left = ends_at(token) - time.time()
     ends = f"expired {span(-left)} ago" if left < 0 else f"good for {span(left)}"
-    return (
-        f"{token['type']} {token['email']}, {ends if ends_at(token) else 'expiry unknown'}",
-        token,
-    )
+    ends = ends if ends_at(token) else "expiry unknown"
+    return f"{token['type']} {token['email']}, {ends}", token
 
 
 def judge_copy(

@@ -8071,6 +8071,33 @@ def test_odd_files_of_other_programs(tmp_path, monkeypatch, capsys, files, words
     assert "sk-secret" not in told.out + told.err
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_no_value_in_a_foreign_file_is_a_surprise(tmp_path, data):
+    """Whatever stands in the places that are read: a login, or none, and a word about it."""
+    files = foreign_files(0)
+    names = (
+        ".claude/.credentials.json",
+        ".codex/auth.json",
+        ".gemini/oauth_creds.json",
+        ".cli-proxy-api/claude-zoe@example.com.json",
+    )
+    for source, name in zip(ampproxy.SOURCES, names, strict=True):
+        told = json.loads(files[name])
+        for table in [told, *(one for one in told.values() if isinstance(one, dict))]:
+            for key in [*table]:
+                if data.draw(st.booleans()):
+                    table[key] = data.draw(JSON_VALUES)
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps(told))
+        words, token = ampproxy.judge_source(source, path)
+        assert words
+        if token:
+            assert ampproxy.token_name(token["type"], token["email"])
+            assert isinstance(ampproxy.newer_at_source(token | {"expired": ""}), dict)
+            ampproxy.Login(path, token)
+
+
 def test_import_asks_at_a_terminal(tmp_path):
     (tmp_path / ".claude").mkdir()
     (tmp_path / ".claude/.credentials.json").write_text(
