@@ -44,6 +44,9 @@ Forwarding             the story of one model call
 ampcode.com            everything else, as it came; the tunnel; paid calls
 Status                 what was served, and how the accounts stand
 The server             the one place that takes requests, and the one exit for errors
+Amp's modes            which models Amp asks for, and who would answer
+Setting up clients     what a client's own settings must say; one writer that can undo
+The login menu         all logins on the whole terminal, with the arrow keys
 Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
@@ -68,15 +71,18 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import stat
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 import uuid
 import webbrowser
@@ -90,7 +96,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,6 +142,10 @@ log = logging.getLogger("ampproxy")
 
 class Failure(Exception):
     """A sentence that tells the person at the terminal what to do."""
+
+
+class Misuse(Failure):
+    """The same, for a command that was not given what it needs: exit status 2."""
 
 
 @dataclass
@@ -324,6 +334,11 @@ def read_file(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
+def folder(variable: str, usual: str) -> Path:
+    """Where an environment variable says that something is kept, else the usual place."""
+    return Path(os.environ.get(variable) or usual).expanduser()
+
+
 def unpack_gzip(raw: bytes) -> bytes | None:
     """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
     unpacker = zlib.decompressobj(31)
@@ -388,25 +403,95 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
+COLOURS = {  # escape sequences (ECMA-48, "SGR"); none: plain
+    "": "",
+    "green": "\x1b[32m",
+    "cyan": "\x1b[36m",
+    "yellow": "\x1b[33m",
+    "red": "\x1b[1;31m",
+    "bold": "\x1b[1m",
+    "dim": "\x1b[2m",
+}
+Paint = Callable[[str, str], str]  # a text and the name of a colour -> what is written
+
+
+def coloured(text: str, colour: str) -> str:
+    return f"{COLOURS[colour]}{text}\x1b[0m" if colour and text else text
+
+
+def plain(text: str, colour: str) -> str:
+    return text
+
+
+def paint_for(stream: Any) -> Paint:
+    """Colours for a terminal whose user has not said NO_COLOR (no-color.org)."""
+    refused = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if refused or sys.platform == "win32" or not stream or not stream.isatty():
+        return plain
+    return coloured
+
+
+LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red"}
+
+
 class LogFormatter(logging.Formatter):
     """One short line an entry.  The time is put into words once a second."""
 
     second, clock = -1, ""
 
+    def __init__(self, times: str, paint: Paint) -> None:
+        super().__init__()
+        self.times, self.paint = times, paint
+
     def format(self, record: logging.LogRecord) -> str:
         if int(record.created) != self.second:
             self.second = int(record.created)
-            self.clock = time.strftime("%X", time.localtime(self.second))
-        return f"{self.clock} {record.levelname:<7} {redact(record.getMessage())}"
+            self.clock = time.strftime(self.times, time.localtime(self.second))
+        text, colour = redact(record.getMessage()), getattr(record, "colour", None)
+        if colour is not None:  # a request's line: its first word says how it went
+            word, space, rest = text.partition(" ")
+            text = self.paint(word, colour) + space + rest
+        elif record.levelname in LEVEL_COLOURS:
+            level = self.paint(record.levelname, LEVEL_COLOURS[record.levelname])
+            text = f"{level} {text}"
+        return f"{self.clock} {text}"
 
 
-def set_up_log(debug: bool, lines: Iterable[str]) -> None:
-    """To standard error; and `lines`, which reading the configuration had to say."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    log.handlers, log.propagate = [handler], False
+LOG_SIZE, LOG_FILES = 5_000_000, 5  # bytes of a log file, and how many older ones are kept
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """Private, as the token files beside it are."""
+
+    def _open(self) -> Any:
+        def private(path: str, flags: int) -> int:
+            return os.open(path, flags, 0o600)
+
+        return open(self.baseFilename, self.mode, encoding="utf-8", opener=private)
+
+
+def log_to(path: Path) -> LogFile:
+    try:
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return LogFile(path, maxBytes=LOG_SIZE, backupCount=LOG_FILES)
+    except OSError as error:
+        raise Failure(f"the log cannot be written to {path}: {explain(error)}") from error
+
+
+def set_up_log(debug: bool, lines: Iterable[str], path: Path | None = None) -> None:
+    """To standard error and to a file; and `lines`, which reading the configuration had to say."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers[0].setFormatter(LogFormatter("%X", paint_for(sys.stderr)))
+    if path:
+        handlers.append(log_to(path))
+        handlers[1].setFormatter(LogFormatter("%Y-%m-%d %H:%M:%S", plain))
+    old, log.handlers, log.propagate = log.handlers, handlers, False
+    for handler in old:
+        handler.close()
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     logging.basicConfig(handlers=[logging.NullHandler()])  # the libraries' own logs stay silent
+    logging.raiseExceptions = False  # a terminal that has gone, a full disk: no traceback
     # Nobody reads these; the logging guide, "Optimization", names them as what may be turned off.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -1188,6 +1273,18 @@ class Live:
         self.warnings = file.warnings if file else []
         self.version += 1
 
+    def address(self, port: int = 0) -> str:
+        """Where clients on this machine find the proxy."""
+        everywhere = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = str(self.config["host"])
+        host = everywhere.get(host, host)
+        host = f"[{host}]" if ":" in host else host
+        return f"http://{host}:{port or self.config['port']}"
+
+    @property
+    def log_file(self) -> Path | None:
+        return self.auth_dir / "logs/ampproxy.log" if self.config["logging-to-file"] else None
+
     def reload(self) -> bool:
         """Whether the file has changed and is in effect; raises for a broken one, once."""
         if not self.path:
@@ -1227,22 +1324,27 @@ def nested(token: Json) -> Json:
     return outer | {"token": inner | changes}
 
 
-def save_token(path: Path, token: Json) -> None:
+def replace_file(path: Path, raw: bytes, mode: int = 0o600) -> None:
     """All of it or nothing: private from the first byte, synced, renamed over the old file."""
-    token = nested(token)
     path = path.resolve()  # the target of a link, not the link
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(OSError):  # somebody else's directory, that we may write to
-        path.parent.chmod(0o700)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(json.dumps(token, indent=2).encode() + b"\n")
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
+        draft.chmod(mode)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def save_token(path: Path, token: Json) -> None:
+    path = path.resolve()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):  # somebody else's directory, that we may write to
+        path.parent.chmod(0o700)
+    replace_file(path, json.dumps(nested(token), indent=2).encode() + b"\n")
 
 
 def read_token(path: Path) -> Json:
@@ -1273,13 +1375,18 @@ def expiry(token: Json) -> float:
     return parse_time(token.get("expired"))
 
 
-def claims(token: Json) -> Json:
-    """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
+def jwt_payload(token: Any) -> Json:
+    """What a JSON web token says, unchecked: it only names its owner to himself."""
     try:
-        payload = str(token["id_token"]).split(".")[1]
-        told = parse_object(base64.urlsafe_b64decode(payload + "=="))
+        payload = str(token).split(".")[1]
+        return parse_object(base64.urlsafe_b64decode(payload + "=="))
     except (ValueError, LookupError):
         return {}
+
+
+def claims(token: Json) -> Json:
+    """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
+    told = jwt_payload(token.get("id_token"))
     auth = as_dict(told.get("https://api.openai.com/auth"))
     found = {
         "account_id": auth.get("chatgpt_account_id"),
@@ -1287,6 +1394,134 @@ def claims(token: Json) -> Json:
         "email": auth.get("email") or told.get("email"),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def token_name(kind: str, email: str) -> str:
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+
+
+# -- Logins of other programs on this machine --
+#
+# They are read, never written, and nothing of them is redeemed here.  A copy remembers the file
+# that it came from: near its expiry that is read again, as the other program may have refreshed
+# what both of them use.  A reader makes a token of ours out of a file, or nothing: {}.
+#
+# To add a program, write its reader and name it in SOURCES.
+
+REFRESHED = ("access_token", "refresh_token", "id_token", "expired", "last_refresh", "token")
+
+
+def told_in(path: Path, *keys: str) -> str:
+    """A text in a JSON file; "" for none."""
+    try:
+        value: Any = parse_object(read_file(path))
+    except (OSError, ValueError):
+        return ""
+    for key in keys:
+        value = as_dict(value).get(key)
+    return value if isinstance(value, str) else ""
+
+
+def of_milliseconds(value: Any) -> str:
+    return rfc3339(number(value // 1000)) if isinstance(value, (int, float)) else ""
+
+
+def read_claude_code(told: Json, path: Path) -> Json:
+    found = as_dict(told.get("claudeAiOauth"))
+    places = (path.with_name(".claude.json"), path.parent.parent / ".claude.json")
+    emails = [told_in(place, "oauthAccount", "emailAddress") for place in places]
+    return {
+        "type": "claude",
+        "email": next(filter(None, emails), ""),
+        "access_token": found.get("accessToken"),
+        "refresh_token": found.get("refreshToken") or "",
+        "expired": of_milliseconds(found.get("expiresAt")),
+        "plan": found.get("subscriptionType") or "",
+    }
+
+
+def read_codex_cli(told: Json, path: Path) -> Json:
+    found = as_dict(told.get("tokens"))
+    ends = number(jwt_payload(found.get("access_token")).get("exp"))
+    return {
+        "type": "codex",
+        "email": claims(found).get("email", ""),
+        "access_token": found.get("access_token"),
+        "refresh_token": found.get("refresh_token") or "",
+        "id_token": found.get("id_token") or "",
+        "account_id": found.get("account_id") or "",
+        "expired": rfc3339(ends) if ends else "",
+        "last_refresh": told.get("last_refresh") or "",
+    }
+
+
+def read_gemini_cli(told: Json, path: Path) -> Json:
+    """In CLIProxyAPI's form, which has the token in a table of its own."""
+    ends = of_milliseconds(told.get("expiry_date"))
+    names = ("access_token", "refresh_token", "token_type", "scope")
+    token = {name: told[name] for name in names if name in told}
+    active = told_in(path.with_name("google_accounts.json"), "active")
+    email = jwt_payload(told.get("id_token")).get("email") or active
+    return {"type": "gemini", "email": email, "token": {**token, "expiry": ends}}
+
+
+def read_cliproxyapi(told: Json, path: Path) -> Json:
+    return told if str(told.get("type")) in LOGINS else {}
+
+
+@dataclass(frozen=True)
+class Program:
+    program: str
+    folder: Callable[[], Path]
+    pattern: str  # of its files there
+    read: Callable[[Json, Path], Json]
+
+
+SOURCES = (
+    Program(
+        "Claude Code",
+        lambda: folder("CLAUDE_CONFIG_DIR", "~/.claude"),
+        ".credentials.json",
+        read_claude_code,
+    ),
+    Program("Codex CLI", lambda: folder("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
+    Program(
+        "Gemini CLI",
+        lambda: folder("", "~/.gemini"),
+        "oauth_creds.json",
+        read_gemini_cli,
+    ),
+    Program("CLIProxyAPI", lambda: folder("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi),
+)
+
+
+def access_token_of(token: Json) -> str:
+    return str(token.get("access_token") or as_dict(token.get("token")).get("access_token") or "")
+
+
+def ends_at(token: Json) -> float:
+    """When its access token expires; 0 where nobody said."""
+    return parse_time(token.get("expired") or as_dict(token.get("token")).get("expiry"))
+
+
+def read_source(source: Program, path: Path) -> Json:
+    """Another program's login as a token of ours; {} where the file holds none.  May raise."""
+    token = source.read(parse_object(read_file(path)), path)
+    return token if access_token_of(token) else {}
+
+
+def newer_at_source(token: Json) -> Json:
+    """What the file that a login was copied from says now, if that is newer; else {}."""
+    origin = as_dict(token.get("source"))
+    found = Json()
+    for source in SOURCES:
+        if source.program == origin.get("program"):
+            with suppress(OSError, ValueError):
+                found = read_source(source, Path(str(origin.get("file"))))
+    same_owner = found.get("email") in ("", None, token.get("email"))
+    if not found or not same_owner or ends_at(found) <= ends_at(token):
+        return {}
+    return {name: found[name] for name in REFRESHED if name in found}
 
 
 # == The network ===================================================================================
@@ -1676,7 +1911,7 @@ def file_of(folder: Path, provider: Provider, email: str) -> Path:
 
     Of others an address may have several accounts, a team's among them.
     """
-    own = folder / f"{provider.name}-{re.sub(r'[^A-Za-z0-9.@+_-]', '_', email)}.json"
+    own = folder / token_name(provider.name, email)
     if provider.wraps and not own.exists():
         for path in sorted(folder.glob("*.json")):  # older ones do not begin with the provider
             with suppress(OSError, ValueError):
@@ -2357,6 +2592,7 @@ class Pool:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
             self.read(account.path)
+            self.adopt(account)
             if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
                 return
             assert self.net and account.row
@@ -2367,6 +2603,8 @@ class Pool:
             }
             if not form["refresh_token"]:
                 raise fault(401, "refused, and there is no refresh token")
+            if program := as_dict(account.token.get("source")).get("program"):
+                log.warning("%s: %s may need a new login now", account.name, program)
             async with asyncio.timeout(REFRESH_WAIT):
                 answer = await ask_token(self.net, account.row.provider, form)
             self.read(account.path)
@@ -2411,6 +2649,14 @@ class Pool:
         log.info("%s: its project is known now", account.name)
         return None
 
+    def adopt(self, account: Login) -> None:
+        """Take a newer token from the program that this login was copied from."""
+        if newer := newer_at_source(account.token):
+            account.replaced = account.access_token
+            self.save(account, newer)
+            account.rests, account.retry_at = {}, 0.0
+            log.info("%s: %s has a newer token", account.name, account.token["source"]["program"])
+
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
         account.take(merge_token(account.path, account.token, changes))
@@ -2425,6 +2671,7 @@ class Pool:
         pause = 1 if LOCAL in problem.codes else REFRESH_PAUSE
         account.retry_at = self.clock.monotonic() + pause
         self.read(account.path)
+        self.adopt(account)
         if not account.retry_at:
             return  # a newer token was there
         account.trouble = f"refresh failed: {problem.message}"
@@ -8112,7 +8359,18 @@ def quota_of(headers: Any) -> list[Window]:
 # It gets what is no model call, byte for byte, WebSockets too; and, for credits, the model calls
 # that nobody here answers.
 
-SECRETS_FILE = Path("~/.local/share/amp/secrets.json")
+
+def secrets_file() -> Path:
+    """Where Amp keeps its keys, one an address."""
+    return folder("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
+
+
+def stored_key(secrets: Json, base: str) -> str:
+    """Amp's own key for an address, from that file."""
+    found = secrets.get(f"apiKey@{base}/") or secrets.get(f"apiKey@{base}") or ""
+    return str(found).strip()
+
+
 # The feature that takes clients of April and May 2026 off the proxy, and a comma (amp-client.md 3).
 FLAG = re.compile(
     rb"(?:,|(\[))\s{0,99}\{[^{}]{0,99}"
@@ -8143,9 +8401,8 @@ class Ampcode:
         if self.secrets_until <= now:
             self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
             with suppress(OSError, ValueError):
-                self.secrets = parse_object(SECRETS_FILE.expanduser().read_bytes())
-        found = self.secrets.get(f"apiKey@{base}/") or self.secrets.get(f"apiKey@{base}") or ""
-        return str(found).strip()
+                self.secrets = parse_object(secrets_file().read_bytes())
+        return stored_key(self.secrets, base)
 
     def upstream_key(self, key: str) -> str:
         """Ours at ampcode.com, for a client with this key of ours."""
@@ -8345,7 +8602,8 @@ async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
 
 # == Status ========================================================================================
 #
-# What was served, and how the accounts stand: for GET /status and the log.  No secret, no prompt.
+# What was served, and how the accounts stand: for the log, GET /status, the start, the terminal and
+# the page at /.  No secret, no prompt.
 
 ROUTE_WORDS = {
     "local": "LOCAL_PROVIDER",
@@ -8353,6 +8611,7 @@ ROUTE_WORDS = {
     "amp": "AMP_CREDITS",
     "none": "NO_PROVIDER",
 }
+ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
 PAID_MODELS = 100  # names of models that are counted
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
@@ -8366,6 +8625,7 @@ class Ledger:
         self.requests: deque[Json] = deque(maxlen=100)
         self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.paid: Counter[str] = Counter()  # by model
+        self.models: dict[tuple[str, str], Counter[str]] = {}  # by who answered, and the model
         self.server_side = 0  # threads whose model runs on Amp's servers
 
     def note(self, call: Call, status: int, took: float) -> None:
@@ -8375,6 +8635,7 @@ class Ledger:
         known = model in self.paid or len(self.paid) < PAID_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
+        self.count_model(call, status)
         self.requests.append(
             {
                 "dialect": call.dialect.name,
@@ -8390,9 +8651,32 @@ class Ledger:
             }
         )
         level = logging.WARNING if call.trouble or status >= 400 else logging.INFO
-        word, model = ROUTE_WORDS[call.route], model[:100] or "-"
-        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
-        log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
+        who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}".strip()
+        if call.route == "mapped":
+            who = f"{who} as {call.served_model[:100]}"
+        trouble = f" {call.trouble}" if call.trouble else ""
+        line = "%-14s %d %6.1fs %-28s %s%s"
+        told = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
+        log.log(level, line, *told, extra={"colour": ROUTE_COLOURS[call.route]})
+
+    def count_model(self, call: Call, status: int) -> None:
+        key = (call.provider[:200], (call.served_model or call.model)[:200])
+        if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
+            return
+        counts = self.models.setdefault(key, Counter(requests=0, errors=0))
+        counts.update({"requests": 1, "errors": status >= 400, **call.tokens})
+
+    def wake(self, name: str, provider: str = "") -> list[Account]:
+        """End the rests of the accounts of that name by hand: those that there are."""
+        found = []
+        for account in self.pool.accounts.values():
+            if account.label.lower() == name.lower() and provider in ("", account.kind):
+                found.append(account)
+                account.rests = {}
+                if isinstance(account, Login):
+                    account.retry_at = 0.0
+                log.info("%s: its rest was ended by hand", account.name)
+        return found
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -8404,10 +8688,32 @@ class Ledger:
             "uptime_seconds": int(self.clock.monotonic() - self.began),
             "routes": dict(self.routes),
             "paid": dict(self.paid.most_common()),
+            "fallback": self.pool.live.config["ampcode"]["fallback"],
             "accounts": [self.report_account(a) for a in self.pool.accounts.values()],
+            "models": [self.report_model(*key) for key in sorted(self.models)],
             "server_side_threads": self.server_side,
+            "notices": self.notices(),
             "requests": [*self.requests],
         }
+
+    def notices(self) -> list[str]:
+        """What costs money, or will."""
+        told = []
+        if calls := self.routes["amp"]:
+            names = ", ".join(f"{name} ({n})" for name, n in self.paid.most_common(5))
+            words = (
+                f"PAID: ampcode.com was asked {calls} time{'s' * (calls > 1)} and may charge for it"
+            )
+            told.append(f"{words}: {names}" if names else words)
+        if self.server_side:
+            words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
+            told.append(f"PAID: {words}, not your logins")
+        if not self.pool.accounts:
+            told.append("No login and no key: run ampproxy.py login claude (or codex)")
+        return told
+
+    def report_model(self, provider: str, model: str) -> Json:
+        return {"provider": provider, "model": model, **self.models[provider, model]}
 
     def report_account(self, account: Account) -> Json:
         now, moment = self.clock.monotonic(), self.clock.time()
@@ -8439,6 +8745,541 @@ class Ledger:
             **account.counts,
             "quota": quota,
         }
+
+
+# -- What the start tells --
+
+
+def standing(live: Live, pool: Pool) -> list[str]:
+    """What the start tells, beside the address: what is in effect, and what it means."""
+    kinds = Counter(
+        (account.row.name, type(account)) for account in pool.of(live.rows) if account.row
+    )
+    words = {Login: "login", ApiKey: "key"}
+    told = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
+    rules = live.config["ampcode"]["model-mappings"]
+    mapped = [f"{rule['from']} > {' or '.join(rule['to'])}" for rule in rules]
+    more = f", and {len(mapped) - 5} more" if len(mapped) > 5 else ""
+    return [
+        f"config    {live.path or 'none found: the defaults'}",
+        f"accounts  {', '.join(told) or 'none'}",
+        f"mapped    {', '.join(mapped[:5]) or 'nothing'}{more}",
+        f"paid      {PAID_WORDS[live.config['ampcode']['fallback']]}",
+    ]
+
+
+PAID_WORDS = {  # what ampcode.fallback means
+    "always": "ampcode.com may charge for what no account here answers (fallback: always)",
+    "unserved": "ampcode.com may charge for models that nobody here serves (fallback: unserved)",
+    "never": "nothing: ampcode.com is never asked for a model (fallback: never)",
+}
+
+
+def warn_of_emptiness(live: Live) -> None:
+    """Without any login and key the proxy answers nothing itself."""
+    means = "every model call is a paid one at ampcode.com"
+    if live.config["ampcode"]["fallback"] == "never":
+        means = "no model call can be answered"
+    log.warning("NO LOGIN AND NO KEY: %s. Sign in: ampproxy.py login claude (or codex)", means)
+
+
+# -- Asking the running proxy --
+
+
+async def ask_proxy(live: Live, path: str = "/status", body: Json | None = None) -> Json:
+    """What the proxy that runs with this configuration answers; Failure when it does not."""
+    keys, url = [*live.config["api-keys"], ""], live.address() + path
+    headers = {"X-Api-Key": keys[0], "Content-Type": "application/json"}
+    data = None if body is None else write_json(body)
+    try:
+        async with (
+            asyncio.timeout(10),
+            aiohttp.request("POST" if body else "GET", url, headers=headers, data=data) as answer,
+        ):
+            raw = await answer.read()
+    except NET_ERRORS as error:
+        raise Failure(
+            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+        ) from error
+    try:
+        told = parse_object(raw)
+    except ValueError:
+        raise Failure(f"what answers at {url} is no ampproxy: see --config") from None
+    if answer.status != 200:
+        raise Failure(f"{url} answered {answer.status}: {error_text(told)}")
+    return told
+
+
+# -- A table for the terminal --
+
+STATE_COLOURS = {"ready": "green", "resting": "yellow", "needs-login": "red", "disabled": "dim"}
+SHORT_ROUTES = {"local": "local", "mapped": "mapped", "amp": "PAID", "none": "refused"}
+
+
+def span(seconds: float) -> str:
+    """4 d 3 h, 2 h 10 min, 12 min, 40 s."""
+    left = max(0, int(seconds))
+    if left >= DAY:
+        return f"{left // DAY} d {left % DAY // HOUR} h"
+    if left >= HOUR:
+        return f"{left // HOUR} h {left % HOUR // MINUTE} min"
+    return f"{left // MINUTE} min" if left >= MINUTE else f"{left} s"
+
+
+def state_words(account: Json) -> str:
+    match account["state"]:
+        case "resting":
+            return f"resting, wakes in {span(account['wakes_in_seconds'])}"
+        case "needs-login":
+            return "needs login"
+    return str(account["state"])
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What lines are written on: colours or none, its width, the two signs of a bar."""
+
+    paint: Paint
+    width: int
+    signs: str
+
+    def line(self, *pieces: tuple[str, str]) -> str:
+        """Texts with their colours, as much of them as fits."""
+        left, line = self.width, ""
+        for text, colour in pieces:
+            shown = printable(text)[:left]
+            left -= len(shown)
+            line += self.paint(shown, colour)
+        return line
+
+    def bar(self, percent: float, size: int = 20) -> str:
+        full = min(size, max(0, round(percent * size / 100)))
+        return self.signs[0] * full + self.signs[1] * (size - full)
+
+
+def sheet_for(stream: Any) -> Sheet:
+    width = shutil.get_terminal_size().columns if stream.isatty() else 200
+    try:
+        "█░".encode(stream.encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return Sheet(paint_for(stream), width, "#-")
+    return Sheet(paint_for(stream), width, "█░")
+
+
+def account_lines(sheet: Sheet, account: Json) -> list[str]:
+    name = account["account"] + (f" ({account['plan']})" if account["plan"] else "")
+    name = name if len(name) <= 32 else f"{name[:31]}\N{HORIZONTAL ELLIPSIS}"
+    head = f"{account['provider']:<13.13} {name:<32} "
+    lines = [sheet.line((head, "bold"), (state_words(account), STATE_COLOURS[account["state"]]))]
+    indent = " " * 14
+    if account["reason"]:
+        lines.append(sheet.line((indent + account["reason"], "yellow")))
+    if account["state"] == "needs-login":
+        lines.append(sheet.line((f"{indent}run ampproxy.py login {account['provider']}", "red")))
+    for quota in account["quota"]:
+        used = quota["used_percent"]
+        ends = quota["resets_in_seconds"]
+        told = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
+        colour = "red" if used >= NEARLY_SPENT else "cyan"
+        window = f"{indent}{quota['window']:<10.10} "
+        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (told, "")))
+    calls = f"calls {account['requests']:,}, failed {account['errors']:,}; "
+    tokens = f"tokens in {account['input_tokens']:,}, out {account['output_tokens']:,}"
+    lines.append(sheet.line((indent + calls + tokens, "dim")))
+    return lines
+
+
+def request_line(sheet: Sheet, request: Json) -> str:
+    clock = time.strftime("%X", time.localtime(parse_time(request["time"])))
+    colour = ROUTE_COLOURS[request["route"]]
+    took = f" {request['status']} {request['seconds']:>6.1f}s {request['model']:<28} "
+    who = f"{request['provider']} {request['account']}".strip()
+    if request["route"] == "mapped":
+        who += f" as {request['served_model']}"
+    rest = "red" if request["route"] == "amp" else ""
+    word = f"{SHORT_ROUTES[request['route']]:<7}"
+    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, rest))
+
+
+def model_line(sheet: Sheet, model: Json) -> str:
+    counts = f"{model['requests']:>7,} {model['errors']:>7,}"
+    tokens = f"{model['input_tokens']:>12,} {model['output_tokens']:>11,}"
+    colour = "red" if model["provider"] == "ampcode" else ""
+    who = f"{model['model']:<28.28} {model['provider']:<12.12}"
+    return sheet.line((f"{who}{counts}{tokens}", colour))
+
+
+def status_lines(report: Json, sheet: Sheet, most: int = 10) -> list[str]:
+    """The table, with the last `most` requests, the newest first."""
+    routes = [f"{report['routes'][name]:,} {word}" for name, word in SHORT_ROUTES.items()]
+    up = f"ampproxy {report['version']}, up {span(report['uptime_seconds'])}"
+    lines = [sheet.line((f"{up}; calls: {', '.join(routes)}", "bold"))]
+    lines += [sheet.line((notice, "red")) for notice in report["notices"]]
+    for account in report["accounts"]:
+        lines += ["", *account_lines(sheet, account)]
+    if report["models"]:
+        heads = f"{'MODEL':<28} {'PROVIDER':<12}  CALLS  FAILED   TOKENS IN         OUT"
+        lines += ["", sheet.line((heads, "dim"))]
+        lines += [model_line(sheet, model) for model in report["models"]]
+    if most > 0 and report["requests"]:
+        lines += ["", sheet.line(("LAST REQUESTS", "dim"))]
+        lines += [request_line(sheet, one) for one in report["requests"][: -most - 1 : -1]]
+    return lines
+
+
+# -- The page at / --
+#
+# One page without any outside file.  It holds no data: it asks /status as any client does, with the
+# key that the person gives it where one is needed.  What a client sent is only ever text in it.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>ampproxy</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  --back: #f6f7f9; --card: #fff; --line: #d5d9e0; --text: #1b2130; --soft: #566076;
+  --local: #14692f; --mapped: #0b5c86; --paid: #b3151f; --none: #7a4d00; --bar: #3f6fd8;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #12151c; --card: #1b202b; --line: #343c4c; --text: #e7eaf1; --soft: #a3adc0;
+    --local: #7bd694; --mapped: #7cc7f0; --paid: #ff8a8a; --none: #f0c36b; --bar: #7aa2ff;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 80rem;
+  background: var(--back); color: var(--text); font: 16px/1.45 system-ui, sans-serif;
+}
+h1 { font-size: 1.3rem; margin: 0; }
+h2 { font-size: 1.05rem; margin: 1.6rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .3rem 0; }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: baseline; }
+.soft, header p, dt, th { color: var(--soft); }
+[hidden] { display: none !important; }
+:focus-visible { outline: 3px solid var(--bar); outline-offset: 2px; }
+button, input {
+  font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--soft); border-radius: .4rem; padding: .35rem .8rem;
+}
+button { cursor: pointer; }
+form { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-top: 2rem; }
+#paid {
+  margin: 1rem 0 0; padding: .6rem .9rem; border: 2px solid var(--paid); border-radius: .5rem;
+  color: var(--paid); font-weight: 700; overflow-wrap: anywhere;
+}
+.figures { display: flex; flex-wrap: wrap; gap: .6rem 2rem; margin: 0; }
+.figures dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.cards {
+  display: grid; gap: .8rem; padding: 0; margin: 0; list-style: none;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr));
+}
+.cards > li {
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem;
+}
+.top { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .3rem .6rem; }
+.top > div { flex: 1 1 12rem; }
+.mark {
+  align-self: start; border: 1px solid currentColor; border-radius: 1rem; padding: 0 .6rem;
+  font-size: .85rem; font-weight: 600; white-space: nowrap;
+}
+.local, .ready { color: var(--local); }
+.mapped { color: var(--mapped); }
+.none, .resting { color: var(--none); }
+.amp, .needs-login { color: var(--paid); }
+.disabled { color: var(--soft); }
+.why { overflow-wrap: anywhere; }
+.window { margin-top: .7rem; font-size: .9rem; }
+.window > div:first-child { display: flex; justify-content: space-between; gap: 1rem; }
+[role=progressbar] {
+  height: .6rem; border: 1px solid var(--soft); border-radius: .3rem; overflow: hidden;
+}
+[role=progressbar] span { display: block; height: 100%; background: var(--bar); }
+[role=progressbar].full span { background: var(--paid); }
+.small {
+  display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem; margin: .8rem 0 0; font-size: .9rem;
+}
+.small dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+table { width: 100%; border-collapse: collapse; font-size: .92rem; }
+th { text-align: left; font-weight: 600; }
+th, td { padding: .35rem .6rem .35rem 0; border-bottom: 1px solid var(--line); }
+td { overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.t { white-space: nowrap; }
+tr.amp td { color: var(--paid); font-weight: 700; }
+@media (max-width: 700px) {
+  thead { position: absolute; clip-path: inset(50%); height: 1px; width: 1px; overflow: hidden; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; padding: .5rem 0; }
+  tr { border-bottom: 1px solid var(--line); }
+  td { border: 0; padding: 0; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--soft); font-weight: 400; }
+  td.wide { flex-basis: 100%; }
+}
+</style>
+</head>
+<body>
+<header>
+  <h1>ampproxy</h1>
+  <p id="about"></p>
+  <p id="link" role="status"></p>
+</header>
+<noscript><p>This page needs JavaScript; <a href="/status">the same as JSON</a> does not.</p>
+</noscript>
+<form id="ask" hidden>
+  <label for="key">A key of this proxy (api-keys)</label>
+  <input id="key" type="password" autocomplete="off" required aria-describedby="wrong">
+  <button>Show the status</button>
+  <p id="wrong" role="alert"></p>
+</form>
+<main id="all" hidden>
+  <p id="paid" role="status" hidden></p>
+  <p id="said" role="status"></p>
+  <section aria-labelledby="calls-title">
+    <h2 id="calls-title">Calls since the start</h2>
+    <dl id="calls" class="figures"></dl>
+  </section>
+  <section aria-labelledby="accounts-title">
+    <h2 id="accounts-title">Accounts</h2>
+    <ul id="accounts" class="cards"></ul>
+  </section>
+  <section aria-labelledby="models-title">
+    <h2 id="models-title">Models</h2>
+    <div id="models"></div>
+  </section>
+  <section aria-labelledby="requests-title">
+    <h2 id="requests-title">Last requests</h2>
+    <div id="requests"></div>
+  </section>
+</main>
+<script>
+"use strict";
+const EVERY = 2000, KEPT = "ampproxy-key";
+const ROUTES = {local: "local", mapped: "mapped", amp: "PAID", none: "refused"};
+const find = id => document.getElementById(id);
+const count = number => Math.round(number || 0).toLocaleString("en");
+let key = sessionStorage.getItem(KEPT) || "", timer = 0;
+
+function make(tag, about, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(about || {})) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+function span(seconds) {
+  const units = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
+  const first = units.findIndex(([size]) => seconds >= size);
+  if (first < 0) return "0 s";
+  const [size, name] = units[first], rest = Math.floor(seconds % size);
+  const words = `${Math.floor(seconds / size)} ${name}`;
+  if (first > 1) return words;
+  const [less, lesser] = units[first + 1];
+  return `${words} ${Math.floor(rest / less)} ${lesser}`;
+}
+
+// What has not changed is left alone, so that focus and reading position stay where they are.
+function put(id, ...children) {
+  const there = find(id), fresh = there.cloneNode(false);
+  fresh.append(...children);
+  if (there.isEqualNode(fresh)) return;
+  const focused = document.activeElement && document.activeElement.id;
+  there.replaceChildren(...fresh.childNodes);
+  if (focused && document.activeElement.id !== focused) find(focused)?.focus();
+}
+
+function pairs(table) {
+  return table.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+}
+
+function figure(route, number) {
+  const mark = make("dd", {class: number ? route : ""}, count(number));
+  return make("div", {}, make("dt", {}, ROUTES[route]), mark);
+}
+
+function bar(account, quota) {
+  const used = Math.min(100, Math.max(0, quota.used_percent));
+  const resets = quota.resets_in_seconds ? `resets in ${span(quota.resets_in_seconds)}` : "";
+  const box = make("div", {
+    role: "progressbar", "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": used,
+    "aria-label": `${account.provider} ${account.account}: quota ${quota.window}`,
+    "aria-valuetext": `${used} % used${resets && ", " + resets}`,
+    class: used >= 95 ? "full" : "",
+  }, make("span"));
+  box.firstChild.style.width = `${used}%`;
+  const words = make("div", {}, make("span", {}, `${quota.window}: ${used} %`),
+                     make("span", {class: "soft"}, resets));
+  return make("div", {class: "window"}, words, box);
+}
+
+function button(account) {
+  const id = encodeURIComponent(`wake ${account.provider} ${account.account}`);
+  const told = {type: "button", id, "data-provider": account.provider,
+                "data-account": account.account, "aria-label": `Try ${account.account} again now`};
+  return make("p", {}, make("button", told, "Try again now"));
+}
+
+function card(account) {
+  const words = {resting: `resting, wakes in ${span(account.wakes_in_seconds)}`,
+                 "needs-login": "needs login"};
+  const title = make("h3", {}, account.account);
+  const kinds = [account.provider, account.plan].filter(Boolean).join(", ");
+  const kind = make("p", {class: "soft"}, kinds), state = words[account.state] || account.state;
+  const mark = make("span", {class: `mark ${account.state}`}, state);
+  const box = make("li", {}, make("div", {class: "top"}, make("div", {}, title, kind), mark));
+  if (account.reason) box.append(make("p", {class: "why"}, account.reason));
+  if (account.state === "needs-login")
+    box.append(make("p", {}, "Run ", make("code", {}, `ampproxy.py login ${account.provider}`)));
+  if (account.state === "resting" || (account.state === "ready" && account.reason))
+    box.append(button(account));
+  box.append(...account.quota.map(quota => bar(account, quota)));
+  const expires = account.expires_in_seconds, table = [
+    ["calls, failed", `${count(account.requests)}, ${count(account.errors)}`],
+    ["running, threads", `${count(account.in_flight)}, ${count(account.threads)}`],
+    ["tokens in, out", `${count(account.input_tokens)}, ${count(account.output_tokens)}`],
+  ];
+  if (expires !== null)
+    table.push(["token", expires > 0 ? `good for ${span(expires)}` : "is refreshed when needed"]);
+  box.append(make("dl", {class: "small"}, ...pairs(table)));
+  return box;
+}
+
+// Rows that a phone lays out as lines lose their meaning unless they say what they are.
+function table(heads, rows) {
+  const cells = (tag, role, row) => row.map(([text, kind, label]) => {
+    const about = {role};
+    if (kind) about.class = kind;
+    if (label && tag === "td") about["data-label"] = label;
+    return make(tag, tag === "th" ? {...about, scope: "col"} : about, text);
+  });
+  const head = make("thead", {role: "rowgroup"},
+                    make("tr", {role: "row"}, ...cells("th", "columnheader", heads)));
+  const body = rows.map(([kind, row]) =>
+    make("tr", {role: "row", class: kind}, ...cells("td", "cell", row)));
+  return make("table", {role: "table"}, head, make("tbody", {role: "rowgroup"}, ...body));
+}
+
+function modelTable(models) {
+  if (!models.length) return make("p", {class: "soft"}, "No model has been asked yet.");
+  const heads = [["model"], ["answered by"], ["calls", "n"], ["failed", "n"],
+                 ["tokens in", "n"], ["tokens out", "n"]];
+  return table(heads, models.map(m => [m.provider === "ampcode" ? "amp" : "", [
+    [m.model, "wide"], [m.provider], [count(m.requests), "n", "calls"],
+    [count(m.errors), "n", "failed"], [count(m.input_tokens), "n", "in"],
+    [count(m.output_tokens), "n", "out"]]]));
+}
+
+function requestTable(requests) {
+  if (!requests.length) return make("p", {class: "soft"}, "No request has come yet.");
+  const heads = [["time"], ["route"], ["model"], ["answered by"], ["status", "n"],
+                 ["seconds", "n"], ["tokens in", "n"], ["tokens out", "n"]];
+  return table(heads, [...requests].reverse().map(r => {
+    const when = new Date(r.time).toLocaleTimeString("en", {hour12: false});
+    const mapped = r.served_model && r.served_model !== r.model ? ` as ${r.served_model}` : "";
+    const mark = make("span", {class: `mark ${r.route}`}, ROUTES[r.route]);
+    return [r.route === "amp" ? "amp" : "", [
+      [when, "t"], [mark], [r.model, "wide"], [`${r.provider} ${r.account}${mapped}`],
+      [`${r.status}`, "n"], [r.seconds.toFixed(1), "n", "seconds"],
+      [count(r.input_tokens), "n", "in"], [count(r.output_tokens), "n", "out"]]];
+  }));
+}
+
+function show(told) {
+  find("ask").hidden = true;
+  find("all").hidden = false;
+  put("about", `${told.version}, up ${span(told.uptime_seconds)}, fallback: ${told.fallback}`);
+  const words = told.notices.join(". ");
+  find("paid").hidden = !words;
+  put("paid", words);
+  put("calls", ...Object.keys(ROUTES).map(route => figure(route, told.routes[route])));
+  put("accounts", ...told.accounts.map(card));
+  put("models", modelTable(told.models));
+  put("requests", requestTable(told.requests));
+}
+
+function askForKey() {
+  find("all").hidden = true;
+  if (find("ask").hidden) {
+    find("ask").hidden = false;
+    find("key").focus();
+  }
+  put("wrong", key ? "That is not a key of this proxy." : "");
+  key = "";
+  sessionStorage.removeItem(KEPT);
+}
+
+function ask(path, about) {
+  const headers = {"Accept": "application/json", "Content-Type": "application/json"};
+  if (key) headers["X-Api-Key"] = key;
+  return fetch(path, {cache: "no-store", ...about, headers});
+}
+
+async function look() {
+  clearTimeout(timer);
+  if (document.hidden) return;  // it looks again when it is shown
+  try {
+    const answer = await ask("/status");
+    if (answer.status === 401) {
+      put("link", "");
+      askForKey();
+      return;  // the form looks again
+    }
+    if (!answer.ok) throw new Error(`it answered ${answer.status}`);
+    show(await answer.json());
+    put("link", "live");
+  } catch (error) {
+    put("link", `out of reach (${error.message}); what follows may be old`);
+  }
+  timer = setTimeout(look, EVERY);
+}
+
+find("ask").addEventListener("submit", event => {
+  event.preventDefault();
+  key = find("key").value.trim();
+  sessionStorage.setItem(KEPT, key);
+  find("key").value = "";
+  look();
+});
+find("accounts").addEventListener("click", async event => {
+  const {provider, account} = event.target.dataset;
+  if (!account) return;
+  const answer = await ask("/status/wake", {
+    method: "POST", body: JSON.stringify({provider, account})}).catch(() => ({ok: false}));
+  put("said", answer.ok ? `${account} may be asked again` : `${account} could not be woken`);
+  look();
+});
+document.addEventListener("visibilitychange", look);
+look();
+</script>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def page_headers() -> dict[str, str]:
+    """Only the page's own script and style run, and no other page may frame it."""
+    hashes = []
+    for part in re.findall("<(?:style|script)>(.*?)</", PAGE, re.S):
+        digest = hashlib.sha256(part.encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+    style, script = hashes
+    policy = (
+        f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self';"
+        " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return {
+        "Content-Security-Policy": policy,
+        "Content-Type": "text/html; charset=utf-8",
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
 
 
 # == The server ====================================================================================
@@ -8507,6 +9348,9 @@ class Server:
             if browser_path:  # a browser's cookies are valid only there
                 location = {"Location": self.ampcode.address(request)}
                 return web.Response(status=302, headers=location)
+            if f"{method} {path}" == "GET /" and "text/html" in request.headers.get("Accept", ""):
+                self.check_place(request)
+                return web.Response(text=PAGE, headers=page_headers())  # needs no key: no data
         key = client_key(request, config["api-keys"])
         if isinstance(request.protocol, Connection):
             request.protocol.known()
@@ -8543,14 +9387,15 @@ class Server:
     ) -> web.StreamResponse:
         """What is no model call: lists, the status, and all that ampcode.com answers."""
         path, method = request.rel_url.raw_path, request.method
-        local = self.live.config["ampcode"]["restrict-management-to-localhost"]
-        if local and not model_path and not is_loopback(request.remote or ""):
-            raise fault(403, "Access denied: management routes restricted to localhost")
+        if not model_path:
+            self.check_place(request)
         listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
         if listing:
             return self.models(request, unquote(listing["id"] or ""))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
+        if method == "POST" and path == "/status/wake":
+            return await self.wake(request)
         acts = path.startswith(("/api/thread-actors", "/actors/"))
         if acts and (method == "POST" or upgrades):
             self.ledger.note_server_side(path)
@@ -8566,6 +9411,26 @@ class Server:
             problem = error.problem
             body = dialect_of_list(request).error(problem.status, problem.message)
             return web.json_response(body, status=problem.status)
+
+    def check_place(self, request: Request) -> None:
+        local = self.live.config["ampcode"]["restrict-management-to-localhost"]
+        if local and not is_loopback(request.remote or ""):
+            raise fault(403, "Access denied: management routes restricted to localhost")
+
+    async def wake(self, request: Request) -> web.Response:
+        """End an account's rest: {"account": name}, and its provider where two have that name."""
+        if request.content_type != "application/json":  # what a form of another site cannot send
+            raise fault(415, "this wants Content-Type: application/json")
+        try:
+            asked = parse_object(await read_body(request))
+        except ValueError as error:
+            raise fault(400, f"The request body cannot be read: {explain(error)}") from None
+        name, provider = str(asked.get("account", "")), str(asked.get("provider", ""))
+        woken = self.ledger.wake(name, provider)
+        if not woken:
+            names = ", ".join(account.label for account in self.pool.accounts.values())
+            raise fault(404, f"no account {name[:100]!r}; there are: {names or 'none'}")
+        return web.json_response({"woken": [f"{one.kind} {one.label}" for one in woken]})
 
     def refuse(self, request: Request, call: Call | None, problem: Problem) -> web.Response:
         """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
@@ -8607,7 +9472,7 @@ class Server:
         """Once a second: changed files, tokens that are due."""
         try:
             if self.live.reload():
-                set_up_log(self.live.config["debug"], self.live.warnings)
+                set_up_log(self.live.config["debug"], self.live.warnings, self.live.log_file)
             self.pool.scan()
             self.pool.refresh_ahead()
             self.told = ""
@@ -8651,6 +9516,948 @@ class Server:
             await asyncio.wait(running, timeout=REFRESH_WAIT)
 
 
+# == Amp's modes ===================================================================================
+#
+# Which models Amp's clients ask for where they call models themselves (January to May 2026), and
+# who would answer them here: for `check`.  Sub-agents and handoff use the model of the mode.
+#
+# To add a mode, or what a newer client asks for in one, change AMP_MODES.
+
+
+class Mode(NamedTuple):
+    name: str
+    verb: str  # of its calls
+    models: tuple[str, ...]  # the newest client's first (amp-client.md 1)
+    small: bool = False  # a quick model will do
+
+
+HAIKU = "claude-haiku-4-5-20251001"
+AMP_MODES = (
+    Mode("smart", "messages", ("claude-opus-4-7", "claude-opus-4-6", "claude-opus-4-5-20251101")),
+    Mode("rush", "messages", (HAIKU,), small=True),
+    Mode("large", "messages", ("claude-opus-4-6", "claude-sonnet-4-5-20250929")),
+    Mode("deep", "responses", ("gpt-5.4", "gpt-5.2-codex")),
+    Mode("title", "messages", (HAIKU,), small=True),
+    Mode("oracle", "responses", ("gpt-5.4", "gpt-5.2", "gpt-5.1")),
+    Mode("finder, look_at", "generateContent", ("gemini-3-flash-preview",), small=True),
+    Mode("librarian", "messages", ("claude-sonnet-4-6", HAIKU), small=True),
+    Mode("review", "generateContent", ("gemini-3.1-pro-preview", "gemini-3-pro-preview")),
+    Mode("painter", "generateContent", ("gemini-3-pro-image-preview",)),
+)
+SMALL_MODEL = re.compile("haiku|mini|flash|lite|nano|spark", re.I)
+IMAGE_MODEL = re.compile("image", re.I)
+
+
+def who_answers(chooser: Chooser, model: str, verb: str) -> tuple[str, str]:
+    """The route that a model takes here, and who answers there."""
+    ways, _ = chooser.ways(*split_model(model), verb)
+    if ways:
+        name = ways[0].rows[0].name
+        return ways[0].route, name if ways[0].route == "local" else f"{name} as {ways[0].model}"
+    never = chooser.live.config["ampcode"]["fallback"] == "never"
+    return ("none", "nobody") if never else ("amp", "ampcode.com")
+
+
+def stand_in(chooser: Chooser, mode: Mode, model: str) -> str:
+    """The model here that could answer instead; "" where there is none of that kind."""
+    names = [
+        name
+        for name in chooser.listed(mode.verb)
+        if who_answers(chooser, name, mode.verb)[0] == "local"
+    ]
+    paints = bool(IMAGE_MODEL.search(model))
+    names = [name for name in names if bool(IMAGE_MODEL.search(name)) == paints]
+    fitting = [name for name in names if bool(SMALL_MODEL.search(name)) == mode.small]
+    return next(iter(fitting or names), "")
+
+
+def mode_lines(chooser: Chooser) -> list[str]:
+    """A line for each mode and each model that a client asks for in it."""
+    lines = [f"{'mode or helper':<17}{'model':<29}answered by"]
+    for mode in AMP_MODES:
+        for model in mode.models:
+            route, who = who_answers(chooser, model, mode.verb)
+            name = mode.name if model == mode.models[0] else ""
+            lines.append(f"{name:<17}{model:<29}{SHORT_ROUTES[route]}: {who}")
+    return lines
+
+
+def who_could(model: str) -> str:
+    """What to get for a model: a login, or a key."""
+    logins = [kind for kind, row in LOGINS.items() if row.authorize_url]
+    words = [f"ampproxy.py login {k}" for k in logins if matches(model, (*LOGINS[k].names,))]
+    words += [f"a key under {k}" for k, row in API_KEYS.items() if matches(model, (*row.names,))]
+    return " or ".join(words) or "no provider that is known here"
+
+
+def mapping_lines(chooser: Chooser) -> tuple[list[str], list[str]]:
+    """Lines for model-mappings that keep all of that here, and words about what cannot be kept."""
+    rules: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for mode in AMP_MODES:
+        for model in mode.models:
+            if who_answers(chooser, model, mode.verb)[0] in ("local", "mapped"):
+                continue
+            if target := stand_in(chooser, mode, model):
+                rules.setdefault(model, f"- {{from: {model}, to: {target}}}")
+            else:
+                lost[model] = f"{model}: {who_could(model)}"
+    return [*rules.values()], [*lost.values()]
+
+
+def model_lines(chooser: Chooser) -> list[str]:
+    """What each account and each key serves."""
+    lines = []
+    for account in chooser.pool.accounts.values():
+        row = account.row
+        names = ", ".join(row.provider.names) if row else "nothing: its provider is not served here"
+        but = ", ".join(row.provider.excluded_models) if row else ""
+        state = " (disabled)" if account.disabled else ""
+        lines.append(f"{account.kind} {account.label}{state}: {names}{but and f', but not {but}'}")
+    return lines or ["none: run `ampproxy.py login claude` (or codex)"]
+
+
+# == Setting up clients ============================================================================
+#
+# What a client's own settings must say so that it comes here.  There is one writer for all of them:
+# it changes a text in a few places, so that comments and order stay, reads the result, and refuses
+# it when anything else has changed with it.  What was there before is kept beside it for --undo.
+#
+# To add a client, write the function that says what its files must hold and name it in CLIENTS.
+
+Keys = tuple[str | int, ...]  # the way to a value in tables and lists
+Step = tuple[Keys, Any]  # the value that belongs there; GONE: none
+GONE: Any = object()
+BACKUP = ".before-ampproxy"  # an empty one: there was no file
+
+
+def value_at(table: Any, keys: Keys) -> Any:
+    for key in keys:
+        try:
+            table = table[key]
+        except (LookupError, TypeError):
+            return GONE
+    return table
+
+
+# -- JSON with comments and trailing commas, edited as text --
+
+BLANKS = re.compile(r"(?:\s|//[^\n]*|/\*.*?\*/)*", re.S)
+REST_OF_LINE = re.compile(r"[ \t]*(?://[^\n]*|/\*[^\n]*?\*/)?")
+
+
+@dataclass
+class Node:
+    """A value, where it stands in the text, and its members: where each begins, and its node."""
+
+    value: Any
+    start: int
+    end: int
+    members: dict[str | int, tuple[int, Node]] = field(default_factory=dict)
+
+
+class JsonText:
+    """Reads such a text.  ValueError, with the line, for what is none."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def whole(self) -> Node:
+        try:
+            node = self.value()
+        except RecursionError:
+            raise self.wrong("it is nested too deeply") from None
+        self.skip()
+        if self.at < len(self.text):
+            raise self.wrong("something stands behind its end")
+        return node
+
+    def wrong(self, reason: str) -> ValueError:
+        return ValueError(f"line {self.text.count(chr(10), 0, self.at) + 1}: {reason}")
+
+    def skip(self) -> None:
+        found = BLANKS.match(self.text, self.at)
+        self.at = found.end() if found else self.at
+
+    def takes(self, sign: str) -> bool:
+        self.skip()
+        found = self.text.startswith(sign, self.at)
+        self.at += found
+        return found
+
+    def value(self) -> Node:
+        self.skip()
+        start = self.at
+        if self.takes("{"):
+            members = self.members("}")
+            table = {name: node.value for name, (_, node) in members.items()}
+            return Node(table, start, self.at, members)
+        if self.takes("["):
+            members = self.members("]")
+            return Node([node.value for _, node in members.values()], start, self.at, members)
+        try:
+            value, self.at = json.JSONDecoder().raw_decode(self.text, start)
+        except ValueError:
+            raise self.wrong("no value stands where one is expected") from None
+        return Node(value, start, self.at)
+
+    def members(self, closing: str) -> dict[str | int, tuple[int, Node]]:
+        found: dict[str | int, tuple[int, Node]] = {}
+        goes_on = True
+        while not self.takes(closing):
+            if not goes_on:
+                raise self.wrong(f"a comma or {closing} is missing")
+            start, key = self.at, len(found)
+            if closing == "}":
+                key = self.value().value
+                if not isinstance(key, str) or not self.takes(":"):
+                    raise self.wrong("a name and a colon are expected")
+            found[key] = start, self.value()
+            goes_on = self.takes(",")
+        return found
+
+
+def read_json_text(text: str) -> Json:
+    value = JsonText(text).whole().value if text.strip() else {}
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def indent_at(text: str, place: int) -> str:
+    """The blanks at the beginning of the line."""
+    line = text[text.rfind("\n", 0, place) + 1 :]
+    return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def json_put(text: str, keys: Keys, value: Any) -> str:
+    """The text with the value there; a list is made longer at its end only."""
+    text = text if text.strip() else "{}\n"
+    node = JsonText(text).whole()
+    for depth, key in enumerate(keys):
+        if not isinstance(node.value, list if isinstance(key, int) else dict):
+            raise ValueError(f"{keys[depth - 1]} is of another kind")
+        if key not in node.members:
+            for inner in reversed(keys[depth + 1 :]):
+                value = [value] if isinstance(inner, int) else {inner: value}
+            return json_inserted(text, node, key, value)
+        _, node = node.members[key]
+    own = json_written(value, indent_at(text, node.start))
+    return text[: node.start] + own + text[node.end :]
+
+
+def json_written(value: Any, indent: str) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n" + indent)
+
+
+def json_inserted(text: str, node: Node, key: str | int, value: Any) -> str:
+    """Behind the last member of a table or list, and behind the comment on its line."""
+    outer = indent_at(text, node.start)
+    name = "" if isinstance(key, int) else f"{json.dumps(key)}: "
+    if not node.members:
+        own = f"\n{outer}  {name}{json_written(value, outer + '  ')}"
+        inside = text[node.start + 1 : node.end - 1].rstrip()
+        return f"{text[: node.start + 1]}{own}{inside}\n{outer}{text[node.end - 1 :]}"
+    start, last = max(node.members.values(), key=lambda member: member[1].end)
+    in_lines = "\n" in text[node.start : start]
+    reader = JsonText(text)
+    reader.at = last.end
+    ends_in_comma = reader.takes(",")
+    behind = reader.at if ends_in_comma else last.end
+    indent = indent_at(text, start) if in_lines else outer
+    own = f"{name}{json_written(value, indent)}"
+    if not in_lines:
+        return f"{text[:behind]}{'' if ends_in_comma else ','} {own}{text[behind:]}"
+    comment = REST_OF_LINE.match(text, behind)
+    line_end = comment.end() if comment else behind
+    kept = text[last.end : line_end] if ends_in_comma else f",{text[last.end : line_end]}"
+    comma = "," if ends_in_comma else ""
+    return f"{text[: last.end]}{kept}\n{indent}{own}{comma}{text[line_end:]}"
+
+
+def json_drop(text: str, keys: Keys) -> str:
+    """The text without that member, its comma and its line."""
+    node = JsonText(text).whole()
+    for key in keys[:-1]:
+        _, node = node.members[key]
+    start, gone = node.members[keys[-1]]
+    end, reader = gone.end, JsonText(text)
+    reader.at = end
+    before = [member.end for _, member in node.members.values() if member.end < start]
+    is_last = not reader.takes(",")
+    if not is_last:
+        end = reader.at
+    elif before:  # the comma in front of it goes
+        reader.at = max(before)
+        reader.takes(",")
+        text = text[: reader.at - 1] + text[reader.at :]
+        start, end = start - 1, end - 1
+    line_start = text.rfind("\n", 0, start) + 1
+    comment = REST_OF_LINE.match(text, end)
+    line_end = comment.end() if comment else end
+    if not text[line_start:start].strip() and text[line_end : line_end + 1] == "\n":
+        return text[:line_start] + text[line_end + 1 :]
+    above = text[:start].rstrip(" ") if is_last else text[:start]
+    return above + text[end:].lstrip(" ")
+
+
+def json_line(keys: Keys, value: Any) -> str:
+    for key in reversed(keys[1:]):
+        value = [value] if isinstance(key, int) else {key: value}
+    return f"{json.dumps(keys[0])}: {json.dumps(value, ensure_ascii=False)}"
+
+
+# -- TOML, edited as text: texts at the top, and whole tables --
+
+TOML_HEAD = re.compile(r"(?m)^[ \t]*\[")
+
+
+def read_toml(text: str) -> Json:
+    return tomllib.loads(text)
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{json.dumps(name)} = {toml_value(inner)}" for name, inner in value.items())
+        return f"{{ {', '.join(pairs)} }}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def toml_table(keys: Keys, value: Json) -> str:
+    lines = [f"[{'.'.join(map(str, keys))}]"]
+    lines += [f"{name} = {toml_value(inner)}" for name, inner in value.items()]
+    return "\n".join(lines) + "\n"
+
+
+def toml_place(text: str, keys: Keys, whole_table: bool) -> tuple[int, int]:
+    """Where a table or a line stands; (-1, -1) for nowhere."""
+    if whole_table:
+        name = re.escape(".".join(map(str, keys)))
+        head = re.search(rf"(?m)^[ \t]*\[{name}\][ \t]*(#.*)?\n?", text)
+        if not head:
+            return -1, -1
+        following = TOML_HEAD.search(text, head.end())
+        return head.start(), following.start() if following else len(text)
+    first = TOML_HEAD.search(text)
+    top = text[: first.start()] if first else text
+    value = "\"[^\"\\n]*\"|'[^'\\n]*'|[\\w.+-]+"
+    line = re.search(rf"(?m)^[ \t]*{keys[0]}[ \t]*=[ \t]*({value})", top)
+    return line.span(1) if line else (-1, -1)
+
+
+def toml_put(text: str, keys: Keys, value: Any) -> str:
+    whole_table = isinstance(value, dict)
+    start, end = toml_place(text, keys, whole_table)
+    if start >= 0:
+        if not whole_table:
+            return text[:start] + toml_value(value) + text[end:]
+        return text[:start] + toml_table(keys, value) + "\n" * (end < len(text)) + text[end:]
+    if whole_table:
+        between = "\n" * (bool(text) and not text.endswith("\n")) + "\n" * bool(text)
+        return f"{text}{between}{toml_table(keys, value)}"
+    return f"{keys[0]} = {toml_value(value)}\n{text}"  # in front of all tables
+
+
+def toml_drop(text: str, keys: Keys) -> str:
+    whole_table = isinstance(value_at(read_toml(text), keys), dict)
+    start, end = toml_place(text, keys, whole_table)
+    if start < 0:
+        raise ValueError(f"{keys[-1]} was not found")
+    if whole_table:
+        above, below = text[:start].rstrip("\n"), text[end:]
+        return above + "\n" * bool(above) + "\n" * bool(above and below) + below
+    return text[: text.rfind("\n", 0, start) + 1] + text[end:].partition("\n")[2]
+
+
+def toml_line(keys: Keys, value: Any) -> str:
+    if isinstance(value, dict):
+        return toml_table(keys, value).rstrip()
+    return f"{keys[0]} = {toml_value(value)}"
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    read: Callable[[str], Json]
+    put: Callable[[str, Keys, Any], str]
+    drop: Callable[[str, Keys], str]
+    line: Callable[[Keys, Any], str]  # what a person would add
+
+
+JSON_FORMAT = Format("JSON", read_json_text, json_put, json_drop, json_line)
+TOML_FORMAT = Format("TOML", read_toml, toml_put, toml_drop, toml_line)
+
+
+# -- The one writer --
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a file of a client must say, by what it says; and which values there are ours."""
+
+    path: Path
+    form: Format
+    steps: Callable[[Json], list[Step]]
+    ours: Callable[[Json], list[Keys]]
+
+    @property
+    def backup(self) -> Path:
+        return self.path.with_name(self.path.name + BACKUP)
+
+    def text(self) -> str:
+        try:
+            return read_file(self.path).decode() if self.path.exists() else ""
+        except (OSError, ValueError) as error:
+            raise Failure(f"{self.path} cannot be read: {explain(error)}") from error
+
+    def wanted(self, text: str) -> list[Step]:
+        """The steps that change something; Failure, with what to do by hand, for no such file."""
+        try:
+            found = self.form.read(text)
+        except ValueError as error:
+            raise Failure(
+                f"{self.path} is no {self.form.name} ({explain(error)}) and stays as it is;"
+                f" mend it, or add by hand: {self.by_hand(self.steps({}))}"
+            ) from error
+        steps = self.steps(found)
+        if any(value is GONE for _, value in steps):
+            return steps  # places move
+        return [(keys, value) for keys, value in steps if value_at(found, keys) != value]
+
+    def by_hand(self, steps: list[Step]) -> str:
+        lines = []
+        for keys, value in steps:
+            if value is not GONE:
+                lines.append(self.form.line(keys, shown(keys[-1], value)).replace("\n", "; "))
+        return ", ".join(lines) or "nothing; take out what names ampproxy"
+
+    def changed(self, text: str, steps: list[Step]) -> str:
+        """The text after the steps; Failure when more than these would change."""
+        expected = self.form.read(text)
+        new = text
+        try:
+            for keys, value in steps:
+                if value is GONE:
+                    new = self.form.drop(new, keys)
+                else:
+                    new = self.form.put(new, keys, value)
+                expected = with_step(expected, keys, value)
+            if pruned(self.form.read(new)) != pruned(expected):
+                raise ValueError("its layout is unusual")
+        except (ValueError, LookupError, TypeError) as error:
+            raise Failure(
+                f"{self.path} cannot be edited ({explain(error)}) and stays as it is;"
+                f" add by hand: {self.by_hand(steps)}"
+            ) from error
+        return new
+
+    def write(self, text: str, new: str) -> None:
+        """The new text in place, what was there before beside it."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.backup.exists():
+                replace_file(self.backup, text.encode())
+            self.replace(new)
+        except OSError as error:
+            raise Failure(f"{self.path} cannot be written: {explain(error)}") from error
+
+    def replace(self, new: str) -> None:
+        mode = stat.S_IMODE(self.path.stat().st_mode) if self.path.exists() else 0o600
+        replace_file(self.path, new.encode(), mode)
+
+    def undo(self) -> bool:
+        """Whether there was anything to undo; what others changed since stays."""
+        if not self.backup.exists():
+            return False
+        try:
+            text, before = self.text(), read_file(self.backup).decode()
+            new = before
+            if text != self.changed(before, self.wanted(before)):
+                new = self.without_ours(text, before)
+            left = [
+                value for value in self.form.read(new).values() if pruned(value) not in ({}, [])
+            ]
+            if before.strip() or left:
+                self.replace(new)
+            else:
+                self.path.unlink(missing_ok=True)
+            self.backup.unlink()
+        except (OSError, ValueError) as error:
+            raise Failure(f"{self.path} cannot be written: {explain(error)}") from error
+        return True
+
+    def without_ours(self, text: str, before: str) -> str:
+        """With the earlier values in the places of ours."""
+        self.wanted(text)  # Failure for what cannot be read
+        found, earlier = self.form.read(text), self.form.read(before)
+        steps = []
+        for keys in reversed(self.ours(found)):
+            old = GONE if isinstance(keys[-1], int) else value_at(earlier, keys)
+            if value_at(found, keys) not in (old, GONE):
+                steps.append((keys, old))
+        return self.changed(text, steps)
+
+
+def pruned(table: Any) -> Any:
+    """Without tables that are empty: TOML does not show them."""
+    if not isinstance(table, dict):
+        return table
+    inner = {name: pruned(value) for name, value in table.items()}
+    return {name: value for name, value in inner.items() if value != {}}
+
+
+def with_step(table: Any, keys: Keys, value: Any) -> Any:
+    """A copy of plain tables and lists with one value changed."""
+    key, *rest = keys
+    if isinstance(key, int):
+        items = as_list(table)
+        return items[:key] + ([] if value is GONE else [value]) + items[key + 1 :]
+    kept = dict(table) if isinstance(table, dict) else {}
+    if rest:
+        empty: Any = [] if isinstance(rest[0], int) else {}
+        kept[key] = with_step(kept.get(key, empty), (*rest,), value)
+    elif value is GONE:
+        kept.pop(key, None)
+    else:
+        kept[key] = value
+    return kept
+
+
+def shown(name: Any, value: Any) -> Any:
+    """A value as a person may see it."""
+    if isinstance(value, dict):
+        return {key: shown(key, inner) for key, inner in value.items()}
+    secret = re.search("(?i)key|token", str(name)) and value != "any"
+    return mask(str(value)) if secret else value
+
+
+def in_words(keys: Keys, old: Any, new: Any) -> str:
+    """A change in one line."""
+
+    def words(value: Any) -> str:
+        if value is GONE:
+            return "nothing"
+        if isinstance(value, dict):
+            return str(value.get("displayName") or value.get("base_url") or "a table")
+        return json.dumps(shown(keys[-1], value), ensure_ascii=False)
+
+    return f"  {'.'.join(map(str, keys))}: {words(old)} -> {words(new)}"
+
+
+# -- The clients --
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where clients are to go, and what they can have there."""
+
+    url: str
+    key: str  # that they must show; "any" where none is needed
+    amp_key: str  # the person's own at ampcode.com
+    chooser: Chooser
+
+    def models(self, verb: str) -> list[str]:
+        """Those that need no translation first."""
+        rows = {row.name: row.provider for row in self.chooser.live.rows}
+        served = self.chooser.listed(verb)
+        return sorted(served, key=lambda name: verb not in rows[served[name]].paths)
+
+
+def fixed(path: Path, form: Format, values: dict[Keys, Any]) -> Edit:
+    """An edit whose values do not depend on what the file says."""
+    return Edit(path, form, lambda found: [*values.items()], lambda found: [*values])
+
+
+def amp_settings() -> Path:
+    if given := os.environ.get("AMP_SETTINGS_FILE"):
+        return Path(given).expanduser()
+    path = folder("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
+    other = path.with_suffix(".jsonc")
+    return other if other.is_file() and not path.exists() else path
+
+
+def amp_edits(target: Destination) -> list[Edit]:
+    edits = [fixed(amp_settings(), JSON_FORMAT, {("amp.url",): target.url})]
+    key = target.amp_key if target.key == "any" else target.key
+    if key:  # Amp keeps one key an address, as it is spelled
+        steps: list[Step] = [((f"apiKey@{target.url}{end}",), key) for end in ("", "/")]
+
+        def ours(found: Json) -> list[Keys]:
+            return [(name,) for name, value in found.items() if value == key]  # of any --url
+
+        edits.append(Edit(secrets_file(), JSON_FORMAT, lambda found: steps, ours))
+    return edits
+
+
+DROID_WORDS = (  # what droid calls a dialect, a verb of it, and what its base URL ends in
+    ("anthropic", "messages", ""),
+    ("openai", "responses", "/v1"),
+    ("generic-chat-completion-api", "completions", "/v1"),
+)
+DROID_MARK = " (ampproxy)"  # at the end of the names that are ours
+
+
+def droid_models(target: Destination) -> list[Json]:
+    """An entry a model, in the dialect of who serves it where droid knows that one."""
+    rows = {row.name: row for row in target.chooser.live.rows}
+    served = {verb: target.models(verb) for _, verb, _ in DROID_WORDS}
+    models = []
+    for name, owner in target.chooser.listed().items():
+        own = rows[owner].provider.paths
+        for word, verb, end in sorted(DROID_WORDS, key=lambda one: one[1] not in own):
+            if name in served[verb]:
+                about = {"model": name, "displayName": name + DROID_MARK, "provider": word}
+                place = {"baseUrl": target.url + end, "apiKey": target.key}
+                models.append({**about, **place, "maxOutputTokens": 32000})
+                break
+    return models
+
+
+def droid_edits(target: Destination) -> list[Edit]:
+    models = droid_models(target)
+
+    def ours(found: Json) -> list[Keys]:
+        models = map(as_dict, as_list(found.get("customModels")))
+        names = [str(model.get("displayName")) for model in models]
+        return [("customModels", i) for i, name in enumerate(names) if name.endswith(DROID_MARK)]
+
+    def steps(found: Json) -> list[Step]:
+        old = ours(found)
+        pairs = zip(models, (as_dict(value_at(found, keys)) for keys in old), strict=False)
+        if len(old) == len(models) and all(new.items() <= has.items() for new, has in pairs):
+            return []  # droid adds fields of its own
+        start = len(as_list(found.get("customModels"))) - len(old)
+        new = [(("customModels", start + i), model) for i, model in enumerate(models)]
+        return [(keys, GONE) for keys in reversed(old)] + new
+
+    return [Edit(Path("~/.factory/settings.json").expanduser(), JSON_FORMAT, steps, ours)]
+
+
+def claude_code_edits(target: Destination) -> list[Edit]:
+    environment = {
+        "ANTHROPIC_BASE_URL": target.url,
+        "ANTHROPIC_AUTH_TOKEN": target.key,
+        "ENABLE_TOOL_SEARCH": "true",  # it turns that off for hosts it does not know (clients.md)
+    }
+    models = target.models("messages")
+    if models and not any(name.startswith("claude-") for name in models):
+        names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
+        environment |= dict.fromkeys(names, models[0])
+    path = folder("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
+    return [fixed(path, JSON_FORMAT, {("env", name): value for name, value in environment.items()})]
+
+
+def codex_edits(target: Destination) -> list[Edit]:
+    provider: Json = {"name": "ampproxy", "base_url": f"{target.url}/v1", "wire_api": "responses"}
+    if target.key != "any":
+        provider["http_headers"] = {"X-Api-Key": target.key}
+    models = target.models("responses")
+    place: Keys = ("model_providers", "ampproxy")
+
+    def steps(found: Json) -> list[Step]:
+        told: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
+        model, _ = split_model(str(found.get("model")))
+        if models and not target.chooser.ways(model, "", "responses")[0]:
+            told.insert(0, (("model",), models[0]))
+        return told
+
+    def ours(found: Json) -> list[Keys]:
+        model: list[Keys] = [("model",)] if found.get("model") in models else []
+        return [*model, ("model_provider",), place]
+
+    return [Edit(folder("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
+
+
+@dataclass(frozen=True)
+class Client:
+    title: str
+    program: str  # by whose name it is found on the PATH
+    edits: Callable[[Destination], list[Edit]]
+
+
+CLIENTS = {
+    "amp": Client("Amp", "amp", amp_edits),
+    "droid": Client("Factory's droid", "droid", droid_edits),
+    "claude-code": Client("Claude Code", "claude", claude_code_edits),
+    "codex": Client("Codex CLI", "codex", codex_edits),
+}
+
+
+def is_installed(client: Client, edits: list[Edit]) -> bool:
+    return bool(shutil.which(client.program)) or edits[0].path.parent.is_dir()
+
+
+def plan(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
+    """What setting up would change, in words and as texts; Failure before anything is written."""
+    lines, writes = [], []
+    for edit in edits:
+        text = edit.text()
+        steps = edit.wanted(text)
+        if steps:
+            found = edit.form.read(text)
+            lines.append(f"{client.title}: {edit.path}")
+            for keys, value in steps:
+                old = value_at(found, keys)
+                if value is not GONE or old is not GONE:
+                    lines.append(in_words(keys, old, value))
+            writes.append((edit, text, edit.changed(text, steps)))
+    return lines, writes
+
+
+# == The login menu ================================================================================
+#
+# All logins on the whole terminal, with the arrow keys.  It shows what the running proxy says, and
+# what the token files say where none runs.  A login is a process of its own: it talks to the
+# terminal itself, and may be stopped without ending the list.
+
+NAMES = {  # for `login`
+    word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
+}
+
+MENU_KEYS = "Up and Down choose   Enter signs in   d disconnects   q leaves"
+MENU_PAUSE = 2  # seconds between looks at the proxy and at the files
+
+
+@contextmanager
+def handling(stop: Callable[[], object], *names: str) -> Iterator[None]:
+    """What signals of these names do, until the block ends."""
+    loop = asyncio.get_running_loop()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+@contextmanager
+def curses_screen() -> Iterator[tuple[Any, Any]]:
+    """curses and its screen; the terminal is as it was before after any end of the block."""
+    try:
+        curses: Any = importlib.import_module("curses")
+        screen = curses.initscr()
+    except Exception as error:  # Windows has no curses, and TERM may name no terminal
+        words = f"this terminal cannot show the list ({explain(error)})"
+        raise Failure(f"{words}: {say_which_login()}") from error
+    log.disabled = True  # its lines would stand across the list
+    try:
+        curses.noecho()
+        curses.cbreak()
+        screen.keypad(True)
+        screen.nodelay(True)
+        with suppress(curses.error):
+            curses.curs_set(0)
+        yield curses, screen
+    finally:
+        log.disabled = False
+        with suppress(curses.error):
+            curses.curs_set(1)
+        screen.keypad(False)
+        curses.nocbreak()
+        curses.echo()
+        curses.endwin()
+
+
+def say_which_login() -> str:
+    return f"ampproxy.py login {'|'.join(dict.fromkeys(NAMES.values()))}"
+
+
+class Menu:
+    """What is on the list, what is chosen, and what a key does."""
+
+    def __init__(self, live: Live) -> None:
+        self.live, self.pool = live, Pool(live)
+        self.report = Json()  # of the running proxy
+        self.running = False
+        self.chosen = self.top = 0
+        self.message = ""
+        self.doomed: Login | None = None  # to be disconnected after a yes
+        self.items: list[tuple[str, Login | None]] = []
+
+    def look(self) -> None:
+        """Take up the token files."""
+        self.pool.scan()
+        logins = [a for a in self.pool.accounts.values() if isinstance(a, Login)]
+        kinds = [*dict.fromkeys([*NAMES.values(), *(login.kind for login in logins)])]
+        self.items = []
+        for kind in kinds:
+            self.items += [(kind, login) for login in logins if login.kind == kind]
+            self.items += [(kind, None)] if kind in NAMES.values() else []
+        self.chosen = min(self.chosen, len(self.items) - 1)
+
+    async def ask(self) -> None:
+        """What the running proxy says."""
+        try:
+            self.report, self.running = await ask_proxy(self.live), True
+        except Failure:
+            self.report, self.running = {}, False
+
+    def told_of(self, login: Login) -> Json:
+        for account in as_dicts(self.report.get("accounts")):
+            if (account["provider"], account["account"]) == (login.kind, login.label):
+                return account
+        return {"provider": login.kind, "state": login.state(0), "quota": [], "reason": ""}
+
+    def lines(self, signs: str) -> list[tuple[str, int]]:
+        """The list: its lines, and the item that each belongs to; -1: a heading."""
+        lines, last = [], ""
+        for index, (kind, login) in enumerate(self.items):
+            if kind != last:
+                lines += [("", -1)] * bool(last) + [(kind, -1)]
+                last = kind
+            mark = ">" if index == self.chosen else " "
+            if login:
+                lines += [(line, index) for line in self.login_lines(login, mark, signs)]
+            else:
+                which = "an" if lines[-1] == (kind, -1) else "another"
+                lines.append((f" {mark} sign in with {which} account", index))
+        return lines
+
+    def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
+        told, left = self.told_of(login), login.expires - time.time()
+        token = f"token {span(left)}" if left > 0 else "refresh due"
+        if login.expires == NEVER:
+            token = "no expiry"
+        name = login.label + (f" ({login.plan})" if login.plan else "")
+        lines = [f" {mark} {name:<30.30} {state_words(told):<28.28} {token}"]
+        lines += [f"     {told['reason']}"] if told["reason"] else []
+        sheet = Sheet(plain, 80, signs)
+        for quota in told["quota"]:
+            used, resets = quota["used_percent"], quota["resets_in_seconds"]
+            ends = f"resets in {span(resets)}" if resets else ""
+            lines.append(f"     {quota['window']:<10.10} {sheet.bar(used)}{used:>4.0f} %  {ends}")
+        return lines
+
+    def draw(self, curses: Any, screen: Any, signs: str) -> None:
+        rows, _ = screen.getmaxyx()
+        lines = self.lines(signs)
+        own = [place for place, (_, index) in enumerate(lines) if index == self.chosen]
+        room = max(1, rows - 4)  # beside the title and the last two lines
+        if own:
+            self.top = min(self.top, max(0, own[0] - 1))
+            self.top = max(self.top, own[-1] - room + 1)
+        where = "running" if self.running else "not running"
+        screen.erase()
+        put_line(screen, 0, f" ampproxy: logins (proxy {where})", curses.A_BOLD)
+        for row, (text, index) in enumerate(lines[self.top : self.top + room], 2):
+            heading = curses.A_BOLD if index < 0 else 0
+            put_line(screen, row, text, curses.A_REVERSE if index == self.chosen else heading)
+        put_line(screen, rows - 2, f" {self.message}", curses.A_BOLD)
+        put_line(screen, rows - 1, f" {MENU_KEYS}", 0)
+        screen.refresh()
+
+    def take(self, curses: Any, key: int) -> str:
+        """What a key means: a provider to sign in to, "quit", or "" for nothing more."""
+        if self.doomed:
+            self.message = "" if key not in (ord("y"), ord("Y")) else disconnect(self.doomed)
+            self.doomed = None
+            self.look()
+            return ""
+        self.message = ""
+        kind, login = self.items[self.chosen]
+        if key in (curses.KEY_UP, ord("k")):
+            self.chosen = max(0, self.chosen - 1)
+        elif key in (curses.KEY_DOWN, ord("j")):
+            self.chosen = min(len(self.items) - 1, self.chosen + 1)
+        elif key in (ord("\n"), ord("\r"), curses.KEY_ENTER):
+            if kind in NAMES.values():
+                return kind
+            self.message = f"ampproxy.py has no login for {kind}"
+        elif key == ord("d") and login:
+            self.doomed = login
+            self.message = f"Disconnect {login.label} (deletes {login.path.name})? y or n"
+        elif key == ord("d"):
+            self.message = "Choose an account to disconnect"
+        return "quit" if key in (ord("q"), 3, 4) else ""
+
+
+def put_line(screen: Any, row: int, text: str, style: int) -> None:
+    """As much of a line as there is room for; the last column of a terminal may wrap."""
+    rows, columns = screen.getmaxyx()
+    if 0 <= row < rows and columns > 1:
+        screen.addnstr(row, 0, printable(text), columns - 1, style)
+
+
+def disconnect(login: Login) -> str:
+    """Delete a login's file, and say so."""
+    try:
+        login.path.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{login.path} cannot be deleted: {explain(error)}"
+    return f"{login.label} is disconnected"
+
+
+async def choose_login(menu: Menu) -> str:
+    """Show the list until a provider to sign in to is chosen; "" when the person leaves."""
+    stop, moved = asyncio.Event(), asyncio.Event()
+    stdin = sys.stdin.fileno()
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        stop.set()
+        moved.set()
+
+    async def keep_asking() -> None:
+        while True:
+            await menu.ask()
+            moved.set()
+            await asyncio.sleep(MENU_PAUSE)
+
+    with (
+        curses_screen() as (curses, screen),
+        handling(leave, "SIGINT", "SIGTERM", "SIGHUP"),
+        handling(moved.set, "SIGWINCH"),
+    ):
+        loop.add_reader(stdin, moved.set)
+        asking = asyncio.create_task(keep_asking())
+        try:
+            while not stop.is_set():
+                menu.look()
+                size = shutil.get_terminal_size()
+                if screen.getmaxyx() != (size.lines, size.columns):
+                    curses.resizeterm(size.lines, size.columns)
+                menu.draw(curses, screen, sheet_for(sys.stdout).signs)
+                await moved.wait()
+                moved.clear()
+                while (key := screen.getch()) != -1:
+                    if chosen := menu.take(curses, key):
+                        return "" if chosen == "quit" else chosen
+        finally:
+            loop.remove_reader(stdin)
+            asking.cancel()
+    return ""
+
+
+async def log_in_there(live: Live, kind: str, options: list[str]) -> tuple[str, bool]:
+    """Run a login on this terminal: how it ended, in words, and whether the list goes on."""
+    config = ["--config", str(live.path)] if live.path else []
+    command = [sys.executable, __file__, "login", kind, *options, *config]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    ended = asyncio.Event()
+
+    def end() -> None:
+        ended.set()
+        with suppress(ProcessLookupError):
+            process.terminate()
+
+    # Ctrl-C is for the login; the terminal sends it to both.
+    with handling(bool, "SIGINT"), handling(end, "SIGTERM", "SIGHUP"):
+        _, errors = await process.communicate()
+    words = errors.decode(errors="replace").strip().splitlines()
+    if process.returncode == 0:
+        return f"Signed in to {kind}", not ended.is_set()
+    reason = words[-1].removeprefix("ampproxy: ") if words else "the login was stopped"
+    return reason, not ended.is_set()
+
+
+async def show_menu(live: Live, options: list[str]) -> None:
+    menu, goes_on = Menu(live), True
+    while goes_on and (kind := await choose_login(menu)):
+        menu.message, goes_on = await log_in_there(live, kind, options)
+
+
 # == Command line ==================================================================================
 #
 # One coroutine a command; its docstring is its help.  A Failure is what main says in one sentence.
@@ -8663,30 +10470,44 @@ VERBS = {  # what `route` asks for
     "responses": "responses",
     "gemini": "generateContent",
 }
-NAMES = {  # for `login`
-    word: kind for kind, row in LOGINS.items() if row.authorize_url for word in (kind, *row.also)
-}
+IMPORTABLE = {word: kind for kind, row in LOGINS.items() for word in (kind, *row.also)}
+
+
+def stop_signal() -> asyncio.Future[None]:
+    """Done when the person, or the system, wants the program to end."""
+    stop = asyncio.get_running_loop().create_future()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
+            stop.get_loop().add_signal_handler(name, stop.cancel)
+    return stop
 
 
 async def serve(live: Live, args: Json) -> None:
     """Run the proxy; also without a command."""
     server = Server(live, Net(live))
-    stop = asyncio.get_running_loop().create_future()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        with suppress(NotImplementedError):  # Windows: there Ctrl-C ends the program at once
-            stop.get_loop().add_signal_handler(name, stop.cancel)
+    stop = stop_signal()
     async with server.serving() as port:
-        log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
+        address = live.address(port)
+        log.info("ampproxy %s: %s", __version__, address)
+        for line in standing(live, server.pool):
+            log.info("%s", line)
+        log.info(
+            'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
+        )
+        if not server.pool.of(live.rows):
+            warn_of_emptiness(live)
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
 
 
 async def login(live: Live, args: Json) -> None:
-    """Sign in to a provider; several logins are several accounts."""
+    """Sign in to a provider, again for another account; without one: a list of all logins."""
     if not args["provider"]:
-        kinds = "|".join(dict.fromkeys(NAMES.values()))
-        raise Failure(f"say which provider: ampproxy.py login {kinds}")
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise Misuse(f"the list of logins needs a terminal; without one: {say_which_login()}")
+        await show_menu(live, ["--no-browser"] if "no_browser" in args else [])
+        return
     kind = NAMES[args["provider"]]
     remote = os.environ.keys() & {"SSH_CONNECTION", "SSH_TTY"}
     browser = "no_browser" not in args and not remote
@@ -8708,6 +10529,175 @@ async def logout(live: Live, args: Json) -> None:
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
 
 
+async def import_(live: Live, args: Json) -> None:
+    """Copy the logins of other programs on this machine."""
+    kind = IMPORTABLE.get(args["provider"], "")
+    copies = show_sources(live, kind)
+    if not copies:
+        say("There is nothing to copy.")
+        return
+    say(SHARING)
+    if "yes" not in args and not (sys.stdin.isatty() and await confirmed("Copy? [y/N] ")):
+        raise Failure("nothing was copied; `ampproxy.py import --yes` does it")
+    for path, token in copies:
+        try:
+            save_token(path, token)
+        except OSError as error:
+            words = f"{path} cannot be written: {explain(error)}"
+            raise Failure(f"{words}; auth-dir can name another folder") from error
+        say(f"Copied to {path}")
+    say("Next: ampproxy.py")
+
+
+SHARING = """
+Both programs then use one login.  A refresh token of Claude or ChatGPT works once: who uses it
+first logs the other out.  ampproxy never writes to the other program's files, takes a newer token
+from there whenever it needs one, and only where there is none uses the refresh token itself; then
+the other program may ask for a new login.  A login of its own (ampproxy.py login) has none of this.
+"""
+
+
+def show_sources(live: Live, kind: str) -> list[tuple[Path, Json]]:
+    """Say which logins were found, and return the tokens to save, and where."""
+    here = {(a.kind, a.label): a for a in Pool(live).scan() if isinstance(a, Login)}
+    copies: dict[tuple[str, str], tuple[Path, Json]] = {}
+    looked, found_any = [], False
+    for source in SOURCES:
+        place = source.folder()
+        looked.append(f"{place / source.pattern}".replace("[!.]", ""))
+        own = place.resolve() == live.auth_dir.resolve()
+        for path in [] if own else sorted(place.glob(source.pattern)):
+            words, token = judge_source(source, path)
+            if token and kind not in ("", token["type"]):
+                continue
+            found_any = True
+            if token:
+                who = (str(token["type"]), str(token["email"]))
+                told, copy = judge_copy(live, path, token, here.get(who))
+                words += f"; {told}" if who not in copies else "; found above already"
+                if copy:
+                    copies.setdefault(who, copy)
+            say(f"{source.program}: {words}  ({path})")
+    if not found_any:
+        raise Failure(f"no login of another program was found; looked at {', '.join(looked)}")
+    return [*copies.values()]
+
+
+def judge_source(source: Program, path: Path) -> tuple[str, Json]:
+    """What a file of another program holds, in words, and as a token of ours."""
+    try:
+        token = read_source(source, path)
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {explain(error)}", {}
+    if not token:
+        return "no login is in it", {}
+    token["email"] = str(token.get("email") or f"from-{path.parent.name.strip('.')}")
+    token["source"] = {"program": source.program, "file": str(path)}
+    left = ends_at(token) - time.time()
+    ends = f"expired {span(-left)} ago" if left < 0 else f"good for {span(left)}"
+    ends = ends if ends_at(token) else "expiry unknown"
+    return f"{token['type']} {token['email']}, {ends}", token
+
+
+def judge_copy(
+    live: Live, path: Path, token: Json, login: Login | None
+) -> tuple[str, tuple[Path, Json] | None]:
+    """Whether it may be copied, in words, and what is to be saved where."""
+    if login is None:
+        name = token_name(token["type"], token["email"])
+        if path.name.startswith(f"{token['type']}-"):
+            name = path.name  # CLIProxyAPI's: it may name a plan or a project, too
+        return "can be copied", (live.auth_dir / name, token)
+    if login.token.get("source") != token["source"]:
+        return "signed in here already", None
+    if newer := newer_at_source(login.token):
+        return "newer than the copy here", (login.path, login.token | newer)
+    return "copied already", None
+
+
+async def confirmed(question: str) -> bool:
+    """Ask the person at the terminal; Ctrl-C ends the program, as ever."""
+    loop = asyncio.get_running_loop()
+    answer = loop.create_future()
+
+    def read() -> None:
+        if not answer.done():
+            answer.set_result(sys.stdin.readline())
+
+    print(question, end="", flush=True)
+    try:
+        loop.add_reader(sys.stdin.fileno(), read)
+    except NotImplementedError:  # Windows
+        read()
+    try:
+        return str(await answer).strip().lower() in ("y", "yes")
+    finally:
+        with suppress(NotImplementedError):
+            loop.remove_reader(sys.stdin.fileno())
+
+
+async def setup(live: Live, args: Json) -> None:
+    """Point a client's own settings to the proxy; without a client: say what that would change."""
+    pool, secrets_told, config = Pool(live), Json(), live.config
+    pool.scan()
+    with suppress(OSError, ValueError):
+        secrets_told = parse_object(read_file(secrets_file()))
+    upstream = str(config["ampcode"]["upstream-url"]).rstrip("/")
+    amp_key = stored_key(secrets_told, upstream) or str(config["ampcode"]["upstream-api-key"])
+    url = str(args.get("url") or live.address()).rstrip("/")
+    if not is_address(url):
+        raise Misuse(f"--url {url!r} is no address that begins with http:// or https://")
+    target = Destination(url, [*config["api-keys"], "any"][0], amp_key, Chooser(live, pool))
+    if args["client"]:
+        set_up(target, args["client"], "undo" in args)
+    elif "undo" in args:
+        raise Misuse(f"say which client: ampproxy.py setup {'|'.join(CLIENTS)} --undo")
+    else:
+        survey(target)
+
+
+def set_up(target: Destination, name: str, undo: bool) -> None:
+    client = CLIENTS[name]
+    edits = client.edits(target)
+    if undo:
+        undone = [str(edit.path) for edit in edits if edit.undo()]
+        for path in undone:
+            say(f"{client.title}: {path} is as it was before")
+        if not undone:
+            say(f"{client.title}: there is nothing to undo")
+        return
+    lines, writes = plan(client, edits)
+    for edit, text, new in writes:
+        edit.write(text, new)
+    say("\n".join(lines) if lines else f"{client.title} is set up already; nothing was changed")
+    if writes:
+        say(f"Done. `ampproxy.py setup {name} --undo` brings back what was there before.")
+    if name == "amp" and len(edits) == 1:
+        say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
+    if not target.models(""):
+        say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+    say(f"Next: ampproxy.py, and then {client.program} in another terminal.")
+
+
+def survey(target: Destination) -> None:
+    """Which clients there are, and what setting them up would change."""
+    ready: list[str] = []
+    for name, client in CLIENTS.items():
+        edits = client.edits(target)
+        if not is_installed(client, edits):
+            say(f"{client.title}: not found on this machine")
+            continue
+        try:
+            lines, _ = plan(client, edits)
+        except Failure as error:
+            say(f"{client.title}: {error}")
+            continue
+        say("\n".join(lines) if lines else f"{client.title}: set up already")
+        ready += [name] if lines else []
+    if ready:
+        say(f"Nothing was changed. Next: ampproxy.py setup {'|'.join(ready)}")
+
+
 async def accounts(live: Live, args: Json) -> None:
     """List the accounts."""
     line = "{:<20}  {:<30}  {:<6}  {:<12}  {:<11}  {}"
@@ -8724,18 +10714,58 @@ async def accounts(live: Live, args: Json) -> None:
 
 
 async def status(live: Live, args: Json) -> None:
-    """Ask the running proxy how it stands, as JSON."""
-    host, keys = live.config["host"] or "localhost", [*live.config["api-keys"], ""]
-    url = URL.build(scheme="http", host=host, port=live.config["port"], path="/status")
-    more: Any = {"headers": {"X-Api-Key": keys[0]}, "timeout": aiohttp.ClientTimeout(total=10)}
+    """Ask the running proxy how it stands; end an account's rest by hand."""
+    if "wake" in args:
+        told = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
+        say(f"{', '.join(told['woken'])}: may be asked again")
+    elif "watch" in args:
+        await watch_status(live, "json" in args)
+    else:
+        show_status(await ask_proxy(live), "json" in args)
+
+
+def show_status(report: Json, as_json: bool) -> None:
+    if as_json:
+        say(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(status_lines(report, sheet_for(sys.stdout))), flush=True)
+
+
+async def watch_status(live: Live, as_json: bool) -> None:
+    """The same again and again, in place on a terminal, until it is told to stop."""
+    stop, report = stop_signal(), await ask_proxy(live)
+    in_place = sys.stdout.isatty() and not as_json
+    trouble = ""
+    with full_screen() if in_place else nullcontext():
+        while not stop.done():
+            if in_place:
+                draw_status(report, trouble)
+            elif not trouble:
+                show_status(report, as_json)
+            await asyncio.wait([stop], timeout=2)
+            try:
+                report, trouble = await ask_proxy(live), ""
+            except Failure as error:
+                trouble = explain(error)
+
+
+@contextmanager
+def full_screen() -> Iterator[None]:
+    """The terminal's other screen, without a cursor; what was on the first comes back."""
+    print("\x1b[?1049h\x1b[?25l", end="", flush=True)
     try:
-        async with aiohttp.request("GET", url, raise_for_status=True, **more) as answer:
-            told = parse_object(await answer.read())
-    except NET_ERRORS as error:
-        raise Failure(
-            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
-        ) from error
-    say(json.dumps(told, indent=2, ensure_ascii=False))
+        yield
+    finally:
+        print("\x1b[?25h\x1b[?1049l", end="", flush=True)
+
+
+def draw_status(report: Json, trouble: str) -> None:
+    sheet, rows = sheet_for(sys.stdout), shutil.get_terminal_size().lines
+    lines = [sheet.line((trouble, "red"))] if trouble else []
+    room = rows - len(lines) - len(status_lines(report, sheet, 0)) - 2  # for the last requests
+    lines += status_lines(report, sheet, room)
+    shown = "\x1b[K\r\n".join(lines[:rows])
+    print(f"\x1b[H{shown}\x1b[K\x1b[J", end="", flush=True)
 
 
 async def route(live: Live, args: Json) -> None:
@@ -8750,9 +10780,27 @@ async def route(live: Live, args: Json) -> None:
 
 
 async def check(live: Live, args: Json) -> None:
-    """Check the configuration and print what is in effect."""
+    """Print the configuration in effect, what each account serves, and who answers Amp."""
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
+    pool = Pool(live)
+    pool.scan()
+    chooser = Chooser(live, pool)
+    comments = ["", "Accounts and keys, and the models that each serves (* is anything):", ""]
+    comments += [*model_lines(chooser), "", "Amp, as far as its clients call models (to May 2026):"]
+    comments += ["", *mode_lines(chooser), "", NEWER_AMP]
+    rules, lost = mapping_lines(chooser)
+    if lost:
+        comments += ["", "No account here can answer these; what could:", "", *lost]
+    if rules:
+        place = live.path or "config.yaml"
+        comments += ["", f"To answer the others here, too, put this into {place}:", ""]
+    say("\n".join(f"# {line}".rstrip() for line in comments))
+    if rules:
+        say("\n".join(["ampcode:", "  model-mappings:", *(f"    {rule}" for rule in rules)]))
+
+
+NEWER_AMP = "Clients of July 2026 and newer run all models on Amp's servers: Amp bills those."
 
 
 SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
@@ -8771,7 +10819,8 @@ def masked(value: Any, key: str = "") -> Any:
 
 
 COMMANDS = {
-    command.__name__: command for command in (serve, login, logout, accounts, status, route, check)
+    command.__name__.rstrip("_"): command
+    for command in (serve, login, logout, accounts, status, route, check, setup, import_)
 }
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
@@ -8785,8 +10834,21 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "--no-browser": {"action": "store_true", "help": "print the address only"},
     },
     "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "setup": {
+        "client": {"nargs": "?", "choices": CLIENTS, "default": None},
+        "--url": {"help": "the proxy's address, where it is not the configuration's"},
+        "--undo": {"action": "store_true", "help": "bring back what was there before"},
+    },
+    "import": {
+        "provider": {"nargs": "?", "choices": IMPORTABLE, "default": None},
+        "--yes": {"action": "store_true", "help": "copy without asking"},
+    },
     "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
-    "status": {"--json": {"action": "store_true"}},
+    "status": {
+        "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
+        "--watch": {"action": "store_true", "help": "again every two seconds; Ctrl-C ends it"},
+        "--wake": {"metavar": "ACCOUNT", "help": "end this account's rest"},
+    },
 }
 
 
@@ -8810,18 +10872,31 @@ def parse(argv: list[str] | None) -> Json:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, with one sentence on standard error, 2 wrong usage."""
-    args = parse(argv)
+    try:
+        try:
+            return run(parse(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has read enough: `check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(args: Json) -> int:
     given = {name: args[name] for name in ("host", "port", "debug") if name in args}
     try:
         live = Live(find_config(args.get("config")), **given)
-        set_up_log(live.config["debug"], live.warnings)
+        command = args.get("command") or "serve"
+        path = live.log_file if command == "serve" else None
+        set_up_log(live.config["debug"], live.warnings, path)
         loop = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-        run = importlib.import_module(loop).run
-        run(COMMANDS[args.get("command") or "serve"](live, args))
+        importlib.import_module(loop).run(COMMANDS[command](live, args))
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:  # a fault of this program: one sentence, too
         problem = explain(error) if isinstance(error, Exception) else "stopped"
         print(f"ampproxy: {printable(problem)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Misuse) else 1
     return 0
 
 

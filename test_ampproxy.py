@@ -20,12 +20,14 @@ import base64
 import bisect
 import dataclasses
 import enum
+import fcntl
 import functools
 import gzip
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -34,6 +36,8 @@ import os
 import random
 import re
 import secrets
+import select
+import shutil
 import signal
 import socket
 import ssl
@@ -44,6 +48,8 @@ import subprocess
 import symtable
 import sys
 import tempfile
+import termios
+import threading
 import time
 import zlib
 from collections import Counter
@@ -4440,7 +4446,10 @@ async def test_what_the_log_and_the_status_say_of_a_call_that_failed(tmp_path, c
     async with world(tmp_path) as w:
         w.claude.script = [limit(**{"Retry-After": "90"})]
         await w.ask("/v1/messages", ASK)
-        assert "claude fre... 429 0.0s claude answered 429 rate_limit_error" in caplog.text
+        assert re.search(
+            r"429 +0\.0s claude-\S+ +claude fre\.\.\. claude answered 429 rate_limit_error",
+            caplog.text,
+        )
         w.amp.usual = (
             200,
             {"Content-Type": "application/json", "Content-Length": "50"},
@@ -8399,8 +8408,8 @@ async def test_a_paid_call_says_which_mapping_would_have_helped(tmp_path, caplog
         assert (
             await w.ask("/api/provider/openai" + CODEX, {**QUESTION, "model": "o9-new"})
         ).headers["x-ampproxy-route"] == "amp"
-        assert "AMP_CREDITS o9-new" in caplog.text
-        assert "model-mappings: [{from: o9-new, to: gpt-6." in caplog.text
+        assert re.search("AMP_CREDITS .* o9-new ", caplog.text)
+        assert "model-mappings: [{from: o9-new, to: " in caplog.text
         w.reload(ampcode={"fallback": "never"})
         status, body, _ = await w.ask_json(
             "/api/provider/anthropic/v1/messages", {**ASK, "model": "claude-9"}
@@ -11557,7 +11566,7 @@ async def test_anthropic_sdk(tmp_path, base):
     (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
     (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "usage"), (["login", "nobody"], 2, "invalid choice"),
     (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid"),
-    (["login"], 1, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
+    (["login"], 2, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
     (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 2, "--port"),
 ])  # fmt: skip
 @in_loop
@@ -11652,6 +11661,1491 @@ async def test_serve_and_stop(tmp_path):
                 assert rest.endswith(events()[-1])
             status, _, _ = await cli.end()
     assert status == 0
+
+
+# == For people ====================================================================================
+# The start, the log, `status` and the page at /, `setup`, `import`, the list of logins, `check`.
+
+
+def own_terminal():
+    """In the new process: so that Ctrl-C and a change of size reach it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Terminal:
+    """The program on a pseudo-terminal of its own."""
+
+    def __init__(self, home, *args, rows=24, columns=80, script=(str(SCRIPT),), **env):
+        self.master, self.slave = os.openpty()
+        self.resize(rows, columns)
+        self.before = termios.tcgetattr(self.slave)
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "TERM": "xterm-256color",
+            "LANG": "C.UTF-8",
+            "SSH_TTY": "x",
+            **env,
+        }
+        command = [sys.executable, *script, *args]
+        self.process = subprocess.Popen(command, env=env, cwd=home, stdin=self.slave, stdout=self.slave, stderr=self.slave,
+                                        start_new_session=True, preexec_fn=own_terminal)  # noqa: PLW1509  # fmt: skip
+        self.seen = ""  # all of it, as it came
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+    def resize(self, rows, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def read(self, wait):
+        if not select.select([self.master], [], [], wait)[0]:
+            return False
+        with suppress(OSError):
+            self.seen += os.read(self.master, 65536).decode(errors="replace")
+            return True
+        return False
+
+    def until(self, words, start=None):
+        """Wait until `words` stand behind what had come when this was called, or behind `start`."""
+        start, end = len(self.seen) if start is None else start, time.monotonic() + 15
+        while words not in plain_text(self.seen[start:]):
+            assert time.monotonic() < end, f"no {words!r} in {plain_text(self.seen[start:])!r}"
+            self.read(0.2)
+        return plain_text(self.seen[start:])
+
+    def shows(self, words, keys=""):
+        """Press keys, and wait until the whole screen has `words`, which may be a pattern."""
+        os.write(self.master, keys.encode())
+        end = time.monotonic() + 15
+        while not re.search(words, screen := screen_of(self.seen)):
+            assert time.monotonic() < end, f"no {words!r} in {screen}"
+            self.read(0.2)
+        return screen
+
+    def end(self):
+        """The exit status; the terminal must be as it was, and nothing of a screen left."""
+        end = time.monotonic() + 15
+        while self.process.poll() is None:
+            assert time.monotonic() < end, plain_text(self.seen)
+            self.read(0.1)
+        while self.read(0):
+            pass
+        assert termios.tcgetattr(self.slave) == self.before
+        assert self.seen.count("\x1b[?1049h") == self.seen.count("\x1b[?1049l")
+        if "\x1b[?25l" in self.seen:  # the cursor was hidden
+            assert self.seen.rfind("\x1b[?25h") > self.seen.rfind("\x1b[?25l")
+        assert "Traceback" not in self.seen
+        return self.process.returncode
+
+
+def screen_of(text, rows=64, columns=220):
+    """What a VT100 shows after these bytes: enough of one for curses."""
+    grid, row, column = [[" "] * columns for _ in range(rows)], 0, 0
+    top, bottom = 0, rows - 1  # what scrolls
+    for found in re.finditer(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[()].|\x1b.|.", text, re.S):
+        numbers = [int(n) for n in re.findall(r"\d+", found[1] or "")]
+        count = (numbers or [1])[0]
+        match f"[{found[2]}" if found[2] else found[0]:
+            case "[H":
+                row, column = ([n - 1 for n in numbers] + [0, 0])[:2]
+            case "[A" | "[B" | "[C" | "[D" as way:
+                row += {"[A": -count, "[B": count}.get(way, 0)
+                column += {"[C": count, "[D": -count}.get(way, 0)
+            case "[J":
+                for line in grid[row + 1 :]:
+                    line[:] = [" "] * columns
+                grid[row][column:] = [" "] * (columns - column)
+            case "[K" if numbers == [1]:
+                grid[row][: column + 1] = [" "] * (column + 1)
+            case "[K":
+                grid[row][column:] = [" "] * (columns - column)
+            case "\r":
+                column = 0
+            case "[r":
+                top, bottom = numbers[0] - 1, numbers[1] - 1
+            case "\n" if row == bottom:
+                grid[top : bottom + 1] = [*grid[top + 1 : bottom + 1], [" "] * columns]
+            case "\n":
+                row += 1
+            case "\x1bM" if row == top:
+                grid[top : bottom + 1] = [[" "] * columns, *grid[top:bottom]]
+            case "\x1bM":
+                row -= 1
+            case "\b":
+                column -= 1
+            case "\t":
+                column += 8 - column % 8
+            case letter if len(letter) == 1 and letter.isprintable():
+                if column == columns:
+                    row, column = min(row + 1, rows - 1), 0
+                grid[row][column] = letter
+                column += 1
+    return "\n".join("".join(line).rstrip() for line in grid)
+
+
+def plain_text(text):
+    return re.sub(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|[=>])", "", text)
+
+
+class FakeStream(io.StringIO):
+    def __init__(self, terminal=True, encoding="utf-8"):
+        super().__init__()
+        self.terminal, self._encoding = terminal, encoding
+
+    encoding = property(lambda self: self._encoding)
+
+    def isatty(self):
+        return self.terminal
+
+
+# -- The start and the log --
+
+
+@pytest.mark.parametrize(("env", "terminal", "wanted"), [
+    ({}, True, True), ({}, False, False), ({"NO_COLOR": "1"}, True, False), ({"NO_COLOR": ""}, True, True), ({"TERM": "dumb"}, True, False),
+])  # fmt: skip
+def test_colours_are_for_terminals_whose_user_wants_them(monkeypatch, env, terminal, wanted):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    painted = ampproxy.paint_for(FakeStream(terminal))("text", "red")
+    assert painted == ("\x1b[1;31mtext\x1b[0m" if wanted else "text")
+
+
+@in_loop
+async def test_lines_of_requests_stand_in_columns(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rules = [{"from": "gpt-9", "to": "claude-opus-4-7"}]
+    async with world(tmp_path, ampcode={"model-mappings": rules}) as w:
+        await w.ask(PATH, ASK)
+        await w.ask(PATH, {**ASK, "model": "gpt-9"})
+        await w.ask(PATH, {**ASK, "model": "grok"})
+        await w.ask("/v1/messages", {**ASK, "model": "grok"})
+    lines = [r.getMessage() for r in caplog.records if hasattr(r, "colour")]
+    words = ["LOCAL_PROVIDER", "MODEL_MAPPING", "AMP_CREDITS", "NO_PROVIDER"]
+    assert [line.split()[0] for line in lines] == words
+    assert [line[15:19] for line in lines] == ["200 ", "200 ", "200 ", "404 "]
+    assert [line[27:].split()[0] for line in lines] == ["claude-opus-4-6", "gpt-9", "grok", "grok"]
+    assert lines[1].endswith("claude fre... as claude-opus-4-7")
+    assert len(lines[0]) < 80
+    record = next(r for r in caplog.records if hasattr(r, "colour"))
+    shown = ampproxy.LogFormatter("%X", ampproxy.coloured).format(record)
+    assert "\x1b[32mLOCAL_PROVIDER\x1b[0m 200" in shown
+    warning = logging.LogRecord("ampproxy", logging.WARNING, "", 0, "well\x1b[2J", (), None)
+    assert (
+        ampproxy.LogFormatter("%H", ampproxy.coloured).format(warning)[2:]
+        == " \x1b[33mWARNING\x1b[0m well\\u001b[2J"
+    )
+
+
+def test_the_log_file_is_private_and_bounded(tmp_path):
+    handler = ampproxy.LogFile(tmp_path / "x.log", maxBytes=300, backupCount=2)
+    handler.setFormatter(ampproxy.LogFormatter("%Y-%m-%d %H:%M:%S", ampproxy.plain))
+    for number in range(40):
+        handler.handle(
+            logging.LogRecord(
+                "ampproxy", logging.INFO, "", 0, f"line {number} of fred@example.com", (), None
+            )
+        )
+    handler.close()
+    files = sorted(tmp_path.glob("x.log*"))
+    assert [path.name for path in files] == ["x.log", "x.log.1", "x.log.2"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    assert max(path.stat().st_size for path in files) <= 300
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d line 39 of fre\.\.\.",
+        files[0].read_text().splitlines()[-1],
+    )
+
+
+@in_loop
+async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_path):
+    port, auth = free_port(), tmp_path / "auth"
+    config = {"auth-dir": str(auth), "port": port, "logging-to-file": True,
+              "openai-compatibility": [{"name": "router", "base-url": "http://127.0.0.1:9", "api-key-entries": [{"api-key": "sk-12345678"}]}],
+              "ampcode": {"model-mappings": [{"from": "gpt-5", "to": ["claude-opus-4-7", "x"]}], "fallback": "unserved"}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in ("a@example.com", "b@example.com"):
+        token_file(auth, name, expired="2099-01-01T00:00:00Z")
+    with Cli(tmp_path) as cli:
+        told = await cli.until('"amp.url"', "stderr")
+        cli.process.send_signal(signal.SIGTERM)
+        await cli.end()
+    assert f": http://127.0.0.1:{port}\n" in told
+    for words in (
+        "config    /",
+        "claude 2 logins, router 1 key",
+        "gpt-5 > claude-opus-4-7 or x",
+        "fallback: unserved",
+    ):
+        assert words in told
+    assert f'"amp.url": "http://127.0.0.1:{port}"' in told
+    assert "NO LOGIN" not in told
+    file = auth / "logs/ampproxy.log"
+    assert "claude 2 logins" in file.read_text()
+    assert "stopping" in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("fallback", "words"),
+    [("always", "every model call is a paid one"), ("never", "no model call can be answered")],
+)
+@in_loop
+async def test_a_start_without_any_account_is_loud(tmp_path, fallback, words):
+    config = {
+        "auth-dir": str(tmp_path / "auth"),
+        "port": free_port(),
+        "ampcode": {"fallback": fallback},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with Cli(tmp_path) as cli:
+        told = await cli.until("NO LOGIN AND NO KEY", "stderr")
+    assert words in told
+    assert "ampproxy.py login claude" in told
+
+
+@in_loop
+async def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "auth").mkdir()
+    (tmp_path / "auth/logs").write_text("a file in the way")
+    (tmp_path / "config.yaml").write_text(
+        f"auth-dir: {tmp_path / 'auth'}\nlogging-to-file: true\nport: 0"
+    )
+    with Cli(tmp_path) as cli:
+        code, _, err = await cli.end()
+    assert code == 1
+    assert re.fullmatch("ampproxy: the log cannot be written to .*logs/ampproxy.log: .*\n", err)
+
+
+# -- status --
+
+
+def busy_quota(five_hours="0.42", week="0.96"):
+    kind, ends = "anthropic-ratelimit-unified", 1_800_000_000
+    return {f"{kind}-5h-utilization": five_hours, f"{kind}-5h-reset": str(ends + 7900),
+            f"{kind}-7d-utilization": week, f"{kind}-7d-reset": str(ends + 400_000)}  # fmt: skip
+
+
+@asynccontextmanager
+async def busy_world(tmp_path, **config):
+    """Two accounts, one at rest; a local, a mapped, a paid and a refused call."""
+    rules = {"model-mappings": [{"from": "gpt-9", "to": "claude-opus-4-7"}]}
+    keys = {"X-Api-Key": config["api-keys"][0]} if "api-keys" in config else {}
+    async with world(
+        tmp_path, ("anna@example.com", "bert@example.com"), ampcode=rules, **config
+    ) as w:
+        w.write(port=w.port, ampcode=rules, **config)
+        w.claude.script = [limit(**{"Retry-After": "900"}), answer_json(message(), **busy_quota())]
+        for model in ("claude-opus-4-6", "gpt-9", "<b>grok</b>"):
+            await w.ask(PATH, {**ASK, "model": model}, headers=keys)
+        await w.ask("/v1/messages", {**ASK, "model": "nobody"}, headers=keys)
+        yield w
+
+
+@in_loop
+async def test_the_report_counts_models_and_says_what_is_paid(tmp_path):
+    async with busy_world(tmp_path) as w:
+        _, report, _ = await w.ask_json("/status", method="GET")
+    assert report["models"] == [
+        {"provider": "ampcode", "model": "<b>grok</b>", "requests": 1, "errors": 0, "input_tokens": 0, "output_tokens": 0},
+        {"provider": "claude", "model": "claude-opus-4-6", "requests": 1, "errors": 0, "input_tokens": 11, "output_tokens": 7},
+        {"provider": "claude", "model": "claude-opus-4-7", "requests": 1, "errors": 0, "input_tokens": 11, "output_tokens": 7},
+    ]  # fmt: skip
+    assert report["notices"] == [
+        "PAID: ampcode.com was asked 1 time and may charge for it: <b>grok</b> (1)"
+    ]
+    assert report["fallback"] == "always"
+
+
+@in_loop
+async def test_names_of_models_are_counted_up_to_a_bound(tmp_path):
+    async with world(tmp_path) as w:
+        for number in range(ampproxy.PAID_MODELS + 5):
+            await w.ask(PATH, {**ASK, "model": f"grok-{number}"})
+        assert len(w.server.ledger.models) == ampproxy.PAID_MODELS
+        assert w.server.ledger.routes["amp"] == ampproxy.PAID_MODELS + 5
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@in_loop
+async def test_the_table_fits_its_terminal_and_loses_no_state(tmp_path, width):
+    async with busy_world(tmp_path) as w:
+        _, report, _ = await w.ask_json("/status", method="GET")
+    lines = ampproxy.status_lines(report, ampproxy.Sheet(ampproxy.plain, width, "#-"))
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for words in ("anna@example.com", "PAID", "429", "#" * 8 + "-"):
+        assert words in text
+    if width > 40:
+        for words in (
+            "calls: 1 local",
+            "42 %",
+            "resting, wakes in 15 min",
+            "resets in 2 h 11 min",
+            "1 mapped, 1 PAID, 1 refused",
+            "claude answered 429",
+        ):
+            assert words in text
+    coloured = ampproxy.status_lines(report, ampproxy.Sheet(ampproxy.coloured, width, "#-"))
+    assert [plain_text(line) for line in coloured] == lines
+    assert any(line.startswith("\x1b[1;31mPAID") for line in coloured)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "0 s"), (-5, "0 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (7900, "2 h 11 min"), (86400, "1 d 0 h"), (400_000, "4 d 15 h"),
+])  # fmt: skip
+def test_lengths_of_time_are_told_in_words(seconds, words):
+    assert ampproxy.span(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("encoding", "signs"),
+    [("utf-8", "█░"), ("ascii", "#-"), ("latin-1", "#-"), (None, "#-"), ("none", "#-")],
+)
+def test_bars_are_made_of_what_the_terminal_can_show(encoding, signs):
+    assert ampproxy.sheet_for(FakeStream(encoding=encoding)).signs == signs
+
+
+@in_loop
+async def test_the_command_shows_a_table_and_ends_a_rest(tmp_path):
+    async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        with Cli(tmp_path, "status") as cli:
+            code, out, err = await cli.end()
+        assert (code, err) == (0, "")
+        assert "resting, wakes in 15 min" in out
+        assert "\x1b" not in out
+        with Cli(tmp_path, "status", "--wake", "Anna@example.com") as cli:
+            assert await cli.end() == (0, "claude anna@example.com: may be asked again\n", "")
+        assert [a.state(w.clock.monotonic()) for a in w.server.pool.accounts.values()] == [
+            "ready"
+        ] * 2
+        with Cli(tmp_path, "status", "--wake", "nobody") as cli:
+            code, out, err = await cli.end()
+        assert (code, out) == (1, "")
+        assert "no account 'nobody'; there are: anna@example.com, bert@example.com" in err
+        w.write(port=w.port, **{"api-keys": ["wrong"]})
+        with Cli(tmp_path, "status") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "answered 401: Invalid API key" in err
+        w.write(port=URL(w.amp.url).port)
+        w.amp.usual = (200, {}, [b"<html>"])
+        with Cli(tmp_path, "status") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "is no ampproxy" in err
+
+
+@in_loop
+async def test_watching_goes_on_in_place_and_outlives_the_proxy(tmp_path):
+    async with busy_world(tmp_path) as w:
+        with await asyncio.to_thread(
+            Terminal, tmp_path, "status", "--watch", "--config", str(w.file)
+        ) as terminal:
+            await asyncio.to_thread(terminal.until, "1 PAID", 0)
+            start = len(terminal.seen)
+            await w.ask(PATH, {**ASK, "model": "grok-2"})
+            await asyncio.to_thread(terminal.until, "2 PAID", start)
+            w.write(port=1)  # it reads its configuration once: it goes on asking here
+            await asyncio.to_thread(os.write, terminal.master, b"\x03")
+            assert await asyncio.to_thread(terminal.end) == 0
+        with Cli(tmp_path, "status", "--watch") as cli:
+            code, _, err = await cli.end()
+        assert code == 1
+        assert "no proxy to ask" in err
+        w.write(port=w.port)
+        with Cli(tmp_path, "status", "--watch", "--json") as cli:
+            assert '"routes"' in await cli.until('"notices"')
+            await cli.until('"notices"')
+            cli.process.send_signal(signal.SIGTERM)
+            code, _, err = await cli.end()
+        assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(("headers", "body", "status", "words"), [
+    ({}, {"account": "anna@example.com"}, 401, "Missing API key"),
+    ({"X-Api-Key": "sesame", "Origin": "http://evil.example"}, {"account": "anna@example.com"}, 403, "another web site"),
+    ({"X-Api-Key": "sesame", "Sec-Fetch-Site": "cross-site"}, {"account": "anna@example.com"}, 403, "another web site"),
+    ({"X-Api-Key": "sesame", "Content-Type": "text/plain"}, {"account": "anna@example.com"}, 415, "application/json"),
+    ({"X-Api-Key": "sesame"}, b"{", 400, "cannot be read"), ({"X-Api-Key": "sesame"}, b"[]", 400, "no JSON object"),
+    ({"X-Api-Key": "sesame"}, {}, 404, "no account ''"), ({"X-Api-Key": "sesame"}, {"account": "anna@example.com", "provider": "codex"}, 404, "no account"),
+    ({"X-Api-Key": "sesame"}, {"account": "anna@example.com", "provider": "claude"}, 200, "claude anna@example.com"),
+])  # fmt: skip
+@in_loop
+async def test_only_who_may_manage_ends_a_rest(tmp_path, headers, body, status, words):
+    async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        told = await w.ask("/status/wake", body, headers=headers)
+        assert (told.status, words in told.bytes.decode()) == (status, True)
+        resting = w.server.pool.accounts[w.tokens[0]].state(w.clock.monotonic()) == "resting"
+        assert resting == (status != 200)
+        assert not [r for r in w.amp.requests if "wake" in r.path]
+
+
+@in_loop
+async def test_a_wake_ends_the_wait_for_a_login_too(tmp_path):
+    async with world(tmp_path) as w:
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.script = [said(401)]
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        assert (await w.ask("/status/wake", {"account": "fred@example.com"})).status == 200
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+# -- The page --
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = ampproxy.PAGE
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|<img|<iframe| src=| on[a-z]+=|innerHTML|eval\(", page
+    )
+    assert re.findall(r'href="([^"]*)"', page) == ["data:,", "/status"]
+
+
+@in_loop
+async def test_a_browser_gets_the_page_and_others_the_report(tmp_path):
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    async with world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+        page = await w.ask("/", method="GET", headers=browser)
+        assert (page.status, page.content_type, page.bytes.decode()) == (
+            200,
+            "text/html",
+            ampproxy.PAGE,
+        )
+        policy = page.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        for tag in ("style", "script"):
+            inside = re.search(f"<{tag}>(.*?)</{tag}>", ampproxy.PAGE, re.S)[1]
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+        assert (page.headers["Cache-Control"], page.headers["X-Content-Type-Options"]) == (
+            "no-store",
+            "nosniff",
+        )
+        assert (await w.ask("/", method="GET", headers={"Accept": "*/*"})).status == 401
+        assert (await w.ask("/status", method="GET", headers=browser)).status == 401
+        told = await w.ask("/", method="GET", headers={"Accept": "*/*", "X-Api-Key": "sesame"})
+        assert json.loads(told.bytes)["version"] == ampproxy.__version__
+        evil = await w.ask("/", method="GET", headers={**browser, "Sec-Fetch-Site": "cross-site"})
+        assert evil.status == 403
+    (tmp_path / "b").mkdir()
+    async with world(tmp_path / "b") as w:
+        assert (
+            await w.ask("/", method="GET", headers={**browser, "Host": "evil.example"})
+        ).status == 403
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+class Browser:
+    """A headless Chromium, driven over its DevTools socket."""
+
+    def __init__(self, folder):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                   "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
+        self.process = subprocess.Popen(command, env={**os.environ, "HOME": str(folder)}, text=True, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+        for line in self.process.stderr:
+            if found := re.search(r"DevTools listening on ws://([^/]+)", line):
+                self.address, self.number = found[1], 0
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return
+        raise RuntimeError("Chromium did not start")
+
+    async def attach(self, http):
+        async with http.get(f"http://{self.address}/json/list") as answer:
+            pages = [one for one in await answer.json(content_type=None) if one["type"] == "page"]
+        self.socket = await http.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0)
+
+    async def do(self, method, **parameters):
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
+        while True:
+            told = await self.socket.receive_json()
+            if told.get("id") == self.number:
+                assert "error" not in told, told
+                return told["result"]
+
+    async def js(self, text):
+        told = await self.do(
+            "Runtime.evaluate", expression=text, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
+
+    async def until(self, condition):
+        look = (
+            f"() => {{ try {{ if ({condition}) {{ clearInterval(t); done(true); }} }} catch {{}} }}"
+        )
+        assert await self.js(f"new Promise(done => {{ const t = setInterval({look}, 20); }})")
+
+    async def press(self, key, text=""):
+        for kind in ("keyDown", "keyUp"):
+            await self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Tab": 9, "Enter": 13}[key],
+                          **({"text": text} if text and kind == "keyDown" else {}))  # fmt: skip
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+CONTRAST = """(() => {
+  const rgb = text => text.match(/[\\d.]+/g).map(Number);
+  const shine = ([r, g, b]) => { const [x, y, z] = [r, g, b].map(v => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z; };
+  const ground = node => { for (; node; node = node.parentElement) { const c = rgb(getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+  const bad = [];
+  for (const node of document.querySelectorAll("main *")) {
+    if (![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim())) continue;
+    const [a, b] = [shine(rgb(getComputedStyle(node).color)), shine(ground(node))].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push(node.outerHTML.slice(0, 80));
+  }
+  return bad;
+})()"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_in_a_browser(tmp_path, scheme, width):
+    """With a key: it is asked for, kept, and everything is there, by keyboard and by role."""
+
+    async def drive():
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+            await browser.attach(http)
+            await look_around()
+            await browser.until(
+                "document.querySelector('#link').textContent.startsWith('out of reach')"
+            )
+
+    async def look_around():
+        async with busy_world(tmp_path, **{"api-keys": ["sesame"]}) as w:
+            await browser.do(
+                "Emulation.setDeviceMetricsOverride",
+                width=width,
+                height=900,
+                deviceScaleFactor=1,
+                mobile=width < 500,
+            )
+            await browser.do(
+                "Emulation.setEmulatedMedia",
+                features=[{"name": "prefers-color-scheme", "value": scheme}],
+            )
+            await browser.do("Page.navigate", url=w.url + "/")
+            await browser.until("document.activeElement.id === 'key'")
+            for key, then in (
+                ("wrong", "!!document.querySelector('#wrong').textContent"),
+                ("sesame", "document.querySelector('#requests table')"),
+            ):
+                await browser.do("Input.insertText", text=key)
+                await browser.press("Enter", "\r")
+                await browser.until(then)
+            assert await browser.js(
+                "[document.querySelector('#key').offsetParent, sessionStorage.getItem('ampproxy-key')]"
+            ) == [None, "sesame"]
+            assert await browser.js("document.documentElement.scrollWidth <= innerWidth"), (
+                "nothing sticks out at the side"
+            )
+            assert await browser.js(CONTRAST) == []
+            assert "ampcode.com was asked 1 time" in await browser.js(
+                "document.querySelector('#paid').textContent"
+            )
+            assert await browser.js("[...document.querySelectorAll('[role=progressbar]')].map(b => [b.ariaLabel, b.ariaValueNow, b.ariaValueText])") == [
+                ["claude bert@example.com: quota 5h", "42", "42 % used, resets in 2 h 11 min"],
+                ["claude bert@example.com: quota 7d", "96", "96 % used, resets in 4 d 15 h"]]  # fmt: skip
+            rows = await browser.js(
+                "[...document.querySelectorAll('#requests tbody tr')].map(r => [r.className, r.querySelector('.mark').textContent, r.cells[2].textContent])"
+            )
+            assert rows == [
+                ["", "refused", "nobody"],
+                ["amp", "PAID", "<b>grok</b>"],
+                ["", "mapped", "gpt-9"],
+                ["", "local", "claude-opus-4-6"],
+            ]
+            tree = (await browser.do("Accessibility.getFullAXTree"))["nodes"]
+            roles = Counter(node["role"]["value"] for node in tree if not node["ignored"])
+            assert roles["progressbar"] == 2
+            assert roles["columnheader"] == 14, "the tables are tables, on a phone, too"
+            # The button, by keyboard alone.
+            await browser.press("Tab")
+            assert await browser.js(
+                "[document.activeElement.tagName, document.activeElement.ariaLabel]"
+            ) == ["BUTTON", "Try anna@example.com again now"]
+            await browser.press("Enter", "\r")
+            await browser.until(
+                "document.querySelector('#said').textContent.includes('may be asked again')"
+            )
+            await browser.until(
+                "document.querySelectorAll('.mark.ready').length === 2 && !document.querySelector('main button')"
+            )
+            # It is live, and says so when it is not.
+            await w.ask(PATH, {**ASK, "model": "grok-2"}, headers={"X-Api-Key": "sesame"})
+            await browser.until("document.querySelector('#paid').textContent.includes('2 times')")
+
+    browser = Browser(tmp_path / "profile")
+    try:
+        loop_runner()(drive())
+    finally:
+        browser.close()
+
+
+# -- setup --
+
+
+def jsonc(text, keys, value):
+    """The text with a value put there, or taken out; read again."""
+    if value is ampproxy.GONE:
+        return ampproxy.json_drop(text, keys)
+    return ampproxy.json_put(text, keys, value)
+
+
+@pytest.mark.parametrize(("before", "keys", "value", "after"), [
+    ("", ("a",), 1, '{\n  "a": 1\n}\n'), ("{}", ("a",), 1, '{\n  "a": 1\n}'), ("{ }\n", ("a", "b"), 1, '{\n  "a": {\n    "b": 1\n  }\n}\n'),
+    ('{"a": 1}', ("a",), "x", '{"a": "x"}'), ('{"a": 1}', ("b",), True, '{"a": 1, "b": true}'),
+    ('{\n  "a": 1\n}', ("b",), 2, '{\n  "a": 1,\n  "b": 2\n}'), ('{\n\t"a": 1, // one\n}', ("b",), 2, '{\n\t"a": 1, // one\n\t"b": 2,\n}'),
+    ('{\n  "a": 1 // one, two\n  // the end\n}', ("b",), 2, '{\n  "a": 1, // one, two\n  "b": 2\n  // the end\n}'),
+    ('{\n  "a": 1 /* , */,\n  "c": 3\n}', ("a",), 2, '{\n  "a": 2 /* , */,\n  "c": 3\n}'),
+    ('{\n    "l": [\n        {"x": 1}\n    ]\n}', ("l", 1), {"y": 2}, '{\n    "l": [\n        {"x": 1},\n        {\n          "y": 2\n        }\n    ]\n}'),
+    ('{"l": []}', ("l", 0), 1, '{"l": [\n  1\n]}'), ('{"e": {"a": "}"}}', ("e", "b"), 2, '{"e": {"a": "}", "b": 2}}'),
+    ("// all\n{\n  // none\n}\n", ("a",), 1, '// all\n{\n  "a": 1\n  // none\n}\n'),
+    ('{"a": 1, "b": 2}', ("b",), ampproxy.GONE, '{"a": 1}'), ('{"a": 1, "b": 2}', ("a",), ampproxy.GONE, '{"b": 2}'),
+    ('{\n  "a": 1, // one\n  "b": 2\n}', ("b",), ampproxy.GONE, '{\n  "a": 1 // one\n}'), ('{\n  "a": 1,\n  "b": 2, // two\n}', ("b",), ampproxy.GONE, '{\n  "a": 1,\n}'),
+    ('{\n  "a": 1,\n  "b": {\n    "c": 1\n  }\n}', ("b",), ampproxy.GONE, '{\n  "a": 1\n}'), ('{"l": [1, 2, 3]}', ("l", 1), ampproxy.GONE, '{"l": [1, 3]}'),
+])  # fmt: skip
+def test_json_is_edited_as_text(before, keys, value, after):
+    assert jsonc(before, keys, value) == after
+    plain_value = ampproxy.with_step(ampproxy.read_json_text(before), keys, value)
+    assert ampproxy.read_json_text(after) == plain_value
+
+
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"a"}', '{"a": }', '{"a": 1 "b": 2}', '{"a": 1} x', "{'a': 1}", '{"a": 1,,}', "{,}", '{1: 2}', '{"a": [1 2]}', "/* {}", "x", '{"a": ' * 5000,
+])  # fmt: skip
+def test_what_is_no_json_is_said_so(text):
+    with pytest.raises(ValueError):
+        ampproxy.read_json_text(text)
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+COMMENTS = st.sampled_from(["", " ", "\n", " // x\n", "/* , } */", '\n  // "q\n', "\t"])
+
+
+@st.composite
+def commented(draw, value):
+    """The JSON of a value with comments and blanks wherever they may stand, and trailing commas."""
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(k)}{draw(COMMENTS)}:{draw(COMMENTS)}{draw(commented(v))}"
+            for k, v in value.items()
+        ]
+    elif isinstance(value, list):
+        parts = [draw(commented(v)) for v in value]
+    else:
+        return json.dumps(value)
+    inside = ",".join(draw(COMMENTS) + part + draw(COMMENTS) for part in parts)
+    if parts and draw(st.booleans()):
+        inside += "," + draw(COMMENTS)
+    return "{}"[0] + inside + "}" if isinstance(value, dict) else "[" + inside + "]"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.data(),
+    st.dictionaries(st.text(max_size=4), ANY_JSON, max_size=4),
+    st.text(max_size=4),
+    ANY_JSON,
+)
+def test_an_edit_changes_one_value_and_no_other(data, table, key, value):
+    text = data.draw(commented(table))
+    put = ampproxy.json_put(text, (key,), value)
+    assert ampproxy.read_json_text(put) == {**table, key: value}
+    comments = re.findall(r"// x\n|/\* , } \*/", text)
+    if key not in table:
+        assert len(re.findall(r"// x\n|/\* , } \*/", put)) >= len(comments), "no comment is lost"
+        gone = ampproxy.json_drop(put, (key,))
+        assert ampproxy.read_json_text(gone) == table
+
+
+TOML_TABLE = {"name": "ampproxy", "base_url": "http://x/v1"}
+TOML_LINES = '[model_providers.ampproxy]\nname = "ampproxy"\nbase_url = "http://x/v1"\n'
+
+
+@pytest.mark.parametrize(("before", "keys", "value", "after"), [
+    ("", ("model",), "m", 'model = "m"\n'), ('model = "o" # why\n[t]\nmodel = "t"\n', ("model",), "m", 'model = "m" # why\n[t]\nmodel = "t"\n'),
+    ("# c\n[t]\nmodel = 'x'\n", ("model",), "m", "model = \"m\"\n# c\n[t]\nmodel = 'x'\n"),
+    ("", ("model_providers", "ampproxy"), TOML_TABLE, TOML_LINES), ("a = 1\n", ("model_providers", "ampproxy"), TOML_TABLE, "a = 1\n\n" + TOML_LINES),
+    ('[model_providers.ampproxy] # old\nname = "o"\n\n[z]\na = 1\n', ("model_providers", "ampproxy"), TOML_TABLE, TOML_LINES + "\n[z]\na = 1\n"),
+    ("a = 1\n\n" + TOML_LINES, ("model_providers", "ampproxy"), ampproxy.GONE, "a = 1\n"), (TOML_LINES, ("model_providers", "ampproxy"), ampproxy.GONE, ""),
+    ('a = 1\nmodel = "m"\nb = 2\n', ("model",), ampproxy.GONE, "a = 1\nb = 2\n"),
+])  # fmt: skip
+def test_toml_is_edited_as_text(before, keys, value, after):
+    drop = value is ampproxy.GONE
+    got = ampproxy.toml_drop(before, keys) if drop else ampproxy.toml_put(before, keys, value)
+    assert got == after
+
+
+CLIENT_FILES = {
+    "amp": {".config/amp/settings.json": '{\n  // mine\n  "amp.notifications": true, // loud\n}\n', ".local/share/amp/secrets.json": '{"apiKey@https://ampcode.com/": "sgamp_user_secret"}'},
+    "droid": {".factory/settings.json": '{\n    "customModels": [\n        // own\n        {"model": "own", "displayName": "Own"}\n    ]\n}\n'},
+    "claude-code": {".claude/settings.json": '{\n  "env": {"FOO": "1"},\n  "model": "opus"\n}\n'},
+    "codex": {".codex/config.toml": '# mine\nmodel = "o3-gone" # once good\n\n[projects."/x"] # p\ntrust_level = "trusted"\n'},
+}  # fmt: skip
+
+
+def client_home(tmp_path, monkeypatch, files, **config):
+    """A home with these files, a config.yaml with a Claude and an OpenAI key, and no client on the PATH."""
+    home = tmp_path / "user"
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    for name in (
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "AMP_SETTINGS_FILE",
+        "CLAUDE_CONFIG_DIR",
+        "CODEX_HOME",
+        "SSH_CONNECTION",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = {"auth-dir": str(tmp_path / "auth"), "claude-api-key": [{"api-key": "sk-ant-secret"}],
+             "codex-api-key": [{"api-key": "sk-secret", "models": ["gpt-5.5", "gpt-5.4"]}], **config}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+
+    def run(*args):
+        return ampproxy.main([*args, "--config", str(tmp_path / "config.yaml")])
+
+    return home, run
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_a_client_is_set_up_once_and_undone(tmp_path, monkeypatch, capsys, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = tree(home)
+    for path in home.rglob("*.*"):
+        if path.is_file():
+            path.chmod(0o640)
+    assert run("setup", name) == 0
+    told = capsys.readouterr()
+    assert "Next: ampproxy.py" in told.out
+    assert f"setup {name} --undo" in told.out
+    assert not re.search("secret(?!s)|Traceback", told.out + told.err)
+    first = tree(home)
+    for path, text in before.items():
+        assert first[path + ampproxy.BACKUP] == text
+        for comment in re.findall(r"(?://|#) \w.*", text):
+            assert comment in first[path], "comments stay"
+        assert stat.S_IMODE((home / path).stat().st_mode) == 0o640
+        assert stat.S_IMODE((home / (path + ampproxy.BACKUP)).stat().st_mode) == 0o600
+    assert run("setup", name) == 0
+    assert "set up already" in capsys.readouterr().out
+    assert tree(home) == first
+    assert run("setup", name, "--url", "http://box:9000/") == 0
+    assert "http://box:9000" in "".join(tree(home).values())
+    assert "127.0.0.1" not in "".join(
+        text for path, text in tree(home).items() if "secrets" not in path
+    )
+    assert run("setup", name, "--undo") == 0
+    capsys.readouterr()
+    after = {path: read_any(path, text) for path, text in tree(home).items()}
+    assert after == {path: read_any(path, text) for path, text in before.items()}
+    assert run("setup", name, "--undo") == 0
+    assert "nothing to undo" in capsys.readouterr().out
+
+
+def read_any(path, text):
+    return ampproxy.read_toml(text) if path.endswith(".toml") else ampproxy.read_json_text(text)
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_undo_brings_back_every_byte(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = tree(home)
+    assert (run("setup", name), run("setup", name, "--undo")) == (0, 0)
+    assert tree(home) == before
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_files_that_were_not_there_go_again(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, {})
+    assert run("setup", name) == 0
+    assert tree(home)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in home.rglob("*") if p.is_file()} == {0o600}
+    assert run("setup", name, "--undo") == 0
+    assert tree(home) == {}
+
+
+@pytest.mark.parametrize("name", CLIENT_FILES)
+def test_undo_keeps_what_others_changed_since(tmp_path, monkeypatch, name):
+    home, run = client_home(tmp_path, monkeypatch, CLIENT_FILES[name])
+    before = {path: read_any(path, text) for path, text in tree(home).items()}
+    assert run("setup", name) == 0
+    for path in before:
+        file, form = (
+            home / path,
+            (ampproxy.toml_put if path.endswith(".toml") else ampproxy.json_put),
+        )
+        file.write_text(form(file.read_text(), ("later",), "kept"))
+    assert run("setup", name, "--undo") == 0
+    assert {path: read_any(path, text) for path, text in tree(home).items()} == {
+        path: {**table, "later": "kept"} for path, table in before.items()
+    }
+
+
+def test_what_each_client_is_told(tmp_path, monkeypatch):
+    files = {path: text for one in CLIENT_FILES.values() for path, text in one.items()}
+    home, run = client_home(tmp_path, monkeypatch, files, **{"api-keys": ["sesame-open"]})
+    for name in CLIENT_FILES:
+        assert run("setup", name) == 0
+    said = {
+        path: read_any(path, text)
+        for path, text in tree(home).items()
+        if not path.endswith(ampproxy.BACKUP)
+    }
+    assert said[".config/amp/settings.json"] == {
+        "amp.notifications": True,
+        "amp.url": "http://127.0.0.1:8317",
+    }
+    assert said[".local/share/amp/secrets.json"]["apiKey@http://127.0.0.1:8317"] == "sesame-open", (
+        "it is the proxy's key that is asked for"
+    )
+    assert (
+        said[".local/share/amp/secrets.json"]["apiKey@https://ampcode.com/"] == "sgamp_user_secret"
+    )
+    assert said[".claude/settings.json"] == {"model": "opus", "env": {
+        "FOO": "1", "ANTHROPIC_BASE_URL": "http://127.0.0.1:8317", "ANTHROPIC_AUTH_TOKEN": "sesame-open", "ENABLE_TOOL_SEARCH": "true"}}  # fmt: skip
+    codex = said[".codex/config.toml"]
+    assert (codex["model"], codex["model_provider"]) == ("gpt-5.5", "ampproxy")
+    assert codex["model_providers"]["ampproxy"] == {
+        "name": "ampproxy", "base_url": "http://127.0.0.1:8317/v1", "wire_api": "responses", "http_headers": {"X-Api-Key": "sesame-open"}}  # fmt: skip
+    own, *models = said[".factory/settings.json"]["customModels"]
+    assert own == {"model": "own", "displayName": "Own"}
+    assert {(m["provider"], m["baseUrl"]) for m in models if m["model"].startswith("claude-")} == {
+        ("anthropic", "http://127.0.0.1:8317")
+    }
+    assert {(m["provider"], m["baseUrl"]) for m in models if m["model"].startswith("gpt-")} == {
+        ("openai", "http://127.0.0.1:8317/v1")
+    }
+    assert len(models) == 21
+    assert models[7] == {
+        "model": "gpt-5.5",
+        "displayName": "gpt-5.5 (ampproxy)",
+        "provider": "openai",
+        "baseUrl": "http://127.0.0.1:8317/v1",
+        "apiKey": "sesame-open",
+        "maxOutputTokens": 32000,
+    }
+
+
+def test_fields_that_droid_adds_are_no_change(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, {})
+    assert run("setup", "droid") == 0
+    file = home / ".factory/settings.json"
+    told = json.loads(file.read_text())
+    for index, model in enumerate(told["customModels"]):
+        model |= {"id": f"custom:{index}", "index": index}
+    file.write_text(json.dumps(told))
+    capsys.readouterr()
+    assert run("setup", "droid") == 0
+    assert "set up already" in capsys.readouterr().out
+    assert run("setup", "droid", "--undo") == 0
+    assert tree(home) == {}
+
+
+def test_a_model_that_is_served_stays(tmp_path, monkeypatch):
+    home, run = client_home(tmp_path, monkeypatch, {".codex/config.toml": 'model = "gpt-5.4"\n'})
+    assert run("setup", "codex") == 0
+    assert read_any(".toml", (home / ".codex/config.toml").read_text())["model"] == "gpt-5.4"
+
+
+def test_claude_code_is_given_a_model_where_nobody_serves_claudes(tmp_path, monkeypatch):
+    row = {"base-url": "http://127.0.0.1:9", "api-key": "sk-ant-x", "models": ["kimi-k2"]}
+    home, run = client_home(tmp_path, monkeypatch, {}, **{"claude-api-key": [row]})
+    assert run("setup", "claude-code") == 0
+    environment = json.loads((home / ".claude/settings.json").read_text())["env"]
+    assert (environment["ANTHROPIC_MODEL"], environment["ANTHROPIC_DEFAULT_HAIKU_MODEL"]) == (
+        "kimi-k2",
+        "kimi-k2",
+    )
+
+
+BROKEN = {"amp": (".config/amp/settings.json", '"amp.url": "http://127.0.0.1:8317"'), "droid": (".factory/settings.json", '"customModels": [{"model": "gpt-5.5"'),
+          "claude-code": (".claude/settings.json", '"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:8317"}'), "codex": (".codex/config.toml", 'model_provider = "ampproxy"')}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch, capsys, name):
+    path, line = BROKEN[name]
+    home, run = client_home(tmp_path, monkeypatch, {path: '{"a": '})
+    assert run("setup", name) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.splitlines()) == 1
+    assert f"{home / path} is no " in told.err
+    assert line in told.err
+    assert tree(home) == {path: '{"a": '}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model_providers = { other = { name = "x" } }\n',
+        'model_providers.other.name = "x"\n[model_providers]\n',
+        'text = """\nmodel = "x"\n[model_providers.ampproxy]\n"""\n',
+    ],
+)
+def test_an_unusual_layout_is_refused_not_damaged(tmp_path, monkeypatch, capsys, text):
+    home, run = client_home(tmp_path, monkeypatch, {".codex/config.toml": text})
+    with suppress(ValueError):
+        ampproxy.read_toml(text)
+    assert run("setup", "codex") == 1
+    assert "stays as it is" in capsys.readouterr().err
+    assert tree(home) == {".codex/config.toml": text}
+
+
+@pytest.mark.parametrize("text", ['{"customModels": {"a": 1}}', '{"customModels": null}'])
+def test_a_value_of_another_kind_is_not_overwritten(tmp_path, monkeypatch, capsys, text):
+    home, run = client_home(tmp_path, monkeypatch, {".factory/settings.json": text})
+    assert run("setup", "droid") == 1
+    assert "of another kind" in capsys.readouterr().err
+    assert tree(home) == {".factory/settings.json": text}
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, {".codex": "a file in the way"})
+    assert run("setup", "codex") == 1
+    assert re.fullmatch(
+        r"ampproxy: \S+/.codex/config.toml cannot be (read|written): .*\n", capsys.readouterr().err
+    )
+    assert tree(home) == {".codex": "a file in the way"}
+
+
+def test_a_link_stays_a_link(tmp_path, monkeypatch):
+    home, run = client_home(tmp_path, monkeypatch, {"dotfiles/amp.json": "{}", ".config/amp/x": ""})
+    (home / ".config/amp/settings.json").symlink_to(home / "dotfiles/amp.json")
+    assert run("setup", "amp") == 0
+    assert (home / ".config/amp/settings.json").is_symlink()
+    assert json.loads((home / "dotfiles/amp.json").read_text()) == {
+        "amp.url": "http://127.0.0.1:8317"
+    }
+
+
+def test_amps_other_places(tmp_path, monkeypatch, capsys):
+    home, run = client_home(
+        tmp_path, monkeypatch, {".config/amp/settings.jsonc": "{} // c\n", "own.json": "{}"}
+    )
+    assert run("setup", "amp") == 0
+    assert "amp.url" in (home / ".config/amp/settings.jsonc").read_text()
+    assert "No key of Amp was found" in capsys.readouterr().out
+    monkeypatch.setenv("AMP_SETTINGS_FILE", str(home / "own.json"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
+    (home / "data/amp").mkdir(parents=True)
+    (home / "data/amp/secrets.json").write_text('{"apiKey@https://ampcode.com": "sgamp_x"}')
+    assert run("setup", "amp") == 0
+    assert "amp.url" in (home / "own.json").read_text()
+    assert (
+        json.loads((home / "data/amp/secrets.json").read_text())["apiKey@http://127.0.0.1:8317/"]
+        == "sgamp_x"
+    )
+
+
+def test_setup_alone_says_what_it_would_do_and_does_nothing(tmp_path, monkeypatch, capsys):
+    files = {**CLIENT_FILES["amp"], **CLIENT_FILES["codex"], ".claude/settings.json": "{"}
+    home, run = client_home(tmp_path, monkeypatch, files)
+    before = tree(home)
+    assert run("setup") == 0
+    out = capsys.readouterr().out
+    for words in (
+        'amp.url: nothing -> "http://127.0.0.1:8317"',
+        'model: "o3-gone" -> "gpt-5.5"',
+        "is no JSON",
+        "droid: not found",
+        "Next: ampproxy.py setup amp|codex",
+    ):
+        assert words in out
+    assert "sgamp_user" not in out
+    assert tree(home) == before
+    assert run("setup", "--undo") == 2
+    assert run("setup", "amp", "--url", "box") == 2
+    assert "no address" in capsys.readouterr().err
+
+
+# -- import --
+
+
+def jwt(**fields):
+    return f"h.{base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip('=')}.s"
+
+
+def foreign_files(now, **more):
+    """The login files of four other programs."""
+    auth = {"chatgpt_account_id": "acc-1", "chatgpt_plan_type": "plus"}
+    codex = {"id_token": jwt(email="carl@example.com", **{"https://api.openai.com/auth": auth}),
+             "access_token": jwt(exp=int(now + 9 * 86400)), "refresh_token": "rt_carl", "account_id": "acc-1"}  # fmt: skip
+    claude = {
+        "accessToken": "sk-ant-oat-cli",
+        "refreshToken": "sk-ant-ort-cli",
+        "expiresAt": int((now + 7200) * 1000),
+        "subscriptionType": "max",
+    }
+    google = {
+        "access_token": "ya29.g",
+        "refresh_token": "1//g",
+        "token_type": "Bearer",
+        "id_token": jwt(email="gina@example.com"),
+        "expiry_date": int((now - 7200) * 1000),
+    }
+    return {
+        ".claude/.credentials.json": json.dumps({"claudeAiOauth": claude}), ".claude.json": json.dumps({"oauthAccount": {"emailAddress": "fred@example.com"}}),
+        ".codex/auth.json": json.dumps({"OPENAI_API_KEY": None, "tokens": codex, "last_refresh": "2026-11-01T00:00:00Z"}),
+        ".gemini/oauth_creds.json": json.dumps(google), ".cli-proxy-api/claude-zoe@example.com.json": json.dumps(
+            {"type": "claude", "email": "zoe@example.com", "access_token": "sk-ant-oat-zoe", "refresh_token": "r", "expired": "2099-01-01T00:00:00Z", "note": "kept"}),
+        ".cli-proxy-api/broken.json": "{", ".cli-proxy-api/other.json": '{"type": "qwen", "access_token": "x"}', **more,
+    }  # fmt: skip
+
+
+def test_import_copies_on_a_yes_and_writes_nothing_elsewhere(tmp_path, monkeypatch, capsys):
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(time.time()))
+    before, auth = tree(home), tmp_path / "auth"
+    assert run("import") == 1
+    told = capsys.readouterr()
+    assert told.err == "ampproxy: nothing was copied; `ampproxy.py import --yes` does it\n"
+    for words in ("Claude Code: claude fred@example.com, good for 1 h 59 min", "Codex CLI: codex carl@example.com, good for 8 d", "expired 2 h 0 min ago", "CLIProxyAPI: claude zoe@example.com",
+                  "cannot be read", "A refresh token of Claude or ChatGPT works once"):  # fmt: skip
+        assert words in told.out
+    assert not re.search("sk-ant|rt_carl|ya29", told.out)
+    assert not auth.exists()
+    assert run("import", "codex", "--yes") == 0
+    assert [path.name for path in auth.iterdir()] == ["codex-carl@example.com.json"]
+    assert run("import", "--yes") == 0
+    assert tree(home) == before
+    tokens = {path.name: json.loads(path.read_text()) for path in auth.iterdir()}
+    assert {*tokens} == {
+        "codex-carl@example.com.json",
+        "claude-fred@example.com.json",
+        "claude-zoe@example.com.json",
+        "gemini-gina@example.com.json",
+    }
+    assert {stat.S_IMODE(path.stat().st_mode) for path in auth.iterdir()} == {0o600}
+    claude, codex = tokens["claude-fred@example.com.json"], tokens["codex-carl@example.com.json"]
+    assert (claude["access_token"], claude["refresh_token"], claude["plan"]) == (
+        "sk-ant-oat-cli",
+        "sk-ant-ort-cli",
+        "max",
+    )
+    assert claude["source"] == {
+        "program": "Claude Code",
+        "file": str(home / ".claude/.credentials.json"),
+    }
+    assert (codex["account_id"], codex["refresh_token"], codex["last_refresh"]) == (
+        "acc-1",
+        "rt_carl",
+        "2026-11-01T00:00:00Z",
+    )
+    assert ampproxy.parse_time(codex["expired"]) == pytest.approx(time.time() + 9 * 86400, abs=60)
+    assert tokens["claude-zoe@example.com.json"]["note"] == "kept"
+    assert tokens["gemini-gina@example.com.json"]["token"]["refresh_token"] == "1//g"
+    capsys.readouterr()
+    assert run("import") == 0
+    assert "nothing to copy" in capsys.readouterr().out
+    assert {path.name: json.loads(path.read_text()) for path in auth.iterdir()} == tokens
+
+
+def test_import_takes_what_is_newer_and_leaves_logins_of_our_own(tmp_path, monkeypatch, capsys):
+    now = time.time()
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(now))
+    own = token_file(tmp_path / "auth", "zoe@example.com")
+    before = own.read_text()
+    assert run("import", "--yes") == 0
+    assert "zoe@example.com, good for" in (told := capsys.readouterr().out)
+    assert "signed in here already" in told
+    assert own.read_text() == before
+    newer = foreign_files(now + 3600)[".claude/.credentials.json"].replace("oat-cli", "oat-new")
+    (home / ".claude/.credentials.json").write_text(newer)
+    assert run("import", "--yes") == 0
+    assert "newer than the copy here" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "auth/claude-fred@example.com.json").read_text())["access_token"]
+        == "sk-ant-oat-new"
+    )
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    ({}, "no login of another program was found; looked at "), ({".codex/auth.json": '{"OPENAI_API_KEY": "sk-secret-key", "tokens": null}'}, "Codex CLI: no login is in it"),
+    ({".claude/.credentials.json": '{"claudeAiOauth": {"accessToken": "t", "expiresAt": "x"}}'}, "claude from-claude, expiry unknown; can be copied"),
+    ({".claude/.credentials.json": "[]"}, "cannot be read"), ({".codex/auth.json": '{"tokens": {"access_token": "a.b.c", "id_token": 5}}'}, "codex from-codex, expiry unknown"),
+    ({".gemini/oauth_creds.json": '{"access_token": "ya29.x", "expiry_date": 1e300}', ".gemini/google_accounts.json": '{"active": "gina@example.com"}'}, "gemini gina@example.com"),
+])  # fmt: skip
+def test_odd_files_of_other_programs(tmp_path, monkeypatch, capsys, files, words):
+    _, run = client_home(tmp_path, monkeypatch, files)
+    run("import")
+    told = capsys.readouterr()
+    assert words in told.out + told.err
+    assert "sk-secret" not in told.out + told.err
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_no_value_in_a_foreign_file_is_a_surprise(tmp_path, data):
+    """Whatever stands in the places that are read: a login, or none, and a word about it."""
+    files = foreign_files(0)
+    names = (
+        ".claude/.credentials.json",
+        ".codex/auth.json",
+        ".gemini/oauth_creds.json",
+        ".cli-proxy-api/claude-zoe@example.com.json",
+    )
+    for source, name in zip(ampproxy.SOURCES, names, strict=True):
+        told = json.loads(files[name])
+        for table in [told, *(one for one in told.values() if isinstance(one, dict))]:
+            for key in [*table]:
+                if data.draw(st.booleans()):
+                    table[key] = data.draw(ANY_JSON)
+        path = tmp_path / "auth.json"
+        path.write_text(json.dumps(told))
+        words, token = ampproxy.judge_source(source, path)
+        assert words
+        if token:
+            assert ampproxy.token_name(token["type"], token["email"])
+            assert isinstance(ampproxy.newer_at_source(token | {"expired": ""}), dict)
+            ampproxy.Login(path, token)
+
+
+def test_import_asks_at_a_terminal(tmp_path):
+    (tmp_path / ".claude").mkdir()
+    (tmp_path / ".claude/.credentials.json").write_text(
+        foreign_files(time.time())[".claude/.credentials.json"]
+    )
+    for answer, code in (("n\r", 1), ("\x03", 1), ("\x04", 1), ("y\r", 0)):
+        with Terminal(tmp_path, "import") as terminal:
+            terminal.until("[y/N]")
+            assert not [*tmp_path.glob(".ampproxy/*")]
+            os.write(terminal.master, answer.encode())
+            assert terminal.end() == code
+    assert [path.name for path in tmp_path.glob(".ampproxy/*")] == ["claude-from-claude.json"]
+
+
+@in_loop
+async def test_a_copied_login_takes_newer_tokens_from_its_source_first(tmp_path, caplog):
+    source = tmp_path / "there/.credentials.json"
+    source.parent.mkdir()
+
+    def write(token, hours):
+        oauth = {
+            "accessToken": token,
+            "refreshToken": f"{token}-refresh",
+            "expiresAt": (1_800_000_000 + hours * 3600) * 1000,
+        }
+        source.write_text(json.dumps({"claudeAiOauth": oauth}))
+
+    caplog.set_level(logging.INFO)
+    origin = {"program": "Claude Code", "file": str(source)}
+    async with world(tmp_path, ()) as w:
+        path = token_file(w.auth, expired="2027-01-15T09:00:00Z", source=origin)
+        w.server.tick()
+        write("sk-ant-oat-theirs", 8)
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "fred@example.com", "while ours is good it stays"
+        w.clock.now = 3590
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "theirs"
+        assert "Claude Code has a newer token" in caplog.text
+        token = json.loads(path.read_text())
+        assert (token["refresh_token"], token["note"], token["source"]) == (
+            "sk-ant-oat-theirs-refresh",
+            "kept",
+            origin,
+        )
+        assert not w.authority.requests
+        w.clock.now = 8 * 3600 + 10
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "new"
+        assert w.authority.body()["refresh_token"] == "sk-ant-oat-theirs-refresh"
+        assert "Claude Code may need a new login now" in caplog.text
+        # The refresh token was used there: what they have now is taken, and the account is back.
+        write("sk-ant-oat-again", 40)
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        w.claude.script = [said(401)]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "again"
+        assert json.loads(source.read_text())["claudeAiOauth"]["accessToken"] == "sk-ant-oat-again"
+
+
+@in_loop
+async def test_a_login_of_somebody_else_at_the_source_is_not_taken(tmp_path):
+    source = tmp_path / "there/.credentials.json"
+    source.parent.mkdir()
+    (source.parent / ".claude.json").write_text(
+        json.dumps({"oauthAccount": {"emailAddress": "boss@example.com"}})
+    )
+    source.write_text(
+        json.dumps(
+            {"claudeAiOauth": {"accessToken": "sk-ant-oat-boss", "expiresAt": 1_900_000_000_000}}
+        )
+    )
+    async with world(tmp_path, ()) as w:
+        token_file(
+            w.auth,
+            expired="2027-01-15T07:00:00Z",
+            source={"program": "Claude Code", "file": str(source)},
+        )
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert bearer_of(w.claude.last) == "new"
+
+
+# -- The list of logins --
+
+
+def login_home(tmp_path, **config):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"auth-dir": str(tmp_path / "auth"), "port": 1, **config})
+    )
+    return token_file(tmp_path / "auth", expired="2099-01-01T00:00:00Z", plan="max")
+
+
+def test_the_list_of_logins_moves_and_disconnects(tmp_path):
+    path = login_home(tmp_path)
+    with Terminal(tmp_path, "login", "--config", "config.yaml", TERM="vt100") as terminal:
+        first = terminal.shows("q leaves")
+        assert "proxy not running" in first
+        assert re.search(r"claude\n > fred@example.com \(max\) +ready +token \d+ d", first)
+        assert "   sign in with another account\n\ncodex\n   sign in with an account" in first
+        assert max(map(len, first.splitlines())) < 80
+        terminal.shows("Disconnect fred@example.com", "d")
+        terminal.shows(r"q leaves\n*$", "n")
+        assert path.exists()
+        terminal.shows(" > sign in with another", "\x1bOB")
+        terminal.shows("Choose an account", "d")
+        terminal.shows(" > fred", "k")
+        terminal.shows(
+            r"Disconnect fred@example.com \(deletes claude-fred@example.com.json\)\?", "d"
+        )
+        screen = terminal.shows("fred@example.com is disconnected", "y")
+        assert "claude\n > sign in with an account" in screen
+        assert not path.exists()
+        terminal.shows("codex\n > sign in", "\x1bOA\x1bOA\x1bOBx")
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("end", ["q", "\x03", signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_terminal_is_as_it_was_after_any_end(tmp_path, end):
+    login_home(tmp_path)
+    with Terminal(tmp_path, "login", "--config", "config.yaml") as terminal:
+        terminal.until("q leaves", 0)
+        assert "\x1b[?1049h" in terminal.seen
+        assert termios.tcgetattr(terminal.slave) != terminal.before
+        if isinstance(end, str):
+            os.write(terminal.master, end.encode())
+        else:
+            terminal.process.send_signal(end)
+        assert terminal.end() == 0
+
+
+def test_the_terminal_is_as_it_was_after_a_crash(tmp_path):
+    login_home(tmp_path)
+    source = """
+import ampproxy, sys
+def take(menu, curses, key):
+    raise ZeroDivisionError("a fault of the list")
+ampproxy.Menu.take = take
+sys.exit(ampproxy.main(["login", "--config", "config.yaml"]))"""
+    with Terminal(tmp_path, script=("-c", source), PYTHONPATH=str(HERE)) as terminal:
+        terminal.until("q leaves", 0)
+        os.write(terminal.master, b"x")
+        assert terminal.end() == 1
+        assert plain_text(terminal.seen).endswith("ampproxy: a fault of the list\r\n")
+
+
+def test_the_list_fits_any_size(tmp_path):
+    login_home(tmp_path)
+    with Terminal(
+        tmp_path, "login", "--config", "config.yaml", rows=3, columns=12, TERM="vt100"
+    ) as terminal:
+        terminal.shows("ampproxy")
+        for rows, columns, words in (
+            (24, 80, "q leaves"),
+            (1, 1, ""),
+            (60, 30, "fred@example.com"),
+            (2, 200, "q leaves"),
+        ):
+            terminal.resize(rows, columns)
+            terminal.shows(words)
+        terminal.shows("q leaves", "j")
+        os.write(terminal.master, b"q")
+        assert terminal.end() == 0
+
+
+def test_a_terminal_that_cannot_show_it_is_told_the_words(tmp_path):
+    login_home(tmp_path)
+    with Terminal(
+        tmp_path, "login", "--config", "config.yaml", TERM="no-such-terminal"
+    ) as terminal:
+        terminal.until("cannot show the list", 0)
+        assert terminal.end() == 1
+        assert "ampproxy.py login claude|codex" in terminal.seen
+
+
+@in_loop
+async def test_the_list_shows_what_the_proxy_knows_and_signs_in(tmp_path):
+    async with authority(tmp_path) as fake, busy_world(tmp_path) as w:
+        text = yaml.safe_load(w.file.read_text())
+        text["providers"]["claude"] |= {
+            "authorize-url": fake.url + "/authorize",
+            "token-url": fake.url + "/token",
+            "callback-port": free_port(),
+        }
+        w.file.write_text(yaml.safe_dump(text))
+        with await asyncio.to_thread(
+            functools.partial(Terminal, tmp_path, "login", "--config", str(w.file), TERM="vt100")
+        ) as terminal:
+            await asyncio.to_thread(terminal.shows, "resting, wakes in 15 min")
+            shown = await asyncio.to_thread(terminal.shows, "96 %.*resets")
+            assert "proxy running" in shown
+            assert re.search(
+                r"bert@example.com +ready[^\n]*\n +5h +█{8}░{12}  42 %  resets in", shown
+            )
+            assert re.search(r"7d +█{19}░  96 %", shown)
+            start = len(terminal.seen)
+            await asyncio.to_thread(os.write, terminal.master, b"\r")
+            await asyncio.to_thread(terminal.until, "paste the address", start)
+            await asyncio.to_thread(terminal.shows, "\n stopped\n", "\x03")
+            start = len(terminal.seen)
+            await asyncio.to_thread(os.write, terminal.master, b"\r")
+            told = await asyncio.to_thread(terminal.until, "paste the address", start)
+            asked = query_of(told)
+            done = f"{asked['redirect_uri']}?code=c0de&state={asked['state']}"
+            async with aiohttp.ClientSession() as http, http.get(done) as page:
+                assert page.status == 200
+            await asyncio.to_thread(terminal.shows, "Signed in to claude")
+            await asyncio.to_thread(terminal.shows, "> bert", "j")
+            await asyncio.to_thread(os.write, terminal.master, b"q")
+            assert await asyncio.to_thread(terminal.end) == 0
+    assert (tmp_path / "auth/claude-fred@example.com.json").exists()
+
+
+# -- check --
+
+
+def test_check_says_who_answers_amp_and_what_to_add(tmp_path, monkeypatch, capsys):
+    auth = tmp_path / "auth"
+    rows = {
+        "claude": {
+            "models": ["claude-opus-4-7", "claude-sonnet-4-6", "claude-3-5-haiku"],
+            "excluded-models": ["claude-sonnet-*"],
+        }
+    }
+    _, run = client_home(
+        tmp_path, monkeypatch, {}, **{"claude-api-key": [], "codex-api-key": [], "providers": rows}
+    )
+    token_file(auth, expired="2099-01-01T00:00:00Z")
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert (
+        "# claude fred@example.com: claude-opus-4-7, claude-sonnet-4-6, claude-3-5-haiku, but not claude-sonnet-*"
+        in out
+    )
+    assert "# smart            claude-opus-4-7              local: claude" in out
+    assert "# deep             gpt-5.4                      PAID: ampcode.com" in out
+    assert "# gpt-5.4: ampproxy.py login codex" not in out, "a Claude can stand for it"
+    assert "# gemini-3-pro-image-preview: " in out, "but paints nothing"
+    for mode in (
+        "rush",
+        "large",
+        "title",
+        "oracle",
+        "finder, look_at",
+        "librarian",
+        "review",
+        "painter",
+    ):
+        assert f"\n# {mode:<17}" in out
+    lines = yaml.safe_load(out[out.index("\nampcode:\n  model-mappings") :])["ampcode"][
+        "model-mappings"
+    ]
+    assert {"from": "claude-haiku-4-5-20251001", "to": "claude-3-5-haiku"} in lines, (
+        "a quick one for a quick one"
+    )
+    assert {"from": "claude-opus-4-6", "to": "claude-opus-4-7"} in lines
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**config, "ampcode": {"model-mappings": lines}})
+    )
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert (
+        "# rush             claude-haiku-4-5-20251001    mapped: claude as claude-3-5-haiku" in out
+    )
+    assert len(re.findall("PAID", out)) == 1, "the painter"
+    assert "- {from:" not in out
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({**config, "ampcode": {"fallback": "never"}})
+    )
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert "refused: nobody" in out
+    assert "PAID" not in out
+
+
+def test_check_with_no_account_at_all(tmp_path, monkeypatch, capsys):
+    _, run = client_home(tmp_path, monkeypatch, {}, **{"claude-api-key": [], "codex-api-key": []})
+    assert run("check") == 0
+    out = capsys.readouterr().out
+    assert "# none: run `ampproxy.py login claude` (or codex)" in out
+    assert "# claude-opus-4-7: ampproxy.py login claude or a key under claude-api-key" in out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["check"], ["--help"], ["check", "--help"], ["route", "gpt-5.4"], ["accounts"], ["setup"]],
+)
+def test_a_pipe_that_closes_early_ends_quietly(tmp_path, args):
+    command = [sys.executable, str(SCRIPT), *args]
+    reading, writing = os.pipe()
+    os.close(reading)  # nobody will read any of it
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # == Benchmark =====================================================================================
