@@ -9642,7 +9642,7 @@ def value_at(table: Any, keys: Keys) -> Any:
 
 # -- JSON with comments and trailing commas, edited as text --
 
-BLANKS = re.compile(r"(?:\s|//[^\n]*|/\*.*?\*/)*", re.S)
+BLANKS = re.compile(r"(?:\s++|//[^\n]*+|/\*.*?\*/)*+", re.S)
 REST_OF_LINE = re.compile(r"[ \t]*(?://[^\n]*|/\*[^\n]*?\*/)?")
 
 

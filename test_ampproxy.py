@@ -12557,7 +12557,7 @@ def test_what_each_client_is_told(tmp_path, monkeypatch):
         ("openai", "http://127.0.0.1:8317/v1")
     }
     assert len(models) == 21
-    assert models[7] == {
+    assert next(m for m in models if m["model"] == "gpt-5.5") == {
         "model": "gpt-5.5",
         "displayName": "gpt-5.5 (ampproxy)",
         "provider": "openai",
