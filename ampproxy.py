@@ -81,7 +81,7 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -143,7 +143,9 @@ class Problem:
     headers: Headers = field(default_factory=Headers)  # of its answer, that a client may see
 
 
-LOCAL = "@local"  # the code of a shortage of this machine: files, memory, disk, network
+# Codes of ours, beside the provider's own.
+LOCAL = "@local"  # a shortage of this machine: files, memory, disk, network
+RETRIABLE = "@retriable"  # it says that the next try may do, and names no limit and no time
 
 
 class ProxyError(Exception):
@@ -1045,6 +1047,36 @@ def sweep_drafts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+LOCK_LOOK = 0.05  # seconds between looks whether another process has let a lock go
+
+
+def lock_of(path: Path) -> Path:
+    place = path.resolve()
+    return place.with_name(f".{place.name}.lock")
+
+
+@asynccontextmanager
+async def alone_with(path: Path) -> AsyncIterator[None]:
+    """Wait until no other process is at a token file; one that is killed lets it go.
+
+    The lock is a file beside it, as the token file itself is replaced at each save.  Where there
+    can be none (Windows, a directory that is read only) nobody waits.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            fcntl: Any = importlib.import_module("fcntl")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            number = os.open(lock_of(path), flags, 0o600)
+            stack.callback(os.close, number)
+            while True:
+                try:
+                    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(LOCK_LOOK)
+        yield
+
+
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
     """The changes over what the file says now; over what was known where it cannot be read."""
     with suppress(OSError, ValueError):
@@ -1397,8 +1429,17 @@ FATAL = (  # words of a token endpoint after which only a new login helps
     "refresh_token_reused",
     "refresh_token_expired",
     "refresh_token_invalidated",
+    "refresh_token_revoked",
+    "invalid_refresh_token",
+    "app_session_expired",
+    "app_session_terminated",
+    "session_expired",
+    "token_expired",
+    "token_revoked",
+    "account_deactivated",
     "unauthorized_client",
 )
+FATAL_WORDS = ("log in again", "sign in again", "logging in again", "signing in again")
 
 
 def pkce() -> tuple[str, str]:
@@ -1517,6 +1558,8 @@ async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     secret = str(form.get("refresh_token") or form["code"])
     words = error_text(answer).replace(secret, "...")
     final = any(code in words for code in FATAL)
+    if 400 <= status < 500:  # a refusal may have no such code
+        final = final or any(phrase in words.lower() for phrase in FATAL_WORDS)
     message = f"{provider.name}'s token endpoint answered {status}: {words}"
     raise fault(401 if final else 503, message)
 
@@ -1559,9 +1602,12 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
 SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
 RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
 PROBE = 2  # seconds that others leave an account alone that has just woken and is being tried
-REFRESH_WAIT, REFRESH_PAUSE = 30, 30  # seconds that a refresh may take; after one that failed
+REFRESH_WAIT = 30  # seconds that a refresh may take
+REFRESH_PAUSES = (1, 2, 4, 8, 16, 30)  # seconds after one that failed, then another, ...
 NEARLY_SPENT = 95  # per cent of a quota window
 THREADS = 10_000  # that are remembered
+RESTING_MODELS = 1000  # of one account, that are remembered
+MOST_DOUBLINGS = 20  # of a rest: a few seconds are months by then, and max-cooldown cuts them
 
 
 class RestRule(NamedTuple):
@@ -1571,8 +1617,11 @@ class RestRule(NamedTuple):
     codes: frozenset[str]  # of the provider, in lower case; "@7d_oi": a full window of that name
     words: tuple[str, ...]  # patterns for its text, for errors that have no code of their own
     rests: str  # "account", "model" or nobody: ""
-    seconds: float  # where the error names no time
-    then: str  # again: as often as request-retry says; wait: if short, else next; next; stop
+    seconds: float  # where the error names no time; twice as long after each failed probe
+    # again: as often as request-retry says; once more: after a pause, then the next account;
+    # wait: if the error asks for a short one, else next; refresh: with another token, then next;
+    # next; stop
+    then: str
 
 
 def rest_rules() -> tuple[RestRule, ...]:
@@ -1582,12 +1631,15 @@ def rest_rules() -> tuple[RestRule, ...]:
     bad_key = ("*api?key not valid*", "*api?key expired*")  # Google's, with a 400
     no_credit = ("*credit balance*", "*usage_not_included*")
     no_model = ("*model*not supported*",)  # ChatGPT's, for a model that the plan lacks
+    revoked = ("*revoked*", "*token*expired*", "*expired*token*")  # Claude's, with a 403
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
+    spent = some({"usage_limit_reached", "insufficient_quota"})  # ChatGPT's comes with a 400, too
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
         RestRule(refused, some(), extra_usage, "", 0, "stop"),
-        RestRule((401,), some(), (), "account", NEVER, "next"),
+        RestRule((401,), some(), (), "account", NEVER, "refresh"),
+        RestRule((403,), some(), revoked, "account", NEVER, "refresh"),
         RestRule((400,), some(), bad_key, "account", NEVER, "next"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
         RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
@@ -1596,6 +1648,8 @@ def rest_rules() -> tuple[RestRule, ...]:
         RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
         RestRule((429,), quota, (), "model", MINUTE, "wait"),
         RestRule(any_status, some(), ("* at capacity*",), "model", MINUTE, "wait"),
+        RestRule(refused, spent, (), "account", MINUTE, "wait"),
+        RestRule((429,), some({RETRIABLE}), (), "account", 5, "once more"),
         RestRule((429,), some(), (), "account", MINUTE, "wait"),
         RestRule(retried, some(), (), "account", 5, "again"),
         RestRule(range(500, 600), some(), (), "account", 5, "next"),
@@ -1626,6 +1680,8 @@ class Rest:
     message: str
     began: float
     wakes: float
+    failures: int = 0  # in a row that named no time: the first, and failed probes
+    probe_until: float = 0  # somebody tries meanwhile whether it is over
 
 
 @dataclass
@@ -1664,7 +1720,8 @@ class Account:
 
     def wait(self, model: str, now: float) -> float:
         """Seconds until it may be asked for a model."""
-        return max((rest.wakes - now for rest in self.resting(model)), default=0.0)
+        rests = self.resting(model)
+        return max((max(rest.wakes, rest.probe_until) - now for rest in rests), default=0.0)
 
     def state(self, now: float) -> str:
         if self.disabled:
@@ -1710,6 +1767,7 @@ class Login(Account):
         self.path = path
         self.hint = f"run `ampproxy.py login {self.kind}`"
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
+        self.refreshes_failed = 0  # in a row
         self.replaced = "-"  # the access token in the file that the present one came for
         self.refreshing: asyncio.Task[None] | None = None
         self.take(token)
@@ -1780,7 +1838,7 @@ class Pool:
             self.save(account, account.token | kept)
             return
         if given != known:
-            account.rests, account.retry_at = {}, 0.0
+            account.rests, account.retry_at, account.refreshes_failed = {}, 0.0, 0
         account.take(token)
 
     def bind(self) -> None:
@@ -1824,7 +1882,7 @@ class Pool:
             if free:
                 account = self.home(thread, free, now)
                 for rest in account.resting(model):  # it is over: this is the probe
-                    rest.wakes = now + PROBE
+                    rest.probe_until = now + PROBE
                 return account
             pause = min((account.wait(model, now) for account in left), default=NEVER)
             if now + pause > until:
@@ -1877,27 +1935,59 @@ class Pool:
             if key in account.rests and account.rests[key].began < began:
                 del account.rests[key]
 
-    def rest(self, account: Account, problem: Problem, model: str) -> None:
-        """Leave an account, or a model of it, alone for as long as the error asks."""
-        rule = verdict(problem)
+    @contextmanager
+    def probing(self, account: Account, model: str) -> Iterator[None]:
+        """While this lasts others leave an account alone that has just woken, up to PROBE."""
+        tried = account.resting(model)
+        try:
+            yield
+        finally:
+            for rest in tried:
+                rest.probe_until = 0
+
+    def failed(self, account: Account, problem: Problem, model: str, began: float) -> None:
+        """An error of a request that was sent at `began`: a rest begins, or ends."""
         account.counts["errors"] += 1
-        if not rule.rests:
-            return
+        rule = verdict(problem)
+        if rule.rests:
+            self.rest(account, rule, problem, model, began)
+        elif LOCAL not in problem.codes:  # the request's own fault: it was answered
+            self.answered(account, model, began)
+
+    def rest(
+        self, account: Account, rule: RestRule, problem: Problem, model: str, began: float
+    ) -> None:
+        """Leave an account, or a model of it, alone for as long as the error asks.
+
+        Where it names no time the rest is twice as long after each failed probe.  Of requests that
+        ran side by side one counts: the others were sent before the rest was over.
+        """
         now, key = self.clock.monotonic(), model if rule.rests == "model" else ""
+        old = account.rests.get(key)
+        failures = old.failures if old else 0
+        if not problem.retry_after and (old is None or began >= old.wakes):
+            failures = min(failures + 1, MOST_DOUBLINGS)
         length = rule.seconds
         if length != NEVER or isinstance(account, ApiKey):  # a key may be good again
             most = self.live.config["max-cooldown"]
-            length = max(1, min(problem.retry_after or length, most))
-        wakes = now + length
-        if key in account.rests:
-            wakes = max(wakes, account.rests[key].wakes)
+            grown = length * 2 ** max(0, failures - 1)
+            length = max(1, min(problem.retry_after or grown, most))
+        wakes = max(now + length, old.wakes if old else 0)
         kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-        account.rests = {**kept, key: Rest(problem.status, problem.message, now, wakes)}
+        status = 404 if rule.rests == "model" and problem.status == 400 else problem.status
+        account.rests = {**kept, key: Rest(status, problem.message, now, wakes, failures)}
+        self.bound_rests(account)
         then = account.hint if length == NEVER else f"rests for {length:.0f} s"
         log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), problem.message, then)
 
-    def nobody(self, rows: list[Row], model: str) -> Problem:
-        """Why none of the accounts can answer now, each by its name."""
+    def bound_rests(self, account: Account) -> None:
+        """Anybody can ask for any number of models: those that wake first are forgotten."""
+        if len(account.rests) > RESTING_MODELS + 1:
+            models = [key for key in account.rests if key]
+            del account.rests[min(models, key=lambda key: account.rests[key].wakes)]
+
+    def nobody(self, rows: list[Row], model: str, last: Problem | None) -> Problem:
+        """Why none of the accounts can answer now, each by its name; `last`: what one just said."""
         now, told, waits, statuses = self.clock.monotonic(), [], [NEVER], []
         for account in self.of(rows):
             wait = account.wait(model, now)
@@ -1911,10 +2001,11 @@ class Pool:
         status = 429
         if first == NEVER:
             status = 401
-        elif all(found and set(found) <= {400, 404} for found in statuses):
+        elif all(found and set(found) == {404} for found in statuses):
             status = 404  # they all lack the model
         message = "no account can answer; " + ". ".join(told)
-        return Problem(status, message, first if status == 429 else 0)
+        text = f"{last.text}; {message}" if last and last.text else ""
+        return Problem(status, message, first if status == 429 else 0, text)
 
     # -- Tokens --
 
@@ -1942,25 +2033,8 @@ class Pool:
     async def refresh(self, account: Login, refused: str, soon: float) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
-            self.read(account.path)
-            if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
-                return
-            assert self.net and account.row
-            form = {
-                "grant_type": "refresh_token",
-                "refresh_token": account.token.get("refresh_token"),
-            }
-            if not form["refresh_token"]:
-                raise fault(401, "refused, and there is no refresh token")
-            async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, account.row.provider, form)
-            self.read(account.path)
-            if account.token.get("refresh_token") != form["refresh_token"]:
-                return  # a new login came meanwhile
-            on_disk = merge_token(account.path, account.token, {})
-            account.replaced = str(on_disk.get("access_token"))
-            self.save(account, account.token | token_fields(answer, self.clock.time()))
-            log.info("%s: token refreshed", account.name)
+            async with asyncio.timeout(REFRESH_WAIT), alone_with(account.path):
+                await self.refresh_alone(account, refused, soon)
         except ProxyError as error:
             self.refresh_failed(account, error.problem)
         except NET_ERRORS as error:
@@ -1968,6 +2042,27 @@ class Pool:
             self.refresh_failed(account, Problem(503, net_words(error), codes=codes))
         finally:
             account.refreshing = None
+
+    async def refresh_alone(self, account: Login, refused: str, soon: float) -> None:
+        self.read(account.path)
+        if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
+            return
+        assert self.net and account.row
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": account.token.get("refresh_token"),
+        }
+        if not form["refresh_token"]:
+            raise fault(401, "refused, and there is no refresh token")
+        answer = await ask_token(self.net, account.row.provider, form)
+        self.read(account.path)
+        if account.token.get("refresh_token") != form["refresh_token"]:
+            return  # a new login came meanwhile
+        on_disk = merge_token(account.path, account.token, {})
+        account.replaced = str(on_disk.get("access_token"))
+        self.save(account, account.token | token_fields(answer, self.clock.time()))
+        account.refreshes_failed = 0
+        log.info("%s: token refreshed", account.name)
 
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
@@ -1980,15 +2075,19 @@ class Pool:
             log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
 
     def refresh_failed(self, account: Login, problem: Problem) -> None:
-        pause = 1 if LOCAL in problem.codes else REFRESH_PAUSE
-        account.retry_at = self.clock.monotonic() + pause
+        last = 0 if LOCAL in problem.codes else len(REFRESH_PAUSES) - 1
+        pause = REFRESH_PAUSES[min(account.refreshes_failed, last)]
+        account.refreshes_failed += 1
+        now = self.clock.monotonic()
+        account.retry_at = now + pause
         self.read(account.path)
         if not account.retry_at:
             return  # a newer token was there
         account.trouble = f"refresh failed: {problem.message}"
         log.error("%s: %s", account.name, account.trouble)
         if problem.status == 401 or account.stale("", self.clock.time()):
-            self.rest(account, problem, "")
+            problem.retry_after = pause
+            self.failed(account, problem, "", now)
 
     def refresh_ahead(self) -> None:
         """Begin the refreshes that are due; one that has just been made is not made again."""
@@ -3340,6 +3439,9 @@ async def refusal(
     if problem.status == 429:
         waits += full.values()
     problem.retry_after = max(waits)
+    again = upstream.headers.get("x-should-retry") == "true" and not problem.retry_after
+    if again and not any("ratelimit" in name.lower() for name in upstream.headers):
+        problem.codes |= {RETRIABLE}
     if answer:
         for name, value in upstream.headers.items():
             if matches(name[:100], REFUSAL_HEADERS):
@@ -3402,6 +3504,9 @@ NOT_ASKED = {  # fields that a helper call must not have
     "count_tokens": ("max_tokens", "stream"),
     "compact": ("stream",),
 }
+# A 404 or 429 of these says nothing about the model or the account: Claude Code counts 35 times in
+# a second, and backends do without them (clients.md).
+HELPERS = ("count_tokens", "countTokens", "compact")
 AMP_HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 Pay = Callable[[Call, str, Delivery], Awaitable[web.StreamResponse]]  # Ampcode.pay
 Outcome = web.StreamResponse | Problem  # what the client gets, or why it got nothing from here
@@ -3490,24 +3595,25 @@ class Forwarder:
             then = verdict(problem).then
             if then == "stop":
                 return problem
-            if then != "wait" or self.clock.monotonic() >= until:
+            rests = account.wait(way.model, self.clock.monotonic()) > 0
+            if then != "wait" or not rests or self.clock.monotonic() >= until:
                 tried.add(account)
         accounts = self.pool.of(way.rows)
         at_rest = any(account.resting(way.model) for account in accounts)
         if problem and (len(accounts) <= 1 or not at_rest):
             return problem
-        return self.pool.nobody(way.rows, way.model)
+        return self.pool.nobody(way.rows, way.model, problem)
 
     async def try_account(
         self, account: Account, prepared: Prepared, delivery: Delivery
     ) -> Outcome:
         """Ask one account, as often as the error and request-retry allow."""
-        config = self.live.config
-        most = {"again": config["request-retry"], "wait": config["request-retry"] + 1}
-        longest = max(RETRY_PAUSE, min(SHORT_WAIT, config["max-retry-interval"]))
-        tries, refused = 0, ""
+        retries = self.live.config["request-retry"]
+        most = {"again": retries, "wait": retries + 1, "once more": 2}
+        longest = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
+        tries, refused, model = 0, "", prepared.way.model
         delivery.call.account = account.label
-        with account.leased():
+        with account.leased(), self.pool.probing(account, model):
             while True:
                 began = self.clock.monotonic()
                 try:
@@ -3519,8 +3625,8 @@ class Forwarder:
                     return outcome
                 tries += 1
                 then = verdict(outcome).then
-                pause = outcome.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
-                if outcome.status == 401 and not refused:
+                pause = outcome.retry_after or (NEVER if then == "wait" else RETRY_PAUSE)
+                if then == "refresh" and not refused and isinstance(account, Login):
                     refused = token
                 elif "invalid_encrypted_content" in outcome.text and forget_reasoning(prepared):
                     log.info("%s: reasoning of another account is left out", account.name)
@@ -3528,8 +3634,10 @@ class Forwarder:
                     await self.clock.sleep(pause)
                 else:
                     newer = isinstance(account, Login) and token != account.access_token
-                    if outcome.status != 401 or not newer:
-                        self.pool.rest(account, outcome, prepared.way.model)
+                    if then == "refresh" and newer:
+                        return outcome
+                    if delivery.call.verb not in HELPERS or outcome.status not in (404, 429):
+                        self.pool.failed(account, outcome, model, began)
                     return outcome
 
     async def exchange(
@@ -3567,7 +3675,7 @@ class Forwarder:
                 self.net.release(upstream, over)
         if delivery.problem:
             call.trouble = delivery.problem.message
-            self.pool.rest(account, delivery.problem, model)
+            self.pool.failed(account, delivery.problem, model, began)
         return response
 
 
@@ -4179,7 +4287,7 @@ class Server:
         spent = call.dialect is RESPONSES and problem.status == 429 and wait > 30
         if problem.body and not (spent and limit.encode() not in problem.body):
             return problem.body
-        body = call.dialect.error(problem.status, problem.message)
+        body = call.dialect.error(problem.status, problem.text or problem.message)
         if spent:  # Codex waits out any other 429 in silence (clients.md)
             ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
             body["error"] |= {"type": limit, "code": limit, **ends}

@@ -1253,7 +1253,7 @@ async def test_an_authority_that_is_down_is_not_stormed(tmp_path):
         for _ in range(3):
             assert (await w.ask("/v1/messages", ASK)).status in (429, 503)
             w.server.tick()
-        assert len(w.authority.requests) == 1
+        assert len(w.authority.requests) <= 3, "each after a wait: see the pauses below"
         w.authority.usual = answer_json(NEW_TOKEN)
         w.clock.now += 60
         assert (await w.ask("/v1/messages", ASK)).status == 200
@@ -1416,12 +1416,19 @@ ROWS = {
     "extra usage": (said(400, "You're out of extra usage"), 1, "", 0, "nobody"),
     "long context": (limit("Extra usage is required for long context"), 1, "", 0, "nobody"),
     "401": (said(401), 2, "account", float("inf"), "next"),
+    "400 key": (said(400, "API key not valid"), 1, "account", float("inf"), "next"),
     "402": (said(402), 1, "account", 1800, "next"),
     "403": (said(403), 1, "account", 1800, "next"),
+    "403 revoked": (said(403, "OAuth token has been revoked", "permission_error"), 2, "account", float("inf"), "next"),
+    "403 expired": (said(403, "OAuth token has expired", "permission_error"), 2, "account", float("inf"), "next"),
     "404": (said(404, "model: claude-x", "not_found_error"), 1, "model", 1800, "next"),
     "400 model": (said(400, "the model claude-x is not supported"), 1, "model", 1800, "next"),
     "a model's week": (limit(**window("7d_oi", "rejected", 700)), 1, "model", 700, "next"),
     "429": (limit(), 1, "account", 60, "next"),
+    "429 that may be tried again": (limit(**{"x-should-retry": "true"}), 2, "account", 5, "next"),
+    "a spent plan under a 400": (
+        answer_json({"error": {"type": "usage_limit_reached", "message": "x", "resets_in_seconds": 700}}, 400),
+        1, "account", 700, "next"),
     "429 until": (limit(**{"Retry-After": "90"}), 1, "account", 90, "next"),
     "a spent window": (SPENT, 1, "account", 900, "next"),
     "429 for days": (limit(**{"Retry-After": "400000"}), 1, "account", 1800, "next"),
@@ -1454,8 +1461,14 @@ def test_each_row_of_the_table_is_a_case():
     for status, headers, parts in (row[0] for row in ROWS.values()):
         body = b"".join(part for part in parts if part != "cut").decode()
         full = [name.split("-")[3] for name, value in headers.items() if value == "rejected"]
+        codes = {ampproxy.RETRIABLE} if "x-should-retry" in headers else set()
+        codes |= {"usage_limit_reached"} if "usage_limit_reached" in body else set()
         problem = ampproxy.Problem(
-            status if status != 200 else 502, "", text=body, windows=frozenset(full)
+            status if status != 200 else 502,
+            "",
+            text=body,
+            windows=frozenset(full),
+            codes=frozenset(codes),
         )
         met.add(ampproxy.verdict(problem)[-3:])
     met.add(ampproxy.verdict(ampproxy.Problem(502, "", codes=frozenset({ampproxy.LOCAL})))[-3:])
@@ -1475,7 +1488,8 @@ async def test_what_an_error_means(tmp_path, name):
         key = {"account": "", "model": ASK["model"]}.get(what)
         assert resting(w) == ({key: length} if what else {})
         asked = {**answer[1], **headers}.get("Retry-After")
-        assert headers.get("x-should-retry") == ("false" if asked and int(asked) > 30 else None)
+        own = answer[1].get("x-should-retry")
+        assert headers.get("x-should-retry") == ("false" if asked and int(asked) > 30 else own)
         w.clock.now += 100_000
         response = await w.ask(PATH, ASK)
         assert response.headers["x-ampproxy-route"] == ("local" if then == "nobody" else "amp")
@@ -1717,12 +1731,12 @@ async def test_a_probe_ends_a_rest_or_begins_it_again(tmp_path):
         w.clock.now += 1
         gate.set()
         await asyncio.gather(*asked)
-        assert resting(w) == {"": 60}
-        for _ in range(6):
+        assert resting(w) == {"": 60}, "20 at once are one failure"
+        for length in (120, 240, 480, 960, 1800, 1800):
             w.clock.now += 100_000
             await w.ask("/v1/messages", ASK)
-            assert resting(w) == {"": 60}
-        w.clock.now += 61
+            assert resting(w) == {"": length}
+        w.clock.now += 1801
         gate.clear()
         asked = [asyncio.create_task(w.ask("/v1/messages", ASK)) for _ in range(20)]
         while sum(task.done() for task in asked) < 19 or len(w.claude.requests) < 27:
@@ -2052,7 +2066,7 @@ async def test_an_odd_refresh_token_is_no_storm(tmp_path, odd):
         w.authority.usual = answer_json({"error": "bad"}, 500)
         for _ in range(3):
             assert (await w.ask("/v1/messages", ASK)).status >= 400
-        assert len(w.authority.requests) == 1
+        assert len(w.authority.requests) <= 3
         assert not w.claude.requests
 
 
@@ -3724,7 +3738,8 @@ async def test_a_full_disk_during_a_refresh_loses_no_token(tmp_path):
         new = json.loads(cli.claude.token.read_text())
         assert (new["refresh_token"], new["note"]) == ("sk-ant-ort-new", "kept")
         assert [r.path for r in cli.claude.requests].count("/token") == 1
-        assert [p.name for p in cli.claude.token.parent.iterdir()] == [cli.claude.token.name]
+        kept = [p.name for p in cli.claude.token.parent.iterdir() if p.suffix != ".lock"]
+        assert kept == [cli.claude.token.name]
 
 
 @linux
@@ -6009,12 +6024,12 @@ async def test_the_flag_again_and_again(tmp_path):
 @pytest.mark.parametrize("status", [400, 404, 429])
 @in_loop
 async def test_refused_prompts_are_not_kept(tmp_path, status):
-    """30 prompts of 10 MB, with the collector switched off."""
+    """Prompts of 10 MB, with the collector switched off; after a 429 each waits out a second."""
     code = "import gc, sys; gc.disable(); import ampproxy; sys.exit(ampproxy.main(sys.argv[1:]))"
     body = json.dumps({**ASK, "messages": [{"role": "user", "content": "x" * 10_000_000}]}).encode()
     async with running(tmp_path, said(status, "model: x"), script=["-c", code]) as cli:
         before = None
-        for number in range(31):
+        for number in range(13 if status == 429 else 31):
             model = f"claude-{number}" if status == 404 else "claude-opus-4-6"
             data = body.replace(b"claude-opus-4-6", model.encode())
             async with cli.http.post("/v1/messages", data=data) as answer:
@@ -6772,6 +6787,318 @@ def test_route_says_who_would_serve_and_why(tmp_path, capsys):
     assert decision == "So nobody here; fallback: always"
     file.write_text(file.read_text().replace("ampcode:", "ampcode:\n  fallback: never"))
     assert lines("claude-opus-4-7")[-1] == "So nobody here; fallback: never"
+
+
+# == What users of other proxies suffered ==========================================================
+
+
+async def at_once(w, count, path="/v1/messages", body=ASK):
+    """So many requests that the provider has before it answers any of them; their answers."""
+    gate, asked = asyncio.Event(), len(w.claude.requests)
+    w.claude.usual = held(gate, w.claude.usual)
+    tasks = [asyncio.create_task(w.ask(path, body)) for _ in range(count)]
+    while len(w.claude.requests) < asked + count:
+        await asyncio.sleep(0)
+    gate.set()
+    status, headers, parts = w.claude.usual
+    w.claude.usual = status, headers, parts[1:]
+    return await asyncio.gather(*tasks)
+
+
+NO_WAIT = {"max-retry-interval": 0, "request-retry": 1}
+
+
+@in_loop
+async def test_a_rest_grows_once_per_failure_window_and_shrinks_with_a_success(tmp_path):
+    async with world(tmp_path, **NO_WAIT, **{"max-cooldown": 50}) as w:
+        w.claude.usual = said(500)
+        await at_once(w, 30)
+        assert resting(w) == {"": 5}, "30 requests that ran side by side are one failure"
+        for length in (10, 20, 40, 50, 50):
+            w.clock.now += 100
+            assert (await w.ask("/v1/messages", ASK)).status == 500
+            assert resting(w) == {"": length}
+        w.clock.now += 100
+        w.claude.script = [answer_json(message())]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert resting(w) == {}
+        assert (await w.ask("/v1/messages", ASK)).status == 500
+        assert resting(w) == {"": 5}
+
+
+@in_loop
+async def test_a_request_from_before_the_rest_was_over_does_not_grow_it(tmp_path):
+    gate = asyncio.Event()
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.script = [held(gate, said(500)), said(500)]
+        early = asyncio.create_task(w.ask("/v1/messages", ASK))
+        while not w.claude.requests:
+            await asyncio.sleep(0)
+        w.clock.now += 1
+        await w.ask("/v1/messages", ASK)
+        w.clock.now += 6
+        gate.set()
+        await early
+        assert resting(w) == {"": 5}
+
+
+@in_loop
+async def test_a_time_that_the_error_names_is_not_doubled(tmp_path):
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.usual = said(503, **{"Retry-After": "40"})
+        for _ in range(3):
+            await w.ask("/v1/messages", ASK)
+            assert resting(w) == {"": 40}
+            w.clock.now += 41
+
+
+@in_loop
+async def test_a_token_endpoint_that_fails_is_asked_again_ever_more_rarely(tmp_path):
+    asked = []
+
+    async def down(request):
+        asked.append(w.clock.now)
+        return web.json_response({"error": "temporarily_unavailable"}, status=503)
+
+    async with world(tmp_path, tokens=(), **NO_WAIT) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = down
+        for _ in range(2 * 95):
+            assert (await w.ask("/v1/messages", ASK)).status in (429, 503)
+            w.clock.now += 0.5
+        assert asked == [0, 1, 3, 7, 15, 31, 61, 91]
+        w.authority.usual = answer_json(NEW_TOKEN)
+        w.clock.now = 121
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        token_file(w.auth, expired="2020-01-01T00:00:00Z", access_token="sk-ant-oat-new")
+        w.server.tick()
+        w.authority.usual, now = down, w.clock.now
+        for _ in range(4):
+            await w.ask("/v1/messages", ASK)
+            w.clock.now += 0.5
+        assert asked[8:] == [now, now + 1], "from the beginning, after a success"
+
+
+HELPERS = {  # verb -> how it is asked
+    "count_tokens": ("claude-api-key", "/v1/messages/count_tokens", ASK),
+    "compact": ("codex-api-key", "/v1/responses/compact", {"model": "gpt-5.4", "input": "x"}),
+    "countTokens": ("gemini-api-key", "/v1beta/models/gemini-2.5-pro:countTokens", {"contents": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [404, 429])
+@pytest.mark.parametrize("verb", HELPERS)
+@in_loop
+async def test_a_helper_that_is_refused_makes_nothing_rest(tmp_path, verb, status):
+    """Claude Code's /context counts 35 times in a second, and some backends have no counting."""
+    kind, path, body = HELPERS[verb]
+    async with key_world(tmp_path, kind, keys=("one", "two")) as w:
+        refused = answer_json({"error": {"message": "no"}}, status, **{"Retry-After": "60"})
+        w.keyed.script = [refused] * 70
+        answers = await asyncio.gather(*(w.ask(path, body) for _ in range(35)))
+        assert {answer.status for answer in answers} == {status}
+        assert len(w.keyed.requests) == 70, "each key once"
+        assert not any(account.rests for account in w.server.pool.accounts.values())
+        assert (await w.ask(*asked_as(kind))).status == 200
+
+
+@pytest.mark.parametrize("answer", [said(401), said(500), said(403)])
+@in_loop
+async def test_a_helper_that_fails_otherwise_is_like_any_call(tmp_path, answer):
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.usual = answer
+        await w.ask("/v1/messages/count_tokens", ASK)
+        assert list(resting(w)) == [""]
+
+
+@pytest.mark.parametrize("words", ["OAuth token has been revoked", "OAuth token has expired"])
+@in_loop
+async def test_a_403_for_a_token_that_ended_is_refreshed_once(tmp_path, words):
+    async with world(tmp_path) as w:
+        w.claude.script = [said(403, words, "permission_error")]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert len(w.authority.requests) == 1
+        assert [bearer_of(r) for r in w.claude.requests] == ["fred@example.com", "new"]
+        w.claude.usual = said(403, words, "permission_error")
+        w.authority.usual = answer_json({"error": "invalid_grant"}, 400)
+        assert (await w.ask("/v1/messages", ASK)).status == 401
+        accounts = (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        assert accounts[0]["state"] == "needs-login"
+
+
+@pytest.mark.parametrize(("status", "answer", "final"), [
+    (401, {"error": {"code": "app_session_expired", "message": "x"}}, True),
+    (400, {"error": "app_session_terminated"}, True),
+    (401, {"error": {"message": "Your session has ended. Please log in again."}}, True),
+    (401, {"error": {"message": "Your refresh token was already used. Please try signing in again."}}, True),
+    (400, {"error": "invalid_request", "error_description": "please sign in again"}, True),
+    (403, {"error": {"code": "refresh_token_revoked"}}, True),
+    (503, {"error": {"message": "please log in again later"}}, False),
+    (500, {"error": "server_error"}, False), (429, {"error": "rate_limit_error"}, False),
+    (401, {"error": {"message": "who are you"}}, False),
+])  # fmt: skip
+@in_loop
+async def test_final_words_of_a_token_endpoint(tmp_path, status, answer, final):
+    async with world(tmp_path, tokens=(), **NO_WAIT) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        w.authority.usual = answer_json(answer, status)
+        for _ in range(3):
+            assert (await w.ask("/v1/messages", ASK)).status >= 400
+            w.clock.now += 3600
+        assert len(w.authority.requests) == (1 if final else 3)
+        state = (await w.ask_json("/status", method="GET"))[1]["accounts"][0]["state"]
+        assert (state == "needs-login") == final
+
+
+@in_loop
+async def test_a_429_that_may_be_tried_again_is(tmp_path):
+    """It says so, and names no limit: one more try, then a short rest that grows."""
+    again = limit("slowly", **{"x-should-retry": "true"})
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.script = [again]
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert (w.clock.now, resting(w)) == (ampproxy.RETRY_PAUSE, {})
+        w.claude.usual = again
+        for length in (5, 10, 20):
+            status, body, headers = await w.ask_json("/v1/messages", ASK)
+            assert (status, body["error"]["message"]) == (429, "slowly"), "the provider's words"
+            assert headers["x-should-retry"] == "true"
+            assert resting(w) == {"": length}
+            w.clock.now += length
+        assert len(w.claude.requests) == 8
+    for more in (
+        {"Retry-After": "50"},
+        {"anthropic-ratelimit-unified-status": "rejected"},
+        {"x-should-retry": "false"},
+    ):
+        (folder := tmp_path / str(len(str(more)))).mkdir()
+        async with world(folder, **NO_WAIT) as w:
+            w.claude.usual = limit("slowly", **{"x-should-retry": "true", **more})
+            await w.ask("/v1/messages", ASK)
+            assert len(w.claude.requests) == 1
+            assert resting(w) in ({"": 50}, {"": 60})
+
+
+@pytest.mark.parametrize("cooldown", [1, 1800])
+@in_loop
+async def test_an_answered_probe_ends_the_probe(tmp_path, cooldown):
+    """Also when the answer is the request's own fault; one that fails rests as long as any."""
+    async with world(tmp_path, **NO_WAIT, **{"max-cooldown": cooldown}) as w:
+        w.claude.script = [said(500), said(400), answer_json(message())]
+        assert (await w.ask("/v1/messages", ASK)).status == 500
+        w.clock.now += min(cooldown, 5) + 0.1
+        assert (await w.ask("/v1/messages", ASK)).status == 400
+        assert resting(w) == {}
+        w.clock.now += 0.1
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        w.claude.script = [said(500), said(500), said(500)]
+        for length in (5, 10, 20):
+            assert (await w.ask("/v1/messages", ASK)).status == 500
+            assert resting(w) == {"": min(cooldown, length)}
+            w.clock.now += min(cooldown, length)
+
+
+@in_loop
+async def test_a_probe_that_was_left_holds_nobody_up(tmp_path):
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.script = [said(500), (200, SSE, [asyncio.Event()])]
+        await w.ask("/v1/messages", ASK)
+        w.clock.now += 6
+        probe = asyncio.create_task(w.ask("/v1/messages", STREAM))
+        while len(w.claude.requests) < 2:
+            await asyncio.sleep(0)
+        assert (await w.ask("/v1/messages", ASK)).status == 429, "one probe at a time"
+        probe.cancel()
+        await w.claude.gone.wait()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+SPENT_400 = {"error": {"type": "usage_limit_reached", "message": "spent", "resets_in_seconds": 700}}
+
+
+@in_loop
+async def test_a_spent_plan_is_known_by_its_words_under_any_status(tmp_path):
+    names = ("ann@example.com", "bob@example.com")
+    async with codex_world(tmp_path, names, **NO_WAIT) as w:
+        w.codex.script = [answer_json(SPENT_400, 400)]
+        assert (await w.ask(CODEX, QUESTION)).status == 200
+        assert resting(w) == {"": 700}
+        w.codex.usual = answer_json(SPENT_400, 400)
+        await w.ask(CODEX, QUESTION)
+        status, body, headers = await w.ask_json(CODEX, QUESTION)
+        assert (status, body["error"]["type"]) == (429, "usage_limit_reached")
+        assert headers["Retry-After"] == "700"
+
+
+FIRST_ERRORS = {  # a provider's error in the first event of a stream
+    "claude-api-key": event("error", error={"type": "api_error", "message": "its own words"}),
+    "codex-api-key": event("error", error={"type": "server_error", "message": "its own words"}),
+    "openai-compatibility": data({"error": {"code": "server_error", "message": "its own words"}}),
+    "gemini-api-key": data({"error": {"code": 500, "status": "INTERNAL", "message": "its own words"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FIRST_ERRORS)
+@in_loop
+async def test_of_several_keys_that_fail_the_last_words_and_each_reason_are_told(
+    tmp_path, kind, caplog
+):
+    async with key_world(tmp_path, kind, keys=("k-one", "k-two"), config=NO_WAIT) as w:
+        w.keyed.usual = (200, SSE, [FIRST_ERRORS[kind]])
+        path, body = asked_as(kind, stream=True)
+        response = await w.ask(path, body)
+        told = json.loads(response.bytes)["error"]["message"]
+        assert response.status == 429
+        assert "its own words" in told
+        assert told.count("wakes in 5 s") == 2
+        assert "its own words" not in caplog.text
+
+
+# Another process that holds the lock of a token file, saves a token when told so, and ends.
+HOLDER = """
+import asyncio, pathlib, sys
+import ampproxy
+
+async def hold(path):
+    async with ampproxy.alone_with(path):
+        print("held", flush=True)
+        token = sys.stdin.readline().strip()
+        known = ampproxy.read_token(path)
+        ampproxy.save_token(path, known | {"access_token": token, "expired": "2099-01-01T00:00:00Z"})
+
+asyncio.run(hold(pathlib.Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no flock")
+@pytest.mark.parametrize("ends", ["with a token", "killed"])
+@in_loop
+async def test_of_two_processes_one_refreshes_and_the_late_one_adopts(tmp_path, ends):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        command = [sys.executable, "-c", HOLDER, str(path)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": HERE}
+        with subprocess.Popen(command, **pipes) as holder:
+            assert await asyncio.to_thread(holder.stdout.readline) == "held\n"
+            w.server.tick()
+            asked = asyncio.create_task(w.ask("/v1/messages", ASK))
+            while not (account := w.server.pool.accounts[path]).refreshing:
+                await asyncio.sleep(0)
+            await asyncio.sleep(3 * ampproxy.LOCK_LOOK)  # some looks long
+            assert account.refreshing and not w.authority.requests, "it waits"
+            if ends == "killed":
+                holder.kill()
+            else:
+                holder.stdin.write("sk-ant-oat-theirs\n")
+                holder.stdin.flush()
+            assert (await asked).status == 200
+        theirs = ends == "with a token"
+        assert len(w.authority.requests) == (0 if theirs else 1)
+        assert bearer_of(w.claude.last) == ("theirs" if theirs else "new")
+        assert stat.S_IMODE((path.parent / f".{path.name}.lock").stat().st_mode) == 0o600
+        assert len(w.server.pool.scan()) == 1, "the lock is no token file"
 
 
 # == The official SDK ==============================================================================
