@@ -445,6 +445,7 @@ class Provider:
     authorize_url: str = ""
     authorize_query: dict[str, str] = field(default_factory=dict)
     token_url: str = ""
+    other_token_url: str = ""  # where to ask when that answers 404
     token_form: bool = False  # the token endpoint takes a form; else JSON
     client_id: str = ""
     client_secret: str = ""
@@ -527,7 +528,8 @@ LOGINS = {
         identity=True,
         authorize_url="https://claude.ai/oauth/authorize",
         authorize_query={"code": "true"},
-        token_url="https://api.anthropic.com/v1/oauth/token",  # others: platform.claude.com
+        token_url="https://api.anthropic.com/v1/oauth/token",
+        other_token_url="https://platform.claude.com/v1/oauth/token",  # providers.md 1.1
         client_id="9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         scope=(
             "user:profile user:inference user:sessions:claude_code user:mcp_servers"
@@ -957,6 +959,8 @@ def overlaid(row: Provider, given: Json) -> Provider:
             value = tuple(value)
         changes[one.name] = value
     changes["name"] = given.get("name") or row.name
+    if changes["token_url"] != row.token_url and changes["other_token_url"] == row.other_token_url:
+        changes["other_token_url"] = ""  # a token goes to no other host than the one named
     return Provider(**changes)
 
 
@@ -1553,6 +1557,8 @@ async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
     data = form if provider.token_form else write_json(form)
     headers = {"Content-Type": f"application/{kind}"}
     status, answer = await net.ask_json("POST", provider.token_url, headers, data)
+    if status == 404 and provider.other_token_url:
+        status, answer = await net.ask_json("POST", provider.other_token_url, headers, data)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     secret = str(form.get("refresh_token") or form["code"])
@@ -1982,8 +1988,8 @@ class Pool:
 
     def bound_rests(self, account: Account) -> None:
         """Anybody can ask for any number of models: those that wake first are forgotten."""
-        if len(account.rests) > RESTING_MODELS + 1:
-            models = [key for key in account.rests if key]
+        models = [key for key in account.rests if key]
+        if len(models) > RESTING_MODELS:
             del account.rests[min(models, key=lambda key: account.rests[key].wakes)]
 
     def nobody(self, rows: list[Row], model: str, last: Problem | None) -> Problem:
@@ -3269,11 +3275,13 @@ async def checked_events(
     items = Items()
     held: list[bytes] = []
     ending = ""
+    short_ends = False  # the first run begins with what names the model and counts the input
     try:
         async for run in runs:
-            if told and not is_notable(run, marks, call.dialect.short_ends):
+            if told and not is_notable(run, marks, short_ends):
                 yield run
                 continue
+            short_ends = call.dialect.short_ends
             for raw in split_events(run):
                 looked = Looked(raw)
                 if not told or is_notable(raw, marks, False):

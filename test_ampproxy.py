@@ -7101,6 +7101,228 @@ async def test_of_two_processes_one_refreshes_and_the_late_one_adopts(tmp_path, 
         assert len(w.server.pool.scan()) == 1, "the lock is no token file"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_a_refused_key_is_sent_once(tmp_path, kind):
+    async with key_world(tmp_path, kind, config=NO_WAIT) as w:
+        w.keyed.usual = answer_json({"error": {"message": "no"}}, 401)
+        assert (await w.ask(*asked_as(kind))).status == 401
+        assert len(w.keyed.requests) == 1
+
+
+@pytest.mark.parametrize(("given", "asked"), [
+    ({"token-url": "{}/gone", "other-token-url": "{}/token"}, ["/gone", "/token"]),
+    ({"token-url": "{}/gone"}, ["/gone"]),  # an address of one's own has no other
+    ({"token-url": "{}/down", "other-token-url": "{}/token"}, ["/down"]),
+])  # fmt: skip
+@in_loop
+async def test_the_other_token_address_is_asked_on_a_404(tmp_path, given, asked):
+    async def play(request):
+        status = {"/gone": 404, "/down": 503}.get(request.path, 200)
+        return web.json_response(NEW_TOKEN if status == 200 else {}, status=status)
+
+    async with world(tmp_path, tokens=(), **NO_WAIT) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.reload(claude={k: v.format(w.authority.url) for k, v in given.items()}, **NO_WAIT)
+        w.authority.usual = play
+        w.server.tick()
+        status = (await w.ask("/v1/messages", ASK)).status
+        assert ([r.path for r in w.authority.requests], status == 200) == (
+            asked,
+            asked[-1] == "/token",
+        )
+
+
+@in_loop
+async def test_tables_by_model_names_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "RESTING_MODELS", 50)
+    async with world(tmp_path, ampcode={"fallback": "never"}) as w:
+        w.claude.usual = said(404, "model: x", "not_found_error")
+        for number in range(200):
+            await w.ask("/v1/messages", {**ASK, "model": f"claude-{number}"})
+        account = w.server.pool.accounts[w.tokens[0]]
+        assert len(account.rests) == 50
+        assert "claude-199" in account.rests
+    (tmp_path / "other").mkdir()
+    async with world(tmp_path / "other", tokens=()) as w:
+        for number in range(ampproxy.PAID_MODELS + 50):
+            await w.ask(PATH, {**ASK, "model": f"claude-{number}"})
+        report = (await w.ask_json("/status", method="GET"))[1]
+        assert len(report["paid"]) == ampproxy.PAID_MODELS
+        assert report["routes"]["amp"] == ampproxy.PAID_MODELS + 50
+
+
+def anthropic_counts(*usages):
+    first, last = events()[0], usages[-1]
+    start = {**message(), "content": [], "usage": usages[0]}
+    return [event("message_start", message=start), *events()[1:4],
+            event("message_delta", delta={"stop_reason": "end_turn"}, usage=last), first[:0], events()[5]]  # fmt: skip
+
+
+def gemini_counts(*usages):
+    return [
+        data({**content(end="STOP" if usage is usages[-1] else None), "usageMetadata": usage})
+        for usage in usages
+    ]
+
+
+def chat_counts(*usages):
+    *chunks, last, done = completion_chunks()
+    return [*chunks, *(data({**data_of(last)[0], "usage": usage}) for usage in usages), done]
+
+
+COUNTS = {  # what a stream says of its tokens -> input and output in the status
+    "claude, with its cache": ("claude-api-key", anthropic_counts(
+        {"input_tokens": 5, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 20, "output_tokens": 1},
+        {"output_tokens": 30}), 125, 30),
+    "claude, said twice": ("claude-api-key", anthropic_counts(
+        {"input_tokens": 5, "cache_read_input_tokens": 100, "output_tokens": 1},
+        {"input_tokens": 5, "cache_read_input_tokens": 100, "output_tokens": 30}), 105, 30),
+    "claude, nothing": ("claude-api-key", anthropic_counts({"input_tokens": None}, {"output_tokens": None}), 0, 0),
+    "chatgpt": ("codex-api-key", codex_events(output=[TEXT_ITEM], usage={
+        "input_tokens": 50, "input_tokens_details": {"cached_tokens": 40},
+        "output_tokens": 30, "output_tokens_details": {"reasoning_tokens": 20}}), 50, 30),
+    "chat": ("openai-compatibility", chat_counts({
+        "prompt_tokens": 50, "prompt_tokens_details": {"cached_tokens": 40},
+        "completion_tokens": 30, "completion_tokens_details": {"reasoning_tokens": 20}}), 50, 30),
+    "chat, growing": ("openai-compatibility", chat_counts(None, {"prompt_tokens": 50, "completion_tokens": 3},
+        {"prompt_tokens": 50, "completion_tokens": 30}), 50, 30),
+    "gemini, thoughts": ("gemini-api-key", gemini_counts(
+        {"promptTokenCount": 7, "candidatesTokenCount": 100, "thoughtsTokenCount": 800}), 7, 900),
+    "gemini, said twice": ("gemini-api-key", gemini_counts(
+        {"promptTokenCount": 7, "thoughtsTokenCount": 800},
+        {"promptTokenCount": 7, "candidatesTokenCount": 100, "thoughtsTokenCount": 800}), 7, 900),
+    "gemini, tools": ("gemini-api-key", gemini_counts(
+        {"promptTokenCount": 7, "toolUsePromptTokenCount": 40, "candidatesTokenCount": 1}), 47, 1),
+    "gemini, cached": ("gemini-api-key", gemini_counts(  # which promptTokenCount has in it
+        {"promptTokenCount": 70, "cachedContentTokenCount": 40, "candidatesTokenCount": 1}), 70, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [20, 100_000])
+@pytest.mark.parametrize("name", COUNTS)
+@in_loop
+async def test_tokens_are_counted_alike_for_all(tmp_path, name, size):
+    kind, stream, read, written = COUNTS[name]
+    async with key_world(tmp_path, kind) as w:
+        whole = b"".join(stream)
+        w.keyed.usual = (200, SSE, [whole[i : i + size] for i in range(0, len(whole), size)])
+        assert (await w.ask(*asked_as(kind, stream=True))).status == 200
+        row = w.server.ledger.requests[0]
+        assert (row["input_tokens"], row["output_tokens"]) == (read, written)
+
+
+@pytest.mark.parametrize("paid", [False, True])
+@pytest.mark.parametrize("size", [5000, 40_000])
+@in_loop
+async def test_input_is_counted_when_the_first_event_is_large(tmp_path, size, paid):
+    start = {
+        **message(),
+        "content": [],
+        "note": "x" * size,
+        "usage": {"input_tokens": 11, "output_tokens": 1},
+    }
+    large = [event("message_start", message=start), *events()[1:]]
+    async with world(tmp_path, tokens=() if paid else ("fred@example.com",)) as w:
+        (w.amp if paid else w.claude).usual = (200, SSE, [large[0], b"".join(large[1:])])
+        assert (await w.ask(PATH, STREAM)).bytes == b"".join(large)
+        row = w.server.ledger.requests[0]
+        assert (row["input_tokens"], row["output_tokens"]) == (11, 7)
+
+
+BEHIND_THE_END = {
+    "claude-api-key": events, "codex-api-key": lambda: codex_events(output=[TEXT_ITEM]),
+    "openai-compatibility": completion_chunks,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", ["with it", "alone"])
+@pytest.mark.parametrize("kind", BEHIND_THE_END)
+@in_loop
+async def test_nothing_behind_the_last_event_is_forwarded(tmp_path, kind, piece):
+    stream, late = BEHIND_THE_END[kind](), data({"late": 1})
+    async with key_world(tmp_path, kind) as w:
+        parts = [b"".join([*stream, late])] if piece == "with it" else [*stream, late]
+        w.keyed.usual = (200, SSE, parts)
+        assert (await w.ask(*asked_as(kind, stream=True))).bytes == b"".join(stream)
+
+
+@in_loop
+async def test_a_folded_stream_is_over_with_its_last_event(tmp_path):
+    async with codex_world(tmp_path) as w:
+        w.codex.usual = (200, SSE, [*codex_events(), asyncio.Event()])
+        assert (await w.ask(CODEX, {**QUESTION, "stream": False})).status == 200
+        assert not [a for a in w.server.pool.accounts.values() if a.in_flight]
+
+
+BREAKS = {  # where a stream breaks: the beginning of its next event
+    "in a character": data({"x": "h\u00e9"}).replace(b"\\u00e9", b"\xc3"), "in a line": b'data: {"x": "a',
+    "before its end": b'data: {"x": "a"}', "in its end": b'data: {"x": "a"}\n', "between": b"",
+}  # fmt: skip
+LIVE_PARTS = {  # the events that come before, which a client knows
+    "claude-api-key": (events, 3), "codex-api-key": (codex_events, 3),
+    "openai-compatibility": (completion_chunks, 2), "gemini-api-key": (content_chunks, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", BREAKS)
+@pytest.mark.parametrize("kind", LIVE_PARTS)
+@in_loop
+async def test_a_stream_that_breaks_in_an_event_ends_in_the_error_alone(tmp_path, kind, where):
+    make, count = LIVE_PARTS[kind]
+    whole = make()[:count]
+    async with key_world(tmp_path, kind, config=NO_WAIT) as w:
+        half = BREAKS[where].partition(b"\xc3")
+        w.keyed.usual = (200, SSE, [*whole, half[0] + half[1], "cut"])
+        path, body = asked_as(kind, stream=True)
+        got = b""
+        async with w.http.post(w.url + path, json=body) as response:
+            with suppress(aiohttp.ClientError):  # Gemini's connection is broken, too
+                async for piece in response.content.iter_any():
+                    got += piece
+        assert got.startswith(b"".join(whole))
+        rest = got.removeprefix(b"".join(whole))
+        frames = data_of(rest)
+        assert len(frames) == rest.count(b"\n\n") == 1, rest
+        error = frames[0].get("error") or frames[0]["response"]["error"]
+        assert "broke off" in error["message"]
+
+
+@pytest.mark.parametrize("where", BREAKS)
+@in_loop
+async def test_the_sdks_raise_for_a_stream_that_breaks(tmp_path, where):
+    anthropic, openai = pytest.importorskip("anthropic"), pytest.importorskip("openai")
+    parts = [BREAKS[where].partition(b"\xc3")[0], "cut"]
+    asked = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+    async def read(stream):
+        return [event async for event in await stream]
+
+    async with key_world(tmp_path, "claude-api-key", config=NO_WAIT) as w:
+        w.keyed.usual = (200, SSE, [*events()[:3], *parts])
+        client = anthropic.AsyncAnthropic(base_url=w.url, api_key="any", max_retries=0)
+        with pytest.raises(anthropic.APIStatusError, match="broke off"):
+            await read(client.messages.create(model=ASK["model"], max_tokens=9, **asked))
+        await client.close()
+    for name in ("chat", "responses"):
+        (tmp_path / name).mkdir()
+    async with key_world(tmp_path / "chat", "openai-compatibility", config=NO_WAIT) as w:
+        w.keyed.usual = (200, SSE, [*completion_chunks()[:2], *parts])
+        client = openai.AsyncOpenAI(api_key="k", base_url=w.url + "/v1", max_retries=0)
+        with pytest.raises(openai.APIError, match="broke off"):
+            await read(client.chat.completions.create(model="gpt-5.4", **asked))
+        await client.close()
+    async with key_world(tmp_path / "responses", "codex-api-key", config=NO_WAIT) as w:
+        w.keyed.usual = (200, SSE, [*codex_events()[:3], *parts])
+        client = openai.AsyncOpenAI(api_key="k", base_url=w.url + "/v1", max_retries=0)
+        seen = await read(client.responses.create(model="gpt-5.4", input="hi", stream=True))
+        assert (seen[-1].type, "broke off" in seen[-1].response.error.message) == (
+            "response.failed",
+            True,
+        )
+        await client.close()
+
+
 # == The official SDK ==============================================================================
 
 
