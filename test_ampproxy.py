@@ -7224,8 +7224,12 @@ async def test_input_is_counted_when_the_first_event_is_large(tmp_path, size, pa
     }
     large = [event("message_start", message=start), *events()[1:]]
     async with world(tmp_path, tokens=() if paid else ("fred@example.com",)) as w:
-        (w.amp if paid else w.claude).usual = (200, SSE, [large[0], b"".join(large[1:])])
-        assert (await w.ask(PATH, STREAM)).bytes == b"".join(large)
+        gate = asyncio.Event()
+        (w.amp if paid else w.claude).usual = (200, SSE, [large[0], gate, b"".join(large[1:])])
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            assert await response.content.readexactly(len(large[0])) == large[0]
+            gate.set()
+            assert await response.content.read() == b"".join(large[1:])
         row = w.server.ledger.requests[0]
         assert (row["input_tokens"], row["output_tokens"]) == (11, 7)
 
