@@ -431,7 +431,7 @@ class Provider:
     ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
     excluded_models: tuple[str, ...] = ()
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
-    max_tokens: int = 32000  # for an Anthropic client that says none
+    max_tokens: int = 0  # for an Anthropic client that says none; 0: as many as the model writes
 
     # -- What it is sent --
     headers: dict[str, str] = field(default_factory=dict)
@@ -462,25 +462,53 @@ class Provider:
         pairs = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in self.models]
         return {pair["alias"] or pair["name"]: pair["name"] for pair in pairs}
 
+    @functools.cached_property
+    def written(self) -> dict[str, str]:
+        """The same in lower case, without what is a pattern."""
+        return {n.lower(): own for n, own in self.names.items() if not set(n) & set("*?[")}
 
-# What a suffix such as (high) may become: a model's levels, or its least and largest budget in
-# tokens.  Of several patterns that fit the longest counts; nothing: the model does not think.
+    def served(self, model: str) -> str:
+        """What is asked for there, for a name in any case of letters."""
+        return self.written.get(model.lower(), model)
+
+
+# How a model can be told to think: its levels, or its least and largest budget in tokens.  "auto"
+# before the levels: it thinks unless it is told not to.  Of several patterns that fit the longest
+# counts; nothing: the model does not think.  Who is not named is taken for one of the newest.
 THINKING = {
-    "claude-*": "1024-59904",
-    "claude-opus-4-[012]*": "1024-27904",
+    "claude-*": "auto low medium high xhigh max",
     "claude-opus-4-6*": "low medium high max",
     "claude-opus-4-[78]*": "low medium high xhigh max",
-    "claude-fable-*": "low medium high xhigh max",
     "claude-sonnet-4-6*": "low medium high",
-    "claude-3-5-*": "",
+    "claude-*-4-5*": "1024-59904",
+    "claude-sonnet-4-[02]*": "1024-59904",
+    "claude-opus-4-[012]*": "1024-27904",
+    "claude-3-7-*": "1024-4096",
+    "claude-[23]*": "",
     "gemini-*": "minimal low medium high",
     "gemini-3-pro*": "low high",
     "gemini-3.1-pro*": "low medium high",
     "gemini-2*": "0-24576",
     "gemini-2.5-pro*": "128-32768",
     "gemma-*": "",
+    "gpt-[34]*": "",
     "*": "none minimal low medium high xhigh",
 }
+MOST_TOKENS = {  # that a model writes (providers.md 1.7); of several patterns the longest counts
+    "claude-*": 128000,
+    "claude-*-4-5*": 64000,
+    "claude-sonnet-4-*": 64000,
+    "claude-opus-4-[012]*": 32000,
+    "claude-3-[57]-*": 8192,
+    "claude-[23]*": 4096,
+    "*": 32000,
+}
+CLAUDE_SAMPLES = (
+    "claude-[23]*",
+    "claude-*-4-[0-6]*",
+)  # later ones refuse temperature, top_p, top_k
+# OpenAI's that think refuse them, too, and want another word for max_tokens in Chat.
+OPENAI_THINKS = ("gpt-[5-9]*", "o[1-9]*", "codex-*")
 MESSAGES = {
     "messages": "/v1/messages",
     "count_tokens": "/v1/messages/count_tokens",
@@ -621,6 +649,48 @@ def any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a name fits one of the patterns, in any case of letters.  Callers cut long ones."""
     return bool(patterns) and any_of(patterns).match(name) is not None
+
+
+def best_fit(name: str, patterns: Iterable[str]) -> str:
+    """The longest of the patterns that fit; `*` for none."""
+    return max((p for p in patterns if matches(name[:200], (p,))), key=len, default="*")
+
+
+def most_tokens(model: str) -> int:
+    return MOST_TOKENS[best_fit(model, MOST_TOKENS)]
+
+
+# The words of an effort, and the tokens that they stand for where a model takes a budget.
+BUDGETS = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": 24576,
+    "xhigh": 32768,
+    "max": 128000,
+    "ultra": 256000,
+}
+
+
+class Thinking(NamedTuple):
+    """How a model can be told to think; neither levels nor limits: it does not."""
+
+    levels: list[str]
+    limits: list[int]  # its least and largest budget, or none
+    by_itself: bool
+
+
+@functools.lru_cache(1024)
+def read_thinking(told: str) -> Thinking:
+    """Of a line of THINKING."""
+    levels = [word for word in told.split() if word in BUDGETS]
+    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
+    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in told.split())
+
+
+def thinking_of(table: dict[str, str], model: str) -> Thinking:
+    return read_thinking(table.get(best_fit(model, table), ""))
 
 
 # == Configuration =================================================================================
@@ -2396,18 +2466,158 @@ TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
 DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
+LEAST_BUDGET, MOST_MARKS = 1024, 4
 
 
 def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
-    body = with_betas(body, headers, provider)
-    thinking = as_dict(body.get("thinking"))
-    if thinking.get("type") == "auto":  # a word of Amp's only
-        body = {**body, "thinking": {**thinking, "type": "adaptive"}}
-    if isinstance(body.get("messages"), list):
-        body = {**body, "messages": cleaned(body["messages"])}
+    body = as_claude_takes_it(with_betas(body, headers, provider), provider.thinking)
     if provider.identity:
         body = {**body, "system": with_identity(body.get("system"))}
     return body
+
+
+def claude_key_rules(body: Json, headers: Headers, provider: Provider) -> Json:
+    """Others speak Claude's dialect, too; what their models take is theirs to say."""
+    is_claude = matches(str(body.get("model"))[:200], ("*claude-*",))
+    return as_claude_takes_it(body, provider.thinking) if is_claude else body
+
+
+def as_claude_takes_it(body: Json, table: dict[str, str]) -> Json:
+    """What Claude refuses with a 400 put right (providers.md 1.3); `table`: see THINKING."""
+    model = str(body.get("model"))
+    thinking = thinking_of(table, model)
+    for name in ("system", "messages"):
+        if isinstance(body.get(name), list):
+            body = {**body, name: cleaned(body[name])}
+    body = with_fitting_thought(body, thinking)
+    thinks = is_thinking(body, thinking)
+    if not thinks:
+        body = without_clear_thinking(body)
+    return with_few_marks(without_sampling(body, model, thinks))
+
+
+def forces_tool(body: Json) -> bool:
+    return as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
+
+
+def is_thinking(body: Json, thinking: Thinking) -> bool:
+    kind = as_dict(body.get("thinking")).get("type")
+    return kind in ("enabled", "adaptive") or (kind is None and thinking.by_itself)
+
+
+def without_thought(body: Json, thinking: Thinking) -> Json:
+    """Thinking off, and the effort with it; some models must be told."""
+    body = {name: value for name, value in body.items() if name != "thinking"}
+    output = body.get("output_config")
+    if isinstance(output, dict) and "effort" in output:
+        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+    if thinking.by_itself:
+        body["thinking"] = {"type": "disabled"}
+    return body
+
+
+def with_fitting_thought(body: Json, thinking: Thinking) -> Json:
+    """Thinking off for a forced tool, else a budget of 1,024 to less than max_tokens."""
+    if forces_tool(body) and is_thinking(body, thinking):
+        return without_thought(body, thinking)
+    given = as_dict(body.get("thinking"))
+    if given.get("type") == "auto":  # a word of Amp's only
+        if forces_tool(body):
+            return without_thought(body, thinking)
+        given = {**given, "type": "adaptive"}
+        if thinking.limits:
+            given = {"type": "enabled", "budget_tokens": BUDGETS["medium"]}
+        body = {**body, "thinking": given}
+    budget, most = given.get("budget_tokens"), body.get("max_tokens")
+    if given.get("type") != "enabled" or type(budget) is not int:
+        return body
+    fits = max(budget, LEAST_BUDGET)
+    if type(most) is int and most <= fits:  # something must be left for the answer
+        fits = max(most * 3 // 4, LEAST_BUDGET)
+        if most <= fits:
+            return without_thought(body, thinking)
+    return body if fits == budget else {**body, "thinking": {**given, "budget_tokens": fits}}
+
+
+def without_clear_thinking(body: Json) -> Json:
+    """Without the edit of old thoughts, which is refused when there are no new ones."""
+    management = as_dict(body.get("context_management"))
+    edits = as_list(management.get("edits"))
+    kept = [e for e in edits if not str(as_dict(e).get("type")).startswith("clear_thinking")]
+    if len(kept) == len(edits):
+        return body
+    if kept:
+        return {**body, "context_management": {**management, "edits": kept}}
+    return {name: value for name, value in body.items() if name != "context_management"}
+
+
+def without_sampling(body: Json, model: str, thinks: bool) -> Json:
+    """Without what is refused beside thinking, by newer models, and beside each other."""
+    gone: set[str] = set()
+    old = matches(model[:200], CLAUDE_SAMPLES)
+    if thinks or (matches(model[:200], ("claude-*",)) and not old):
+        gone = {"temperature", "top_p", "top_k"} & body.keys()
+    elif body.get("temperature") is not None and body.get("top_p") is not None:
+        gone = {"top_p"}
+    return {name: value for name, value in body.items() if name not in gone} if gone else body
+
+
+MARKED = {"tools": 2, "system": 1, "messages": 0}  # where marks are, in Claude's order -> who stays
+
+
+def with_few_marks(body: Json) -> Json:
+    """At most four cache marks, and none for an hour behind one for five minutes.
+
+    The earliest in `messages` go first: the last ones and those before it serve the next turn.
+    """
+    marks = [(name, mark) for name in MARKED for mark in marks_in(body.get(name), DEEPEST)]
+    surplus = len(marks) + isinstance(body.get("cache_control"), dict) - MOST_MARKS
+    by_worth = sorted(range(len(marks)), key=lambda index: (MARKED[marks[index][0]], index))
+    gone = set(by_worth[: max(0, surplus)])
+    new: list[Json | None] = []
+    short = False
+    for index, (_, mark) in enumerate(marks):
+        is_short = mark.get("ttl") != "1h"
+        if index in gone:
+            new.append(None)
+        elif short and not is_short:
+            new.append({name: value for name, value in mark.items() if name != "ttl"})
+        else:
+            short = short or is_short
+            new.append(mark)
+    if new == [mark for _, mark in marks]:
+        return body
+    left = iter(new)
+    changed = {name: remarked(body[name], left, DEEPEST) for name in MARKED if name in body}
+    return body | changed
+
+
+def marks_in(blocks: Any, depth: int) -> Iterator[Json]:
+    """The cache marks of blocks, and of the blocks in them."""
+    if isinstance(blocks, list) and depth:
+        for block in as_dicts(blocks):
+            yield from marks_in(block.get("content"), depth - 1)
+            if isinstance(block.get("cache_control"), dict):
+                yield block["cache_control"]
+
+
+def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
+    """The blocks with these marks, in the order of marks_in."""
+    if not isinstance(blocks, list) or not depth:
+        return blocks
+    made = []
+    for block in blocks:
+        changed = block
+        if isinstance(block, dict):
+            content = remarked(block.get("content"), new, depth - 1)
+            if content is not block.get("content"):
+                changed = {**changed, "content": content}
+            if isinstance(block.get("cache_control"), dict):
+                mark = next(new)
+                changed = {k: v for k, v in changed.items() if k != "cache_control"}
+                changed |= {"cache_control": mark} if mark else {}
+        made.append(changed)
+    return made
 
 
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
@@ -2439,10 +2649,16 @@ def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
     return blocks if same else kept
 
 
+def is_blank(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
+
+
 def cleaned_block(block: Json, depth: int) -> Json | None:
     """A message or block as Claude takes it; None when nothing of it is left."""
     kind = block.get("type")
-    if kind == "text" and block.get("text") == "":
+    if kind == "text" and is_blank(block.get("text")):
+        return None
+    if "role" in block and is_blank(block.get("content")):
         return None
     if kind == "thinking" and not SIGNATURE.match(str(block.get("signature"))):
         return None
@@ -2543,6 +2759,7 @@ def without_reasoning(body: Json) -> Json:
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
     "claude": claude_rules,
+    "claude-api-key": claude_key_rules,
     "codex": codex_rules,
 }
 
@@ -2759,16 +2976,6 @@ async def read_body(request: Request) -> bytes | bytearray:
 # Who has the model here is asked, else the mappings name another; each is a way, tried in order.
 
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
-# The words of an effort, and the tokens that they stand for where a model takes a budget.
-BUDGETS = {
-    "none": 0,
-    "minimal": 512,
-    "low": 1024,
-    "medium": 8192,
-    "high": 24576,
-    "xhigh": 32768,
-    "max": 128000,
-}
 WAYS_KEPT = 1000  # names of models whose ways are remembered
 
 
@@ -2789,53 +2996,129 @@ def split_any(model: str) -> tuple[str, str]:
 split_short = functools.lru_cache(1024)(split_any)
 
 
-@functools.lru_cache(1024)
-def levels_of(told: str) -> tuple[list[str], list[int]]:
-    """What a model takes, by a line of THINKING: levels, or its least and largest budget."""
-    levels = [word for word in told.split() if word in BUDGETS]
-    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
-    return levels, limits if len(limits) == 2 else []
-
-
-def with_effort(body: Json, call: Call, provider: Provider, effort: str, model: str) -> Json:
-    """The suffix's level or budget, as near to it as the model goes; it beats the body's own."""
-    takes = provider.thinking
-    pattern = max((p for p in takes if matches(model[:200], (p,))), key=len, default="*")
-    levels, limits = levels_of(takes.get(pattern, ""))
-    asked = BUDGETS[effort] if effort in BUDGETS else int(effort)
-    if not levels and not limits:
-        return body  # it does not think
-    tokens = asked
-    if limits:
-        tokens = max(limits[0], min(asked, limits[1]))
-    levels = levels or levels_of(takes.get("*", ""))[0] or [*BUDGETS]
-    level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
-    match call.dialect.name:
-        case "chat":
-            return {**body, "reasoning_effort": level}
-        case "responses":
-            return {**body, "reasoning": {**as_dict(body.get("reasoning")), "effort": level}}
+def effort_of(body: Json, dialect: str) -> str:
+    """What a body asks for: a level, a budget in digits, auto, none; "" where it says nothing."""
+    match dialect:
+        case "anthropic":
+            asked = asked_of_claude(body)
         case "gemini":
-            how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
+            config = as_dict(as_dict(body.get("generationConfig")).get("thinkingConfig"))
+            budget = config.get("thinkingBudget")
+            asked = budget if type(budget) is int else config.get("thinkingLevel")
+        case _:
+            reasoning = as_dict(body.get("reasoning"))  # in Chat it is OpenRouter's
+            asked = reasoning.get("effort") or reasoning.get("max_tokens")
+            asked = body.get("reasoning_effort") or asked if dialect == "chat" else asked
+    if type(asked) is int:
+        return "auto" if asked < 0 else str(asked) if asked else "none"
+    word = asked.lower() if isinstance(asked, str) else ""
+    return word if word in BUDGETS or word == "auto" else ""
+
+
+def asked_of_claude(body: Json) -> Any:
+    thinking, output = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
+    match thinking.get("type"):
+        case "disabled":
+            return "none"
+        case "enabled":
+            return thinking.get("budget_tokens")
+        case "adaptive" | "auto":
+            return output.get("effort") or "auto"
+    return output.get("effort")
+
+
+EFFORT_WORDS: dict[
+    str, dict[str, tuple[str, ...]]
+] = {  # dialect -> where a body says how to think, field by field
+    "anthropic": {"thinking": (), "output_config": ("effort",)},
+    "chat": {"reasoning_effort": (), "reasoning": ("effort", "max_tokens")},
+    "responses": {"reasoning": ("effort",)},
+    "gemini": {"generationConfig": ("thinkingConfig",)},
+}
+
+
+def without_effort(body: Json, dialect: str) -> Json:
+    """A body that says nothing about how much to think."""
+    body = dict(body)
+    for name, parts in EFFORT_WORDS[dialect].items():
+        inside = as_dict(body.get(name))
+        if not parts:
+            body.pop(name, None)
+        elif inside.keys() & set(parts):
+            body[name] = {key: value for key, value in inside.items() if key not in parts}
+    return body
+
+
+def with_effort(body: Json, dialect: str, table: dict[str, str], effort: str, model: str) -> Json:
+    """A body in the dialect of who answers, with this effort as near as the model goes to it.
+
+    `effort` is as effort_of gives it, and beats what the body says; "" leaves it; for `table` see
+    THINKING.
+    """
+    if not effort:
+        return body
+    takes = thinking_of(table, model)
+    before, body = body, without_effort(body, dialect)
+    if not takes.levels and not takes.limits:
+        return body  # it does not think
+    auto = effort == "auto"
+    asked = BUDGETS["medium" if auto else effort] if auto or effort in BUDGETS else int(effort)
+    tokens = asked
+    if takes.limits:
+        tokens = max(takes.limits[0], min(asked, takes.limits[1]))
+    levels = takes.levels or thinking_of({"*": table.get("*", "")}, "").levels or [*BUDGETS]
+    level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
+    match dialect:
+        case "chat":
+            return body if auto else {**body, "reasoning_effort": level}
+        case "responses":
+            reasoning = as_dict(body.get("reasoning")) | ({} if auto else {"effort": level})
+            return {**body, "reasoning": reasoning} if reasoning else body
+        case "gemini":
+            how: Json = {"thinkingBudget": -1 if auto else tokens}
+            if not takes.limits:
+                how = {} if auto else {"thinkingLevel": level}
             thinking = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
             return {**body, "generationConfig": as_dict(body.get("generationConfig")) | thinking}
-    return with_claude_effort(body, asked, tokens if limits else 0, level)
+    if not asked or forces_tool(body):
+        return without_thought(body, takes)
+    if takes.limits:
+        return with_budget(body, tokens)
+    return with_level(body, "" if auto else level, as_dict(before.get("thinking")))
 
 
-def with_claude_effort(body: Json, asked: int, budget: int, level: str) -> Json:
-    forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
-    thinks = asked > 0 and not forced  # thinking and a forced tool are refused together
-    gone = {"thinking", "temperature", "top_p", "top_k"} if thinks else {"thinking"}
-    body = {name: value for name, value in body.items() if name not in gone}
-    output = body.get("output_config")
-    if isinstance(output, dict):
-        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
-    if thinks and budget:
-        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-        body["max_tokens"] = max(number(body.get("max_tokens")), budget + 4096)
-    elif thinks:
-        body["thinking"] = {"type": "adaptive"}
+def with_level(body: Json, level: str, given: Json) -> Json:
+    """Claude's newer way; `given`: what the body said of thinking, which may say what to show."""
+    shown = {name: value for name, value in given.items() if name == "display"}
+    body = {**body, "thinking": {"type": "adaptive", **shown}}
+    if level:
         body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
+    return body
+
+
+def with_budget(body: Json, tokens: int) -> Json:
+    """Claude's budget is a part of max_tokens: there must be room for the answer."""
+    most = max(int(number(body.get("max_tokens"))), tokens + 4096)
+    return {**body, "thinking": {"type": "enabled", "budget_tokens": tokens}, "max_tokens": most}
+
+
+def with_sampling(body: Json, dialect: str, model: str) -> Json:
+    """A mapped body without the sampling values and limits of another generation of models.
+
+    What Claude refuses of them is the same for every body: see as_claude_takes_it.
+    """
+    if dialect == "anthropic":
+        most, given = most_tokens(model), body.get("max_tokens")
+        return {**body, "max_tokens": most} if type(given) is int and given > most else body
+    if dialect == "gemini" or not matches(model[:200], OPENAI_THINKS) or "-chat" in model:
+        return body
+    gone = {"temperature", "top_p", "presence_penalty", "frequency_penalty"} & body.keys()
+    if gone:
+        body = {name: value for name, value in body.items() if name not in gone}
+    if dialect == "chat" and "max_tokens" in body:
+        given = body["max_tokens"]
+        body = {name: value for name, value in body.items() if name != "max_tokens"}
+        body.setdefault("max_completion_tokens", given)
     return body
 
 
@@ -2854,6 +3137,12 @@ class Chooser:
         self.live, self.pool = live, pool
         self.kept: dict[tuple[str, str, str], tuple[list[Way], list[str]]] = {}
         self.kept_for = (0, 0)
+
+    def split(self, model: str) -> tuple[str, str]:
+        """A model's name and its suffix; a name that the configuration writes has none."""
+        if any(model.lower() in row.provider.written for row in self.live.rows):
+            return model, ""
+        return split_model(model)
 
     def ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
         """The ways in the order to try, and what was found while looking for them."""
@@ -2893,7 +3182,7 @@ class Chooser:
             exact = split_model(rule["from"])[0].lower() == model.lower()
             if exact or (rule["regex"] and re.search(rule["from"], model[:200], re.I)):
                 fits.append(rule)
-        pairs = [split_model(target) for rule in fits for target in rule["to"]]
+        pairs = [self.split(target) for rule in fits for target in rule["to"]]
         return [(name, level or effort) for name, level in pairs]
 
     def lacks(self, row: Row, model: str, verb: str) -> str:
@@ -2915,7 +3204,7 @@ class Chooser:
             pairs += [(name, name) for name in row.provider.names if not set(name) & set("*?[")]
         for rule in self.live.config["ampcode"]["model-mappings"]:
             if not rule["regex"]:
-                pairs += [(rule["from"], split_model(target)[0]) for target in rule["to"]]
+                pairs += [(rule["from"], self.split(target)[0]) for target in rule["to"]]
         found: dict[str, str] = {}
         for name, model in pairs:
             for row in reversed(self.live.rows):  # the first that serves it has the last word
@@ -3549,7 +3838,7 @@ class Forwarder:
 
     async def answer(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
-        call.wanted, call.effort = split_model(call.model)
+        call.wanted, call.effort = self.chooser.split(call.model)
         ways, notes = self.chooser.ways(call.wanted, call.effort, call.verb)
         problem: Problem | None = None
         deadline = self.clock.monotonic() + self.live.config["max-retry-interval"]
@@ -3709,7 +3998,7 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     """The call as a provider takes it; ProxyError 400 for what it could only refuse."""
     provider = row.provider
     call.provider = row.name
-    call.served_model = provider.names.get(way.model, way.model)
+    call.served_model = provider.served(way.model)
     headers = client_headers(call.request.headers, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
@@ -3719,10 +4008,11 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
     if call.verb == "messages" and not body.get("max_tokens"):
-        body = {**body, "max_tokens": provider.max_tokens}
-    counts = call.verb in ("count_tokens", "countTokens")
-    if way.effort not in ("", "auto") and not counts:
-        body = with_effort(body, call, provider, way.effort, call.served_model)
+        body = {**body, "max_tokens": provider.max_tokens or most_tokens(call.served_model)}
+    if way.route == "mapped":
+        body = with_sampling(body, call.dialect.name, call.served_model)
+    effort = effort_for(call, way)
+    body = with_effort(body, call.dialect.name, provider.thinking, effort, call.served_model)
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
     gone = [name for name in NOT_ASKED.get(call.verb, ()) if name in body]
@@ -3736,6 +4026,14 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     headers["Content-Length"] = str(sum(map(len, pieces)))
     folds = only_streams and not streams
     return Prepared(way, row, headers, pieces, address_of(call, provider), folds)
+
+
+def effort_for(call: Call, way: Way) -> str:
+    """The suffix's, but for a count; a mapped call says its own in the words of the other model."""
+    asked = "" if call.verb in ("count_tokens", "countTokens") else way.effort
+    if way.route == "mapped" and asked in ("", "auto"):
+        return effort_of(call.body, call.dialect.name)
+    return "" if asked == "auto" else asked
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
@@ -4447,7 +4745,8 @@ async def route(live: Live, args: Json) -> None:
     pool = Pool(live)
     pool.scan()
     verb = VERBS.get(args["dialect"], "")
-    ways, notes = Chooser(live, pool).ways(*split_model(args["model"]), verb)
+    chooser = Chooser(live, pool)
+    ways, notes = chooser.ways(*chooser.split(args["model"]), verb)
     chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
     nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
     say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))

@@ -745,7 +745,10 @@ BILLING = {"type": "text", "text": "x-anthropic-billing-header: a=b"}
 def test_identity(system, sent):
     body = {"system": system} if system is not None else {}
     assert prepared(dict(body))[0]["system"] == sent
-    assert prepared(dict(body), identity=False)[0].get("system") == body.get("system")
+    own = prepared(dict(body), identity=False)[0].get("system")
+    assert own == (
+        [block for block in system if block["text"]] if isinstance(system, list) else system
+    )
 
 
 ENABLED = {"type": "enabled", "budget_tokens": 4000}
@@ -755,7 +758,7 @@ ENABLED = {"type": "enabled", "budget_tokens": 4000}
     ({"thinking": ENABLED, "tool_choice": {"type": "auto"}}, {"thinking": ENABLED, "tool_choice": {"type": "auto"}}),
     ({"thinking": {"type": "auto"}}, {"thinking": {"type": "adaptive"}}),
     ({"thinking": {"type": "auto", "display": "x"}}, {"thinking": {"type": "adaptive", "display": "x"}}),
-    ({"thinking": ENABLED, "temperature": 0.7}, {"thinking": ENABLED, "temperature": 0.7}),
+    ({"thinking": ENABLED, "temperature": 0.7}, {"thinking": ENABLED}),
     ({"thinking": "very", "temperature": "hot"}, {"thinking": "very", "temperature": "hot"}),
 ])  # fmt: skip
 def test_thinking_is_the_clients_own_but_for_auto(body, sent):
@@ -2159,7 +2162,7 @@ async def test_defaults_that_claude_needs(tmp_path):
     async with world(tmp_path, claude={"headers": {"X-Own": "1"}, "identity": False}) as w:
         body = {"model": "claude-opus-4-6", "messages": []}
         await w.ask("/v1/messages", body, headers={"Accept-Encoding": "identity"})
-        assert w.claude.body() == {**body, "max_tokens": 32000}
+        assert w.claude.body() == {**body, "max_tokens": 128000}, "as many as the model writes"
         sent = w.claude.last.headers
         assert (sent["anthropic-version"], sent["anthropic-beta"], sent["X-Own"]) == (
             "2023-06-01",
@@ -4360,7 +4363,7 @@ async def test_where_nothing_has_to_change_the_clients_bytes_go_out(tmp_path):
                 b'"max_tokens":100.0', b'"max_tokens":null'
             ),
         )
-        assert w.keyed.body()["max_tokens"] == 32000
+        assert w.keyed.body()["max_tokens"] == 128000
 
 
 @pytest.mark.parametrize("spaced", [False, True])
@@ -6658,11 +6661,11 @@ EFFORTS = [  # list of keys, the name asked for, fields of the body -> fields th
     ("claude-api-key", "claude-haiku-4-5(none)", {"thinking": BUDGET, "top_k": 3}, {"thinking": None, "top_k": 3}),
     ("claude-api-key", "claude-haiku-4-5(high)", {"thinking": BUDGET, "temperature": 0.7, "top_k": 3}, {"temperature": None, "top_k": None}),
     ("claude-api-key", "claude-haiku-4-5(high)", {"thinking": BUDGET, "tool_choice": {"type": "any"}, "temperature": 0.7}, {"thinking": None, "temperature": 0.7}),
-    ("claude-api-key", "claude-haiku-4-5(auto)", {"thinking": BUDGET}, {"thinking": BUDGET}),
+    ("claude-api-key", "claude-haiku-4-5(auto)", {"thinking": BUDGET, "max_tokens": 4000}, {"thinking": BUDGET}),
     ("claude-api-key", "claude-haiku-4-5(low)", {"output_config": {"effort": "high"}}, {"output_config": {}}),
     ("claude-api-key", "claude-opus-4-7(none)", {"thinking": BUDGET, "output_config": {"effort": "high"}}, {"thinking": None, "output_config": {}}),
     ("claude-api-key", "claude-3-5-haiku-20241022(high)", {}, {"thinking": None, "max_tokens": 100}),
-    ("claude-api-key", "claude-haiku-4-5(foo)", {"thinking": BUDGET}, {"thinking": BUDGET}),
+    ("claude-api-key", "claude-haiku-4-5(foo)", {"thinking": BUDGET, "max_tokens": 4000}, {"thinking": BUDGET}),
     ("gemini-api-key", "gemini-2.5-pro(none)", {}, {"includeThoughts": False, "thinkingBudget": 128}),
     ("gemini-api-key", "gemini-2.5-flash(none)", {}, {"includeThoughts": False, "thinkingBudget": 0}),
     ("gemini-api-key", "gemini-2.5-flash(max)", {}, {"includeThoughts": True, "thinkingBudget": 24576}),
@@ -7325,6 +7328,376 @@ async def test_the_sdks_raise_for_a_stream_that_breaks(tmp_path, where):
             True,
         )
         await client.close()
+
+
+def thinks_as(**thinking):
+    return {"thinking": thinking}
+
+
+FORCED, CLEAR = {"tool_choice": {"type": "any"}}, {"type": "clear_thinking_20251015", "keep": "all"}
+CLEAR_TOOLS = {"type": "clear_tool_uses_20250919"}
+OFF = {"thinking": {"type": "disabled"}}
+CLAUDE_RULES = [  # model, fields of a body -> those fields as Claude gets them
+    # thinking yields to a forced tool, and what goes with it
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=2000), **FORCED}, FORCED),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=2000), "tool_choice": {"type": "tool", "name": "f"}},
+     {"tool_choice": {"type": "tool", "name": "f"}}),
+    ("claude-opus-4-8", {**thinks_as(type="adaptive"), **FORCED, "output_config": {"effort": "high", "format": {}}},
+     {**FORCED, "output_config": {"format": {}}}),
+    ("claude-opus-5-5", {**thinks_as(type="adaptive"), **FORCED}, {**FORCED, **OFF}),
+    ("claude-opus-5-5", FORCED, {**FORCED, **OFF}),  # it would think by itself
+    ("claude-opus-4-8", FORCED, FORCED), ("claude-haiku-4-5", {**thinks_as(type="auto"), **FORCED}, FORCED),
+    ("claude-opus-4-8", {**thinks_as(type="adaptive"), "tool_choice": {"type": "auto"}},
+     {**thinks_as(type="adaptive"), "tool_choice": {"type": "auto"}}),
+    ("claude-opus-4-8", {**FORCED, **thinks_as(type="adaptive"), "context_management": {"edits": [CLEAR]}}, FORCED),
+    ("claude-opus-4-8", {**FORCED, **thinks_as(type="adaptive"), "context_management": {"edits": [CLEAR, CLEAR_TOOLS]}},
+     {**FORCED, "context_management": {"edits": [CLEAR_TOOLS]}}),
+    ("claude-opus-4-8", {**OFF, "context_management": {"edits": [CLEAR]}}, OFF),
+    ("claude-opus-4-8", {"context_management": {"edits": [CLEAR]}}, {}),
+    ("claude-opus-5", {"context_management": {"edits": [CLEAR]}}, {"context_management": {"edits": [CLEAR]}}),
+    ("claude-opus-4-8", {**thinks_as(type="adaptive"), "context_management": {"edits": [CLEAR]}},
+     {**thinks_as(type="adaptive"), "context_management": {"edits": [CLEAR]}}),
+    # Amp's auto
+    ("claude-opus-4-8", thinks_as(type="auto"), thinks_as(type="adaptive")),
+    ("claude-haiku-4-5", {**thinks_as(type="auto"), "max_tokens": 32000},
+     {**thinks_as(type="enabled", budget_tokens=8192), "max_tokens": 32000}),
+    # sampling
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=2000), "temperature": 0.5, "top_p": 0.9, "top_k": 3},
+     thinks_as(type="enabled", budget_tokens=2000)),
+    ("claude-haiku-4-5", {"temperature": 0.5, "top_k": 3}, {"temperature": 0.5, "top_k": 3}),
+    ("claude-opus-4-6", {**OFF, "temperature": 0.5}, {**OFF, "temperature": 0.5}),
+    ("claude-opus-4-6", {"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5}),
+    ("claude-opus-4-7", {"temperature": 0.5, "top_p": 0.9, "top_k": 3}, {}),
+    ("claude-opus-5-5", {**OFF, "temperature": 0.5}, OFF), ("claude-fable-5-2", {"temperature": 1}, {}),
+    ("claude-new-9", {"top_k": 3}, {}), ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=2000), **FORCED,
+     "temperature": 0.5}, {**FORCED, "temperature": 0.5}),
+    # budgets
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=31999), "max_tokens": 8000},
+     {**thinks_as(type="enabled", budget_tokens=6000), "max_tokens": 8000}),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=31999), "max_tokens": 31999},
+     {**thinks_as(type="enabled", budget_tokens=23999), "max_tokens": 31999}),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=31999), "max_tokens": 32000},
+     {**thinks_as(type="enabled", budget_tokens=31999), "max_tokens": 32000}),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=31999), "max_tokens": 1100},
+     {**thinks_as(type="enabled", budget_tokens=1024), "max_tokens": 1100}),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=5000), "max_tokens": 1024}, {"max_tokens": 1024}),
+    ("claude-haiku-4-5", {**thinks_as(type="enabled", budget_tokens=5), "max_tokens": 9000},
+     {**thinks_as(type="enabled", budget_tokens=1024), "max_tokens": 9000}),
+    ("claude-haiku-4-5", thinks_as(type="enabled", budget_tokens=True), thinks_as(type="enabled", budget_tokens=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["claude", "claude-api-key"])
+@pytest.mark.parametrize(("model", "given", "sent"), CLAUDE_RULES, ids=range(len(CLAUDE_RULES)))
+def test_what_claude_refuses_is_put_right(kind, model, given, sent):
+    row = {**ampproxy.LOGINS, **ampproxy.API_KEYS}[kind]
+    row = dataclasses.replace(row, identity=False)
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **given}
+    before = json.loads(json.dumps(body))
+    got = ampproxy.RULES[kind](body, ampproxy.Headers(), row)
+    assert body == before, "nothing is changed in place"
+    assert got == {"model": model, "messages": body["messages"], **sent}
+
+
+def test_a_model_of_somebody_elses_is_theirs_to_judge():
+    row = ampproxy.API_KEYS["claude-api-key"]
+    body = {"model": "kimi-k3", **thinks_as(type="enabled", budget_tokens=5), "temperature": 0.5, **FORCED,
+            "messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "x"}]}]}  # fmt: skip
+    assert ampproxy.RULES["claude-api-key"](body, ampproxy.Headers(), row) is body
+
+
+def marked(text, ttl="", **more):
+    mark = {"type": "ephemeral", **({"ttl": ttl} if ttl else {})}
+    return {"type": "text", "text": text, "cache_control": mark, **more}
+
+
+def marks_of(body):
+    """{text or name: its mark's ttl} of all marks, wherever they are."""
+    found = {}
+
+    def look(value):
+        for item in (
+            value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+        ):
+            look(item)
+        if isinstance(value, dict) and isinstance(value.get("cache_control"), dict):
+            found[value.get("text") or value.get("name") or value.get("tool_use_id")] = value[
+                "cache_control"
+            ].get("ttl", "5m")
+
+    look({name: value for name, value in body.items() if name != "cache_control"})
+    return found
+
+
+def users(*blocks):
+    return [{"role": "user", "content": [block]} for block in blocks]
+
+
+def tool(name, ttl=""):
+    return {
+        "name": name,
+        "input_schema": {"type": "object"},
+        "cache_control": marked("", ttl)["cache_control"],
+    }
+
+
+RESULT = {
+    "type": "tool_result",
+    "tool_use_id": "r",
+    "content": [marked("in")],
+    "cache_control": EPHEMERAL,
+}
+MARKS = [  # a body -> the marks that Claude gets
+    ({"messages": users(*map(marked, "abcd"))}, "a b c d"), ({"messages": users(*map(marked, "abcdef"))}, "c d e f"),
+    ({"messages": users(*map(marked, "abc")), "system": [marked("s")], "tools": [tool("t")]}, "b c s t"),
+    ({"messages": users(*map(marked, "ab")), "system": [*map(marked, "stuv")]}, "s t u v"),
+    ({"system": [*map(marked, "stuvw")], "messages": []}, "t u v w"),
+    ({"system": [*map(marked, "stu")], "tools": [*map(tool, "wxyz")], "messages": []}, "w x y z"),
+    ({"tools": [*map(tool, "vwxyz")], "messages": []}, "w x y z"),
+    ({"messages": users(RESULT, *map(marked, "abcd"))}, "a b c d"),
+    ({"messages": users(marked("a"), RESULT, marked("b"))}, "a in r b"),
+    ({"cache_control": EPHEMERAL, "messages": users(*map(marked, "abcd"))}, "b c d"),
+    ({"messages": users(marked("a", "1h"), marked("b"), marked("c", "1h"))}, "a:1h b c"),
+    ({"tools": [tool("t")], "system": [marked("s", "1h")], "messages": users(marked("a", "1h"))}, "t s a"),
+    ({"tools": [tool("t", "1h")], "system": [marked("s", "1h")], "messages": users(marked("a"))}, "t:1h s:1h a"),
+    ({"messages": users(marked("a"), *(marked(name, "1h") for name in "bcde"))}, "b:1h c:1h d:1h e:1h"),
+    ({"messages": users({"type": "text", "text": "x", "cache_control": None})}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "left"), MARKS, ids=range(len(MARKS)))
+def test_four_cache_marks_and_no_long_one_behind_a_short_one(body, left):
+    wanted = dict(mark.partition(":")[::2] for mark in left.split())
+    before = json.dumps(body)
+    got = prepared({"model": "claude-opus-4-6", **body}, identity=False)[0]
+    assert marks_of(got) == {name: ttl or "5m" for name, ttl in wanted.items()}
+    assert json.dumps(body) == before
+    bare = re.compile(r', "cache_control": \{[^}]*\}')
+    assert bare.sub("", json.dumps(got["messages"])) == bare.sub("", json.dumps(body["messages"]))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u00a0"])
+def test_no_text_of_blanks_alone(blank):
+    text = {"type": "text", "text": blank}
+    said, fine = {"role": "user", "content": "hi"}, {"type": "text", "text": " x "}
+    body = {"model": "claude-opus-4-6", "system": [text, fine], "messages": [
+        {"role": "user", "content": blank}, {"role": "user", "content": [text]}, said, {"role": "user", "content": [text, fine]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": [text, fine]}]}]}  # fmt: skip
+    got = prepared(body, identity=False)[0]
+    assert got["system"] == [fine]
+    assert got["messages"] == [said, {"role": "user", "content": [fine]}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "a", "content": [fine]}]}]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "most"), [
+    ("claude-haiku-4-5", 64000), ("claude-sonnet-4-5-20250929", 64000), ("claude-sonnet-4-6", 64000),
+    ("claude-opus-4-5-20251101", 64000), ("claude-opus-4-1-20250805", 32000), ("claude-opus-4-20250514", 32000),
+    ("claude-sonnet-4-20250514", 64000), ("claude-opus-4-8", 128000), ("claude-opus-5-5", 128000),
+    ("claude-fable-5", 128000), ("claude-3-5-haiku-20241022", 8192), ("claude-3-haiku-20240307", 4096), ("kimi-k3", 32000),
+])  # fmt: skip
+@in_loop
+async def test_max_tokens_is_the_models_where_the_client_names_none(tmp_path, model, most):
+    async with key_world(tmp_path, "claude-api-key", models=["*"]) as w:
+        await w.ask("/v1/messages", {"model": model, "messages": ASK["messages"]})
+        assert w.keyed.body()["max_tokens"] == most
+        await w.ask("/v1/messages", {**ASK, "model": model})
+        assert w.keyed.body()["max_tokens"] == 100
+
+
+# -- Thinking, effort and sampling, as the model that answers takes them --
+
+ASKED = [  # dialect, fields of a body -> the effort that it asks for
+    ("anthropic", {}, ""), ("anthropic", OFF, "none"), ("anthropic", thinks_as(type="enabled", budget_tokens=4000), "4000"),
+    ("anthropic", thinks_as(type="adaptive"), "auto"), ("anthropic", thinks_as(type="auto"), "auto"),
+    ("anthropic", {**thinks_as(type="adaptive"), "output_config": {"effort": "max"}}, "max"),
+    ("anthropic", {"output_config": {"effort": "low"}}, "low"), ("anthropic", {**OFF, "output_config": {"effort": "low"}}, "none"),
+    ("anthropic", {"thinking": "very"}, ""), ("anthropic", {"output_config": {"effort": "odd"}}, ""),
+    ("anthropic", thinks_as(type="enabled"), ""),
+    ("chat", {}, ""), ("chat", {"reasoning_effort": "high"}, "high"), ("chat", {"reasoning_effort": "none"}, "none"),
+    ("chat", {"reasoning_effort": None}, ""), ("chat", {"reasoning": {"effort": "xhigh"}}, "xhigh"),
+    ("chat", {"reasoning": {"max_tokens": 2000}}, "2000"), ("chat", {"reasoning_effort": 5.5}, ""),
+    ("responses", {}, ""), ("responses", {"reasoning": None}, ""), ("responses", {"reasoning": {"effort": "ultra"}}, "ultra"),
+    ("responses", {"reasoning": {"summary": "auto"}}, ""), ("responses", {"reasoning": {"effort": "None"}}, "none"),
+    ("gemini", {}, ""), ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingBudget": 0}}}, "none"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingBudget": -1}}}, "auto"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingBudget": 512}}}, "512"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"thinkingLevel": "HIGH"}}}, "high"),
+    ("gemini", {"generationConfig": {"thinkingConfig": {"includeThoughts": True}}}, ""), ("gemini", {"generationConfig": []}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "body", "effort"), ASKED, ids=range(len(ASKED)))
+def test_the_effort_that_a_body_asks_for(dialect, body, effort):
+    assert ampproxy.effort_of(body, dialect) == effort
+
+
+ANSWERING = {  # who answers -> the dialect, and what it would refuse
+    "claude-opus-4-8": "anthropic", "claude-opus-4-6": "anthropic", "claude-haiku-4-5": "anthropic",
+    "claude-opus-5-5": "anthropic", "claude-3-5-haiku-20241022": "anthropic", "gpt-5.5": "chat", "gpt-4o": "chat",
+    "gpt-6-astra": "responses", "gemini-2.5-pro": "gemini", "gemini-3-pro": "gemini", "gemma-3-27b": "gemini",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "effort",
+    [
+        "",
+        "auto",
+        "none",
+        "minimal",
+        "low",
+        "medium",
+        "high",
+        "xhigh",
+        "max",
+        "ultra",
+        "9",
+        "4000",
+        "99999999",
+    ],
+)
+@pytest.mark.parametrize("model", ANSWERING)
+def test_an_effort_is_worded_for_who_answers(model, effort):
+    dialect = ANSWERING[model]
+    for _, asked, _ in [row for row in ASKED if row[0] == dialect]:
+        before = json.dumps(asked)
+        body = ampproxy.with_effort(asked, dialect, ampproxy.THINKING, effort, model)
+        assert json.dumps(asked) == before
+        said, takes = (
+            ampproxy.effort_of(body, dialect),
+            ampproxy.thinking_of(ampproxy.THINKING, model),
+        )
+        if not effort:
+            assert body is asked
+        elif not takes.levels and not takes.limits:
+            assert said == ""
+        elif takes.limits and said.isdigit():
+            assert takes.limits[0] <= int(said) <= takes.limits[1]
+        else:
+            off = {"none"} if takes.by_itself or "none" in takes.levels or takes.limits else {""}
+            auto = {"auto"} if dialect == "anthropic" or takes.limits else {""}
+            lowest = {*off, takes.levels[0] if takes.levels else ""}
+            assert said in {"none": lowest, "auto": auto}.get(effort, takes.levels)
+
+
+def claude_refuses(body):
+    """What a real Claude would say 400 to; an independent list of its rules."""
+    model, thinking = body["model"], body.get("thinking", {})
+    kind, effort = thinking.get("type"), body.get("output_config", {}).get("effort")
+    only_budgets = "4-5" in model or "opus-4-1" in model
+    only_levels = not only_budgets and "4-6" not in model
+    by_itself = re.search("-5(-5)?$", model) and "4-5" not in model
+    thinks = kind in ("enabled", "adaptive") or (by_itself and kind != "disabled")
+    most = 32000 if "opus-4-1" in model else 64000 if only_budgets or "sonnet" in model else 128000
+    rules = {
+        "a budget": only_levels and kind == "enabled", "adaptive": only_budgets and kind == "adaptive",
+        "an effort": only_budgets and effort, "a kind": kind not in (None, "enabled", "adaptive", "disabled"),
+        "too small": kind == "enabled" and not 1024 <= thinking["budget_tokens"] < body["max_tokens"],
+        "too much": body["max_tokens"] > most,
+        "a forced tool": thinks and body.get("tool_choice", {}).get("type") in ("any", "tool"),
+        "sampling": (thinks or only_levels) and body.keys() & {"temperature", "top_p", "top_k"},
+        "both": {"temperature", "top_p"} <= body.keys(),
+        "clearing": not thinks and "clear_thinking" in json.dumps(body.get("context_management")),
+    }  # fmt: skip
+    return [name for name, broken in rules.items() if broken]
+
+
+THOUGHTS = [{}, OFF, thinks_as(type="adaptive"), thinks_as(type="auto"), thinks_as(type="enabled", budget_tokens=31999),
+            {**thinks_as(type="adaptive"), "output_config": {"effort": "xhigh"}}]  # fmt: skip
+SAMPLED = [{}, {"temperature": 0.3}, {"top_k": 4, "top_p": 0.5, "temperature": 1}]
+REST = [
+    {"max_tokens": 32000},
+    {"max_tokens": 128000, "context_management": {"edits": [CLEAR]}},
+    {"max_tokens": 2000, **FORCED},
+]
+TARGETS = ["claude-opus-4-8", "claude-opus-4-6", "claude-sonnet-4-6", "claude-haiku-4-5-20251001",
+           "claude-opus-4-1-20250805", "claude-opus-5-5", "claude-haiku-5-5", "claude-fable-5"]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["", "(none)", "(high)", "(8192)", "(auto)"])
+@pytest.mark.parametrize("target", TARGETS)
+@in_loop
+async def test_a_mapped_call_is_never_refused_for_another_generations_words(
+    tmp_path, target, suffix
+):
+    """README's own example among them: claude-opus-4-5-20251101 to claude-opus-4-8."""
+    rule = {"from": "claude-opus-4-5-20251101", "to": target + suffix}
+    asked = {**ASK, "model": rule["from"]}
+    async with key_world(tmp_path, "claude-api-key", excluded_models=[]) as w:
+        entry = key_entry("claude-api-key", w.keyed.url, "k", **{"excluded-models": [rule["from"]]})
+        w.reload(
+            **{"claude-api-key": entry}, ampcode={"model-mappings": [rule], "fallback": "never"}
+        )
+        w.server.tick()
+        for parts in itertools.product(THOUGHTS, SAMPLED, REST):
+            body = functools.reduce(dict.__or__, parts, asked)
+            response = await w.ask("/v1/messages", body)
+            assert (response.status, response.headers["x-ampproxy-route"]) == (200, "mapped")
+            got = w.keyed.body()
+            assert got["model"] == target
+            assert not claude_refuses(got), (body, got)
+
+
+@pytest.mark.parametrize("model", TARGETS)
+@in_loop
+async def test_a_call_of_any_client_keeps_claudes_rules(tmp_path, model):
+    budgets = "4-5" in model or "4-1" in model
+    own = {"adaptive", "auto"} if not budgets else {"enabled", "auto"}
+    async with world(tmp_path) as w:
+        for parts in itertools.product(
+            THOUGHTS,
+            SAMPLED,
+            [
+                {"max_tokens": 32000},
+                REST[2],
+                {"max_tokens": 1, "context_management": {"edits": [CLEAR]}},
+            ],
+        ):
+            body = functools.reduce(dict.__or__, parts, {**ASK, "model": model})
+            kind = body.get("thinking", OFF["thinking"])["type"]
+            if kind in own or (kind == "disabled" and "output_config" not in body):
+                if budgets and "output_config" in body:
+                    continue
+                assert (await w.ask("/v1/messages", body)).status == 200
+                assert not claude_refuses(w.claude.body()), (body, w.claude.body())
+
+
+@pytest.mark.parametrize(("kind", "asked", "given", "wanted"), [
+    ("openai-compatibility", "gpt-5.5", {"temperature": 0.5, "top_p": 1, "max_tokens": 50, "reasoning_effort": "minimal"},
+     {"max_completion_tokens": 50, "reasoning_effort": "minimal"}),
+    ("openai-compatibility", "gpt-4o", {"temperature": 0.5, "max_tokens": 50, "reasoning_effort": "high"},
+     {"temperature": 0.5, "max_tokens": 50}),
+    ("codex-api-key", "gpt-6-astra", {"temperature": 0.5, "reasoning": {"effort": "max", "summary": "auto"}},
+     {"reasoning": {"effort": "xhigh", "summary": "auto"}}),
+    ("gemini-api-key", "gemini-2.5-pro", {"generationConfig": {"thinkingConfig": {"thinkingLevel": "LOW"}}},
+     {"generationConfig": {"thinkingConfig": {"thinkingBudget": 1024, "includeThoughts": True}}}),
+    ("gemini-api-key", "gemini-3-pro", {"generationConfig": {"topK": 3, "thinkingConfig": {"thinkingBudget": 2000}}},
+     {"generationConfig": {"topK": 3, "thinkingConfig": {"thinkingLevel": "high", "includeThoughts": True}}}),
+])  # fmt: skip
+@in_loop
+async def test_mapped_calls_of_the_other_dialects(tmp_path, kind, asked, given, wanted):
+    rules = [{"from": "other", "to": asked}]
+    config = {"ampcode": {"model-mappings": rules, "fallback": "never"}}
+    async with key_world(tmp_path, kind, config=config) as w:
+        path, body = asked_as(kind, "other")
+        assert (await w.ask(path, {**body, **given})).status == 200
+        got = {k: v for k, v in w.keyed.body().items() if k not in body or k in given}
+        assert got == wanted
+
+
+@pytest.mark.parametrize(("asked", "served", "effort"), [
+    ("gpt-5-high", "real-high", None), ("GPT-5-High", "real-high", None), ("gpt-5-high(low)", "real-high", "low"),
+    ("gpt-5-low", "gpt-5", "low"), ("Quick(HIGH)", "real-quick", None), ("quick(high)(low)", "real-quick", "low"),
+    ("quick", "gpt-fast", None), ("QUICK", "gpt-fast", None), ("gpt-5.5-xhigh", "gpt-5.5-xhigh", None),
+])  # fmt: skip
+@in_loop
+async def test_an_alias_is_a_name_as_it_is_written(tmp_path, asked, served, effort):
+    models = [{"name": "real-high", "alias": "gpt-5-high"}, {"name": "real-quick", "alias": "quick(high)"},
+              {"name": "gpt-fast", "alias": "Quick"}, "gpt-5.5-xhigh", "gpt-*"]  # fmt: skip
+    async with key_world(tmp_path, "openai-compatibility", models=models) as w:
+        status, body, headers = await w.ask_json("/v1/chat/completions", {**CHAT, "model": asked})
+        assert (status, body["model"], headers["x-ampproxy-model"]) == (200, asked, served)
+        assert (w.keyed.body()["model"], w.keyed.body().get("reasoning_effort")) == (served, effort)
 
 
 # == The official SDK ==============================================================================
