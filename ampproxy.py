@@ -1206,6 +1206,7 @@ NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (aiohttp.ClientSSLError, "no TLS connection can be made"),
     (aiohttp.ClientConnectorDNSError, "its name is not known"),
     (aiohttp.ClientPayloadError, "its answer was cut short"),
+    (web.RequestPayloadError, "it was cut short"),
     (aiohttp.ClientResponseError, "what it sent is no HTTP"),
     (aiohttp.InvalidURL, "this is no address"),
     (zlib.error, "what it packed cannot be unpacked"),
@@ -1386,6 +1387,7 @@ def error_text(answer: Json, *keys: str) -> str:
 
 
 HEAD_LIMIT, HEAD_WAIT = 65536, 30  # bytes and seconds of a client's head
+UPLOAD_WAIT = 600  # seconds for a body to go up, and the head of its answer to come
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 
 
@@ -1407,6 +1409,15 @@ class Connection(web.RequestHandler):
         self.head_came()
         self.known()
         super().connection_lost(error)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that ends in the middle of a body may still be listening: it gets its 400."""
+        if self.body is None or self.body.is_eof():
+            return False
+        self.body.set_exception(web.RequestPayloadError("cut short"))
+        self.body.feed_eof()
+        self.close()  # after the answer
+        return True
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
@@ -2957,14 +2968,17 @@ async def read_body(request: Request) -> bytes | bytearray:
     large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
     try:
-        while data := await request.content.readany():
-            if large is None:
-                pieces.append(data)
-            else:
-                large[size : size + len(data)] = data
-            size += len(data)
-            if size > BODY_LIMIT:
-                raise fault(413, "The request body is larger than 64 MiB")
+        async with asyncio.timeout(UPLOAD_WAIT):
+            while data := await request.content.readany():
+                if large is None:
+                    pieces.append(data)
+                else:
+                    large[size : size + len(data)] = data
+                size += len(data)
+                if size > BODY_LIMIT:
+                    raise fault(413, "The request body is larger than 64 MiB")
+    except TimeoutError:
+        raise fault(408, "The request body did not come within ten minutes") from None
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
     return b"".join(pieces) if large is None else large
@@ -4135,7 +4149,6 @@ FLAG = re.compile(
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
 GZIP = b"\x1f\x8b"
-UPLOAD_WAIT = 600  # seconds for a body to go up and the head of its answer to come
 
 
 class Ampcode:
@@ -4194,7 +4207,12 @@ class Ampcode:
         url = self.address(request)
         idle = self.live.config["streaming"]["idle-timeout-seconds"]
         wait = idle if data is None else idle and max(idle, UPLOAD_WAIT)
-        upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
+        try:
+            upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
+        except ProxyError:
+            if request.content.exception():  # it is the client's
+                raise fault(400, "The request body cannot be read: it was cut short") from None
+            raise
         try:
             check_status(upstream)
             return await passed(request, upstream, passing(upstream.headers), idle, bool(edits))

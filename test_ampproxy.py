@@ -7700,6 +7700,65 @@ async def test_an_alias_is_a_name_as_it_is_written(tmp_path, asked, served, effo
         assert (w.keyed.body()["model"], w.keyed.body().get("reasoning_effort")) == (served, effort)
 
 
+CUT_BODIES = {
+    "by length": post("{}", 500, json.dumps(ASK).encode()), "at its start": post("{}", 500, b""),
+    "by chunks": b"POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod\r\n",
+    "in a chunk": b"POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n50\r\n{\"mod",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/messages", "/v1/chat/completions", "/v1beta/models/m:generateContent", "/api/threads"],
+)
+@pytest.mark.parametrize("name", CUT_BODIES)
+@in_loop
+async def test_a_body_that_is_cut_short_gets_its_400(tmp_path, name, path):
+    async with world(tmp_path) as w:
+        got = await raw_exchange(
+            w.port, CUT_BODIES[name].replace(b"{}", path.encode(), 1), half_close=True
+        )
+        assert got.startswith(b"HTTP/1.1 400 "), got
+        error = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+        assert "it was cut short" in (error if isinstance(error, str) else error["message"])
+        assert not w.claude.requests
+        assert not [request for request in w.amp.requests if request.content.is_eof()], (
+            "nothing whole"
+        )
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+
+
+@in_loop
+async def test_a_client_that_half_closes_behind_its_body_is_gone(tmp_path):
+    """Nobody can tell it from one that has left, and its upstream costs money."""
+    async with world(tmp_path) as w:
+        body = json.dumps(STREAM).encode()
+        w.claude.usual = (200, SSE, [events()[0], asyncio.Event()])
+        reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body))
+        await reader.readuntil(b"message_start")
+        writer.write_eof()
+        await w.claude.gone.wait()
+        writer.close()
+
+
+@in_loop
+async def test_a_slow_upload_has_ten_minutes(tmp_path, monkeypatch):
+    assert ampproxy.UPLOAD_WAIT == 600
+    monkeypatch.setattr(ampproxy, "UPLOAD_WAIT", 0.3)
+    async with world(tmp_path) as w:
+        body = json.dumps(ASK).encode()
+        reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body[:9]))
+        await asyncio.sleep(0.1)
+        writer.write(body[9:])
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+        reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body[:9]))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        assert len(w.claude.requests) == 1
+
+
 # == The official SDK ==============================================================================
 
 
