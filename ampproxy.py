@@ -4254,7 +4254,7 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> web.StreamResponse:
         asked = re.findall(r"[^\s,]+", request.headers.get("Sec-WebSocket-Protocol", ""))
-        options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
+        options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False, "autoping": False}
         try:
             upstream = await self.net.sockets.ws_connect(
                 as_url(self.address(request)),
@@ -4280,23 +4280,32 @@ class Ampcode:
         return client
 
     async def close_tunnels(self) -> None:
-        closing = (end.close(code=aiohttp.WSCloseCode.GOING_AWAY) for end in self.tunnels.values())
-        await asyncio.gather(*closing)
+        ends = [end for pair in self.tunnels.items() for end in pair if not end.closed]
+        closing = (end.close(code=aiohttp.WSCloseCode.GOING_AWAY) for end in ends)
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def pass_frames(source: Any, sink: Any) -> None:
-    """Frames one way, then the close and its code."""
-    with suppress(ConnectionError, RuntimeError, TypeError):  # a broken frame has no data
-        async for frame in source:
-            if isinstance(frame.data, str):
-                await sink.send_str(frame.data)
-            else:
-                await sink.send_bytes(frame.data)
+    """Frames one way, pings too; then the close with its code and reason."""
+    kinds, reason = aiohttp.WSMsgType, ""
+    sends = {
+        kinds.TEXT: sink.send_str,
+        kinds.BINARY: sink.send_bytes,
+        kinds.PING: sink.ping,
+        kinds.PONG: sink.pong,
+    }
+    with suppress(ConnectionError, RuntimeError):
+        while (frame := await source.receive()).type in sends:
+            await sends[frame.type](frame.data)
+        if frame.type is kinds.CLOSING:
+            return  # it is we who close it
+        if frame.type is kinds.CLOSE:
+            reason = frame.extra or ""
     # 0: it closed without a code; 1006 says that it broke, and may not be sent.
     code = {0: 1000, 1006: 1011}.get(source.close_code, source.close_code)
     if code and sink.close_code is None:  # else the closing is under way
         for end in (sink, source):
-            await end.close(code=code)
+            await end.close(code=code, message=reason.encode())
 
 
 async def passed(

@@ -7759,6 +7759,76 @@ async def test_a_slow_upload_has_ten_minutes(tmp_path, monkeypatch):
         assert len(w.claude.requests) == 1
 
 
+@in_loop
+async def test_pings_pongs_codes_and_reasons_travel_from_end_to_end(tmp_path):
+    up, ends = asyncio.Queue(), asyncio.Queue()
+
+    async def actor(request):
+        socket = web.WebSocketResponse(autoping=False, autoclose=False)
+        await socket.prepare(request)
+        up.put_nowait(socket)
+        while True:
+            got = await socket.receive()
+            ends.put_nowait((got.type, got.data, got.extra))
+            if got.type in (
+                aiohttp.WSMsgType.CLOSE,
+                aiohttp.WSMsgType.CLOSING,
+                aiohttp.WSMsgType.CLOSED,
+            ):
+                return socket
+
+    kinds = aiohttp.WSMsgType
+    async with world(tmp_path) as w:
+        w.amp.usual = actor
+        options = {"autoping": False, "autoclose": False}
+        async with w.http.ws_connect(w.url + "/actors/x", **options) as ws:
+            socket = await up.get()
+            for send, kind in ((ws.ping, kinds.PING), (ws.pong, kinds.PONG)):
+                await send(b"one")
+                assert await ends.get() == (kind, b"one", "")
+            for send, kind in ((socket.ping, kinds.PING), (socket.pong, kinds.PONG)):
+                await send(b"two")
+                got = await ws.receive()
+                assert (got.type, got.data) == (kind, b"two"), "and nobody answered it on the way"
+            await ws.close(code=4005, message="tschüß".encode())
+        assert await ends.get() == (kinds.CLOSE, 4005, "tschüß")
+        async with w.http.ws_connect(w.url + "/actors/x", **options) as ws:
+            socket = await up.get()
+            await asyncio.gather(
+                socket.close(code=4001, message=b"enough"), expect_close(ws, 4001, "enough")
+            )
+
+
+async def expect_close(ws, code, reason):
+    got = await ws.receive()
+    assert (got.type, got.data, got.extra) == (aiohttp.WSMsgType.CLOSE, code, reason)
+    await ws.close(code=code)
+
+
+@in_loop
+async def test_both_ends_of_a_tunnel_hear_that_the_proxy_stops(tmp_path):
+    """At once, also when one of them answers nothing."""
+    heard = asyncio.get_running_loop().create_future()
+
+    async def actor(request):
+        socket = web.WebSocketResponse(autoclose=False)
+        await socket.prepare(request)
+        heard.set_result((await socket.receive()).data)
+        await asyncio.sleep(3600)
+
+    async with world(tmp_path) as w:
+        w.amp.usual, live = actor, w.server.live
+        server = ampproxy.Server(live, ampproxy.Net(live), w.clock)
+        serving = server.serving()
+        port = await serving.__aenter__()
+        ws = await w.http.ws_connect(f"http://127.0.0.1:{port}/actors/x", autoclose=False)
+        stopping = asyncio.create_task(serving.__aexit__(None, None, None))
+        await expect_close(ws, 1001, "")
+        assert await heard == 1001
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+
+
 # == The official SDK ==============================================================================
 
 
