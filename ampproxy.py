@@ -317,16 +317,64 @@ def read_file(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def unpack_gzip(raw: bytes) -> bytes | None:
-    """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
-    unpacker = zlib.decompressobj(31)
+GZIP = b"\x1f\x8b"  # how it begins
+CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # that can be unpacked here; zlib's wbits
+
+
+class Unpacker:
+    """Of what comes in pieces; members may stand behind each other (RFC 1952, 2.2)."""
+
+    def __init__(self, coding: str) -> None:
+        self.bits = CODINGS[coding]
+        self.left = b""  # came, and was not unpacked yet
+        self.stream: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.stream is not None and self.stream.eof and not self.left.strip(b"\0")
+
+    def take(self, data: bytes) -> bytes:
+        """What these bytes, and those left, hold; 1 MiB at the most.  zlib.error for garbage."""
+        self.left += data
+        ended = self.stream is not None and self.stream.eof
+        if ended:
+            self.left = self.left.lstrip(b"\0")
+        if not self.left:
+            return b""
+        if self.stream is None or ended:
+            raw = self.bits == 15 and self.left[0] & 15 != 8  # deflate without zlib's head
+            self.stream = zlib.decompressobj(-15 if raw else self.bits)
+        plain: bytes = self.stream.decompress(self.left, LARGE)
+        self.left = self.stream.unconsumed_tail or self.stream.unused_data
+        return plain
+
+
+MEMBERS, MEMBER_PIECE = 10_000, 16384  # of one body; bytes that are looked at together
+
+
+def unpack(raw: bytes, coding: str = "gzip") -> bytes | None:
+    """None for what is not packed so, is not whole, or would be larger than BODY_LIMIT."""
+    unpacker, plain, members = Unpacker(coding), bytearray(), 0
     try:
-        plain = unpacker.decompress(raw, BODY_LIMIT + 1)
+        for start in range(0, len(raw), MEMBER_PIECE):
+            unpacker.left += raw[start : start + MEMBER_PIECE]
+            while unpacker.left:
+                plain += unpacker.take(b"")
+                members += unpacker.stream is not None and unpacker.stream.eof
+                if len(plain) > BODY_LIMIT or members > MEMBERS:
+                    return None
     except zlib.error:
         return None
-    if not unpacker.eof or unpacker.unused_data.strip(b"\0"):
-        return None
-    return plain
+    return bytes(plain) if unpacker.is_whole else None
+
+
+def accepts(header: str, coding: str) -> bool:
+    """Whether an Accept-Encoding names a coding."""
+    for choice in header.lower().split(","):
+        name, _, more = choice.partition(";")
+        if name.strip() in (coding, "*"):
+            return re.fullmatch(r"\s{0,9}q\s?=\s?0(\.0{0,3})?\s{0,9}", more) is None
+    return False
 
 
 def give_back_memory() -> None:
@@ -1364,11 +1412,19 @@ class Net:
             self.release(response)
         status = response.status
         try:
-            return status, parse_object(unpack_gzip(raw) or raw)
+            return status, parse_object(unpack(raw) or raw)
         except ValueError:
+            if coding := unknown_coding(response):
+                return status, {"error": f"an answer packed as {coding}"}
             # What is no JSON under a 200 might hold a token.
             words = raw[:300].decode(errors="replace") if status != 200 else "no JSON"
             return status, {"error": words}
+
+
+def unknown_coding(response: Upstream) -> str:
+    """How a body is packed, if it cannot be unpacked here."""
+    coding = response.headers.get("Content-Encoding", "").strip().lower()[:50]
+    return "" if coding in ("", "identity", *CODINGS) else printable(coding)
 
 
 def error_parts(answer: Json) -> Json:
@@ -3426,11 +3482,21 @@ def is_dead(upstream: Upstream) -> bool:
 
 
 class Pieces:
-    """What arrives from an upstream, as it arrives; ProxyError 502 when that breaks off."""
+    """What arrives from an upstream, as it arrives, unpacked; ProxyError 502 when that breaks off.
+
+    Some pack with gzip and do not say so, or say so and do not: its first bytes decide.
+    """
 
     def __init__(self, upstream: Upstream, delivery: Delivery) -> None:
         self.content, self.delivery = upstream.content, delivery
         self.unread = b""  # was looked at, and comes once more
+        self.coding = upstream.headers.get("Content-Encoding", "").strip().lower()
+        self.unknown = unknown_coding(upstream)
+        self.unpacker = Unpacker("deflate") if self.coding == "deflate" else None
+        self.began = False
+        self.packed: list[bytes] | None = None  # as it came, while that is kept
+        if self.coding in CODINGS:
+            self.packed = []
         delivery.watch(upstream)
 
     def __aiter__(self) -> Pieces:
@@ -3441,13 +3507,49 @@ class Pieces:
             data, self.unread = self.unread, b""
             return data
         try:
-            data = await self.content.readany()
+            data = await self.next_unpacked() if self.unpacker else await self.next_piece()
         except (RuntimeError, *NET_ERRORS) as error:
             raise fault(502, f"the upstream broke off: {net_words(error)}") from None
         if not data:
             raise StopAsyncIteration
+        return data
+
+    async def next_piece(self) -> bytes:
+        """b"" at the end."""
+        if self.unknown:
+            raise fault(502, f"the upstream packed its answer as {self.unknown}")
+        data = await self.content.readany()
+        if not self.began:
+            while data == GZIP[:1] and (more := await self.content.readany()):
+                data += more
+            self.began = True
+            if data.startswith(GZIP):
+                self.unpacker = Unpacker("gzip")
+                self.take(data)
+                return await self.next_unpacked()
         self.delivery.moved = self.delivery.loop.time()
         return data
+
+    async def next_unpacked(self) -> bytes:
+        assert self.unpacker
+        while True:
+            if self.unpacker.left and (plain := self.unpacker.take(b"")):
+                return plain
+            if self.unpacker.left:
+                continue
+            data = await self.content.readany()
+            if not data:
+                if self.unpacker.stream and not self.unpacker.is_whole:
+                    raise aiohttp.ClientPayloadError
+                return b""
+            self.take(data)
+
+    def take(self, packed: bytes) -> None:
+        assert self.unpacker
+        self.delivery.moved = self.delivery.loop.time()
+        self.unpacker.left = packed
+        if self.packed is not None:
+            self.packed.append(packed)
 
 
 @dataclass
@@ -3740,10 +3842,12 @@ async def refusal(
                 raw += data
                 if len(raw) > ERROR_LIMIT:
                     break
-    raw = (unpack_gzip(raw) or raw).strip()
+    raw = raw.strip()
     with suppress(ValueError):
         answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
     problem = failure(call, answer, upstream.status)
+    if coding := unknown_coding(upstream):
+        problem.message += f" in words packed as {coding}"
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
     waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
@@ -3959,9 +4063,7 @@ class Forwarder:
         sent: Any = {"headers": account_headers(prepared, account, token), "data": prepared.data()}
         upstream, over = None, False
         try:
-            upstream = await self.net.ask(
-                "POST", prepared.url, delivery.idle, auto_decompress=True, **sent
-            )
+            upstream = await self.net.ask("POST", prepared.url, delivery.idle, **sent)
             sent.clear()
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
@@ -3974,7 +4076,9 @@ class Forwarder:
             self.pool.answered(account, model, began)
             call.let_go()
             prepared.body = []
-            response = await deliver(delivery, upstream, answer, prepared.folds)
+            packed = b"" if prepared.folds or answer.events else b"".join(pieces.packed or ())
+            pieces.packed = None
+            response = await deliver(delivery, upstream, answer, prepared.folds, packed)
             over = True
         except ProxyError as error:
             return error.problem
@@ -3991,9 +4095,9 @@ class Forwarder:
 
 
 async def deliver(
-    delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool
+    delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool, packed: bytes
 ) -> web.StreamResponse:
-    """What has been proved to be an answer, to the client."""
+    """What has been proved to be an answer, to the client; packed, where it came so and is fine."""
     call = delivery.call
     headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
     headers.update(call.marks())
@@ -4003,9 +4107,11 @@ async def deliver(
         return await delivery.stream(upstream, headers, answer.first, answer.rest)
     if folds:
         headers["Content-Type"] = "application/json"
-    return web.Response(
-        status=upstream.status, reason=upstream.reason, headers=headers, body=answer.first
-    )
+    body, coding = answer.first, upstream.headers.get("Content-Encoding", "").strip().lower()
+    accepted = accepts(call.request.headers.get("Accept-Encoding", ""), coding)
+    if packed and accepted and unpack(packed, coding) == body:  # nothing had to change
+        body, headers["Content-Encoding"] = packed, coding
+    return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=body)
 
 
 def prepare(call: Call, way: Way, row: Row) -> Prepared:
@@ -4148,7 +4254,6 @@ FLAG = re.compile(
     rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
-GZIP = b"\x1f\x8b"
 
 
 class Ampcode:
@@ -4373,7 +4478,7 @@ async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
             raw += await upstream.content.readany()
     except (RuntimeError, *NET_ERRORS) as error:
         raise fault(502, f"ampcode.com broke off: {net_words(error)}") from None
-    body = unpack_gzip(raw) or raw
+    body = unpack(raw) or raw
     if edits:
         body = FLAG.sub(rb"\1", body)
     if body != raw:

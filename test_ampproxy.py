@@ -2285,7 +2285,8 @@ async def test_packed_answers_are_read_and_unpacked(tmp_path, streamed, served):
     kind = {"Content-Type": "text/event-stream" if streamed else "application/json"}
     async with world(tmp_path) as w:
         w.claude.usual = (200, {**kind, "Content-Encoding": "gzip"}, parts)
-        response = await w.ask(PATH, STREAM if streamed else ASK)
+        plain = {"Accept-Encoding": "identity"}
+        response = await w.ask(PATH, STREAM if streamed else ASK, headers=plain)
         assert w.claude.last.headers["Accept-Encoding"] == "identity"
         assert "Content-Encoding" not in response.headers
         assert response.bytes == whole.replace(b'"other"', b'"claude-opus-4-6"')
@@ -7827,6 +7828,128 @@ async def test_both_ends_of_a_tunnel_hear_that_the_proxy_stops(tmp_path):
         assert await heard == 1001
         stopping.cancel()
         await asyncio.gather(stopping, return_exceptions=True)
+
+
+def deflated(raw):
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(raw) + packer.flush()
+
+
+PACKERS = {  # name -> its label, and how it is packed
+    "gzip": ("gzip", gzip.compress), "x-gzip": ("X-GZip", gzip.compress), "zlib": ("deflate", zlib.compress),
+    "bare deflate": ("deflate", deflated), "without a label": ("", gzip.compress),
+    "several members": ("gzip", lambda raw: b"".join(gzip.compress(raw[i : i + 40]) for i in range(0, len(raw), 40))),
+    "members and zeros": ("gzip", lambda raw: gzip.compress(raw[:9]) + b"\0" * 9 + gzip.compress(raw[9:]) + b"\0" * 512),
+    "members without a label": ("", lambda raw: gzip.compress(raw[:50]) + gzip.compress(raw[50:])),
+    "a label alone": ("gzip", bytes), "identity": ("identity", bytes),
+}  # fmt: skip
+
+
+def packed_as(name, raw, kind, size):
+    label, pack = PACKERS[name]
+    whole = pack(raw)
+    labels = {"Content-Encoding": label} if label else {}
+    return {"Content-Type": kind, **labels}, [
+        whole[i : i + size] for i in range(0, len(whole), size)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 30, 100_000])
+@pytest.mark.parametrize("name", PACKERS)
+@in_loop
+async def test_what_a_provider_packs_is_read(tmp_path, name, size):
+    plain = {"Accept-Encoding": "identity"}
+    async with world(tmp_path, ampcode={"fallback": "never"}) as w:
+        whole = json.dumps(message()).encode()
+        w.claude.usual = (200, *packed_as(name, whole, "application/json", size))
+        assert (await w.ask("/v1/messages", ASK, headers=plain)).bytes == whole
+        w.claude.usual = (200, *packed_as(name, b"".join(events()), "text/event-stream", size))
+        response = await w.ask("/v1/messages", STREAM, headers=plain)
+        assert response.bytes == b"".join(events())
+        assert "Content-Encoding" not in response.headers
+        refused = said(400, "its own words")[2][0]
+        w.claude.usual = (400, *packed_as(name, refused, "application/json", size))
+        response = await w.ask("/v1/messages", ASK, headers=plain)
+        assert (response.status, response.bytes) == (400, refused)
+        assert "Content-Encoding" not in response.headers
+        assert len(w.claude.requests) == 3, "nobody is asked, and paid, twice"
+
+
+@pytest.mark.parametrize(("label", "given", "model", "passes"), [
+    ("gzip", "gzip, br", "claude-opus-4-6", True), ("gzip", "GZIP;q=0.5", "claude-opus-4-6", True), ("gzip", "*", "claude-opus-4-6", True),
+    ("deflate", "deflate", "claude-opus-4-6", True), ("gzip", "gzip;q=0", "claude-opus-4-6", False), ("gzip", "br", "claude-opus-4-6", False),
+    ("gzip", "gzip", "claude-opus-4-6-20260101", False),
+])  # fmt: skip
+@in_loop
+async def test_an_answer_passes_packed_where_nothing_has_to_change(
+    tmp_path, label, given, model, passes
+):
+    async with world(tmp_path) as w:
+        whole = json.dumps(message(model)).encode()
+        packed = (gzip.compress if label == "gzip" else zlib.compress)(whole)
+        w.claude.usual = (
+            200,
+            {"Content-Type": "application/json", "Content-Encoding": label},
+            [packed],
+        )
+        response = await w.ask("/v1/messages", ASK, headers={"Accept-Encoding": given})
+        assert response.headers.get("Content-Encoding") == (label if passes else None)
+        assert response.bytes == (packed if passes else json.dumps(message()).encode())
+        assert w.server.ledger.requests[0]["output_tokens"] == 7
+
+
+@in_loop
+async def test_a_packed_answer_that_is_cut_is_not_whole(tmp_path):
+    async with world(tmp_path, ampcode={"fallback": "never"}, **NO_WAIT) as w:
+        packed = gzip.compress(json.dumps(message()).encode())
+        for broken in (
+            packed[:-9],
+            packed[:20] + b"garbage" + packed[20:],
+            gzip.compress(b"") + b"garbage",
+        ):
+            w.claude.script = [(200, {"Content-Encoding": "gzip"}, [broken])]
+            assert (await w.ask("/v1/messages", ASK)).status == 502
+            w.clock.now += 100
+        w.claude.script = [(200, SSE, [gzip.compress(b"".join(events()))[:-30]])]
+        assert "broke off" in error_in((await w.ask("/v1/messages", STREAM)).bytes)["message"]
+
+
+@in_loop
+async def test_a_coding_that_nobody_here_knows_is_named(tmp_path):
+    async with world(tmp_path, ampcode={"fallback": "never"}, **NO_WAIT) as w:
+        w.claude.usual = (429, {"Content-Encoding": "exi"}, [b"\x00\x01"])
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["message"]) == (
+            429,
+            "claude answered 429 in words packed as exi",
+        )
+        w.clock.now += 3600
+        w.claude.usual = (200, {"Content-Encoding": "exi"}, [b"\x00\x01"])
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["message"]) == (502, "the upstream packed its answer as exi")
+
+
+@pytest.mark.parametrize("coding", ["gzip", "exi"])
+@in_loop
+async def test_what_a_token_endpoint_packs_is_readable_or_named(tmp_path, coding, caplog):
+    async with world(tmp_path, tokens=(), **NO_WAIT) as w:
+        token_file(w.auth, expired="2020-01-01T00:00:00Z")
+        w.server.tick()
+        told = json.dumps({"error": "invalid_grant"}).encode()
+        w.authority.usual = (
+            400,
+            {"Content-Encoding": coding},
+            [gzip.compress(told) if coding == "gzip" else b"\x00"],
+        )
+        await w.ask("/v1/messages", ASK)
+        assert ("invalid_grant" if coding == "gzip" else "an answer packed as exi") in caplog.text
+
+
+def test_a_flood_of_tiny_members_is_no_body():
+    began = time.process_time()
+    assert ampproxy.unpack(gzip.compress(b"") * 400_000) is None
+    assert time.process_time() - began < 2
+    assert ampproxy.unpack(gzip.compress(b"x") * 2000) == b"x" * 2000
 
 
 # == The official SDK ==============================================================================
