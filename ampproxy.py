@@ -84,6 +84,7 @@ from collections.abc import (
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -300,6 +301,14 @@ def parse_time(value: Any) -> float:
         return 0.0
 
 
+def http_delay(value: str, now: float) -> float:
+    """Seconds of a Retry-After, which may be a date; 0 for what is neither, and for the past."""
+    try:
+        return max(0, parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return max(0, number(value))
+
+
 FILE_LIMIT = 4 << 20  # bytes of a file that a person or a program wrote for us
 
 
@@ -485,9 +494,12 @@ class Provider:
     headers: dict[str, str] = field(default_factory=dict)
     passes: tuple[str, ...] = ()  # patterns of a client's headers that travel on
     drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
+    drop_betas: tuple[str, ...] = ()  # patterns of Claude's beta flags that go
     identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
+
+    proxy_url: str = ""  # the way out to it; "direct": none; "": that of all
 
     # -- How one signs in --
     authorize_url: str = ""
@@ -601,6 +613,7 @@ LOGINS = {
             "anthropic-beta": "oauth-2025-04-20",  # without it a login's token is refused
         },
         passes=CLIENT_HEADERS,
+        drop_betas=("context-1m*",),  # would be billed beside the plan
         identity=True,
         authorize_url="https://claude.ai/oauth/authorize",
         authorize_query={"code": "true"},
@@ -826,6 +839,15 @@ def is_address(value: Any) -> bool:
     return value == "" or (url.scheme in ("http", "https") and bool(url.host))
 
 
+def is_proxy(value: Any) -> bool:
+    return value == "direct" or is_address(value)
+
+
+def proxy_key() -> Value:
+    expected = "an address that begins with http:// or https:// (no SOCKS), or direct"
+    return Value("", expected, is_proxy)
+
+
 def address_key(default: str = "") -> Value:
     return Value(default, "an address that begins with http:// or https://", is_address)
 
@@ -845,6 +867,8 @@ def rule_of(name: str, default: Any) -> Rule:
     """The rule of a provider row's field: what it may be follows from what it is."""
     if name == "models":
         return ListOf(MODEL, default)
+    if name == "proxy_url":
+        return proxy_key()
     if name.endswith("_port"):
         return whole_key(default, 0, 65535)
     if name.endswith("_url"):
@@ -872,7 +896,8 @@ def key_rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     for name, row in API_KEYS.items():
         if name == "openai-compatibility":
-            entries = ListOf(Table({"api-key": text_key()}, needs=("api-key",)))
+            entry: dict[str, Rule] = {"api-key": text_key(), "proxy-url": proxy_key()}
+            entries = ListOf(Table(entry, needs=("api-key",)))
             named: dict[str, Rule] = {"name": text_key(), "api-key-entries": entries}
             rules[name] = ListOf(row_rule(row, named, ("name", "base-url")))
         else:
@@ -880,6 +905,7 @@ def key_rules() -> dict[str, Rule]:
     return rules
 
 
+STRATEGIES = ("least-connections", "round-robin", "fill-first", "soonest-reset")
 KEYS = Table(
     {
         "host": text_key("127.0.0.1"),
@@ -888,13 +914,13 @@ KEYS = Table(
         "api-keys": ListOf(text_key()),
         "debug": switch_key(False),
         "logging-to-file": switch_key(False),
-        "proxy-url": address_key(),
+        "proxy-url": proxy_key(),
         "request-retry": whole_key(3, 1, 100),
         "max-retry-interval": amount_key(30.0),
         "max-cooldown": amount_key(1800.0),
         "routing": Table(
             {
-                "strategy": choice_key("least-connections", "round-robin", "fill-first"),
+                "strategy": choice_key(*STRATEGIES),
                 "session-affinity-ttl": span_key("2h"),
             }
         ),
@@ -1060,6 +1086,7 @@ class Row:
     kind: str  # the name of the row in LOGINS or API_KEYS
     provider: Provider
     keys: tuple[str, ...] = ()
+    proxies: dict[str, str] = field(default_factory=dict)  # of some keys, the way out
 
     @property
     def name(self) -> str:
@@ -1091,10 +1118,12 @@ def rows_of(config: Json) -> list[Row]:
     for kind, row in API_KEYS.items():
         for index, entry in enumerate(config[kind]):
             provider = overlaid(row, entry)
-            keys = [one["api-key"] for one in entry.get("api-key-entries", ())]
+            entries = entry.get("api-key-entries", ())
+            keys = [one["api-key"] for one in entries]
             keys = [entry["api-key"]] if "api-key" in entry else keys
+            proxies = {one["api-key"]: one["proxy-url"] for one in entries if one["proxy-url"]}
             # A service on this machine may want no key at all, but a header must say something.
-            rows.append(Row(f"{kind} {index}", kind, provider, tuple(keys) or ("-",)))
+            rows.append(Row(f"{kind} {index}", kind, provider, tuple(keys) or ("-",), proxies))
     return [row for row in rows if row.provider.enabled and row.provider.paths]
 
 
@@ -1159,7 +1188,14 @@ def read_token(path: Path) -> Json:
     token = parse_object(read_file(path))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
+    if not is_proxy(proxy_of(token)):
+        raise ValueError(f"its proxy-url: expected {proxy_key().expected}")
     return token
+
+
+def proxy_of(token: Json) -> Any:
+    """The way out for one login; CLIProxyAPI writes it with an underscore."""
+    return token.get("proxy_url") or token.get("proxy-url") or ""
 
 
 def sweep_drafts(folder: Path) -> None:
@@ -1298,6 +1334,10 @@ def short_url(url: str) -> URL:
 
 
 def as_url(url: str) -> URL:
+    if "#" in url or url.endswith("?"):  # yarl would drop them: to it, all is path
+        scheme, _, rest = url.partition("://")
+        authority, slash, target = rest.partition("/")
+        return URL.build(scheme=scheme, authority=authority, path=slash + target, encoded=True)
     return short_url(url) if len(url) < 300 else URL(url, encoded=True)
 
 
@@ -1327,12 +1367,27 @@ class Connector(aiohttp.TCPConnector):
             connection.close()
 
 
+def environment_proxies() -> dict[str, str]:
+    """The outbound proxies that the environment names, by scheme; Failure for SOCKS."""
+    given = {scheme: url for scheme, url in urllib.request.getproxies().items() if url}
+    used = {"http": given.get("http") or given.get("all"), "no": given.get("no")}
+    used["https"] = given.get("https") or given.get("all")
+    for scheme, url in used.items():
+        if scheme != "no" and url and url.lower().startswith("socks"):
+            name = scheme if scheme in given else "all"
+            raise Failure(
+                f"{name.upper()}_PROXY in the environment is a SOCKS proxy, which is not supported:"
+                " set proxy-url to an http proxy, or to direct"
+            )
+    return {scheme: url for scheme, url in used.items() if url}
+
+
 class Net:
     def __init__(self, live: Live) -> None:
         self.live = live
         self.retired: dict[Upstream, asyncio.Task[None]] = {}
         # aiohttp's own look into the environment is slow, and reads ~/.netrc, too.
-        self.proxies = {k: v for k, v in urllib.request.getproxies().items() if v}
+        self.proxies = {} if live.config["proxy-url"] else environment_proxies()
         connector = Connector(limit=0, keepalive_timeout=20)
         options: Any = {
             "connector": connector,
@@ -1355,22 +1410,24 @@ class Net:
         await self.sockets.close()
         await self.session.close()
 
-    def proxy(self, url: str) -> str | None:
-        """The outbound proxy for an address: the configuration's, else the environment's."""
-        if own := self.live.config["proxy-url"]:
-            return str(own)
+    def proxy(self, url: str, own: str = "") -> str | None:
+        """The outbound proxy for an address: its own, the configuration's, the environment's."""
+        if given := own or self.live.config["proxy-url"]:
+            return None if given == "direct" else str(given)
         given = self.proxies.get(url.partition(":")[0])
         if not given or urllib.request.proxy_bypass(as_url(url).host or ""):
             return None
         return given if "://" in given else f"http://{given}"
 
-    async def ask(self, method: str, url: str, idle: float, **more: Any) -> Upstream:
+    async def ask(
+        self, method: str, url: str, idle: float, proxy: str = "", **more: Any
+    ) -> Upstream:
         """An answer whose headers have come, within `idle` seconds; 0 is any time.
 
         Whoever asks releases it in the end.  ProxyError 502 when none comes.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
+        more |= {"timeout": timeout, "proxy": self.proxy(url, proxy), "allow_redirects": False}
         try:
             async with asyncio.timeout(idle or None):
                 return await self.session.request(method, as_url(url), **more)
@@ -1401,10 +1458,12 @@ class Net:
             response.close()
             del self.retired[response]
 
-    async def ask_json(self, method: str, url: str, headers: Json, data: Any) -> tuple[int, Json]:
+    async def ask_json(
+        self, method: str, url: str, headers: Json, data: Any, proxy: str = ""
+    ) -> tuple[int, Json]:
         """Status and answer; {"error": words} for an answer that is no JSON object."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}", **headers}
-        response = await self.ask(method, url, 30, headers=headers, data=data)
+        response = await self.ask(method, url, 30, proxy, headers=headers, data=data)
         try:
             async with asyncio.timeout(30):
                 raw = await response.read()
@@ -1686,16 +1745,17 @@ async def await_callback(
         return await callback, redirect
 
 
-async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
+async def ask_token(net: Net, provider: Provider, form: Json, proxy: str = "") -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     own = {"client_id": provider.client_id, "client_secret": provider.client_secret}
     form = {name: value for name, value in own.items() if value} | form
     kind = "x-www-form-urlencoded" if provider.token_form else "json"
     data = form if provider.token_form else write_json(form)
     headers = {"Content-Type": f"application/{kind}"}
-    status, answer = await net.ask_json("POST", provider.token_url, headers, data)
+    proxy = proxy or provider.proxy_url
+    status, answer = await net.ask_json("POST", provider.token_url, headers, data, proxy)
     if status == 404 and provider.other_token_url:
-        status, answer = await net.ask_json("POST", provider.other_token_url, headers, data)
+        status, answer = await net.ask_json("POST", provider.other_token_url, headers, data, proxy)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     secret = str(form.get("refresh_token") or form["code"])
@@ -1722,7 +1782,8 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
     if provider.profile_url and not account.get("email_address"):
         headers = {"Authorization": f"Bearer {answer['access_token']}"}
         with suppress(ProxyError, *NET_ERRORS):
-            _, profile = await net.ask_json("GET", provider.profile_url, headers, None)
+            url, proxy = provider.profile_url, provider.proxy_url
+            _, profile = await net.ask_json("GET", url, headers, None, proxy)
             account = as_dict(profile.get("account")) or profile
     email = account.get("email_address") or account.get("email")
     if isinstance(email, str):
@@ -1737,7 +1798,8 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
 #
 # A thread stays with its account while that can answer; the prompt cache is worth it.  A new one
 # goes to an account that is not nearly spent, of the highest priority, and then as routing.strategy
-# says: with the fewest running requests and recent threads, in turn, or the first.
+# says: with the fewest running requests and recent threads, in turn, the first, or the one whose
+# quota window ends first, so that what is left of it is used.
 #
 # To add a rule about errors, add a row to rest_rules.  A time that the error itself names comes
 # before the row's, and the configuration's max-cooldown cuts both.
@@ -1855,6 +1917,12 @@ class Account:
     priority = 0.0
     plan = ""
     expires = NEVER
+    own_proxy = ""
+
+    @property
+    def proxy(self) -> str:
+        """The way out for it; "": that of all."""
+        return self.own_proxy or (self.row.provider.proxy_url if self.row else "")
 
     def resting(self, model: str) -> list[Rest]:
         if not self.rests:
@@ -1881,6 +1949,11 @@ class Account:
             if spent and window.resets_at > moment and "_" not in window.name:
                 return True
         return False
+
+    def resets_at(self, moment: float) -> float:
+        """When the first of its known windows ends; never, where none is known."""
+        ends = [w.resets_at for w in self.quota if w.resets_at > moment and "_" not in w.name]
+        return min(ends, default=NEVER)
 
     @contextmanager
     def leased(self) -> Iterator[None]:
@@ -1923,6 +1996,7 @@ class Login(Account):
         self.expires = expiry(token)
         self.disabled = token.get("disabled") is True
         self.priority = number(token.get("priority"))
+        self.own_proxy = str(proxy_of(token))
 
     @property
     def access_token(self) -> str:
@@ -1977,7 +2051,8 @@ class Pool:
             return
         given, known = token.get("access_token"), account.token.get("access_token")
         if given == account.replaced != known:  # what could not be saved is newer
-            kept = {key: token[key] for key in ("disabled", "priority") if key in token}
+            edited = ("disabled", "priority", "proxy_url", "proxy-url")
+            kept = {key: token[key] for key in edited if key in token}
             self.save(account, account.token | kept)
             return
         if given != known:
@@ -1993,6 +2068,7 @@ class Pool:
                 place = f"{row.id} {made.id}"
                 keys[place] = self.accounts.get(place, made)
                 keys[place].row = row
+                keys[place].own_proxy = row.proxies.get(key, "")
         logins = {i: a for i, a in self.accounts.items() if isinstance(a, Login)}
         self.accounts = keys | logins
         kinds = {row.id: row for row in self.live.rows if not row.keys}
@@ -2065,8 +2141,10 @@ class Pool:
 
         def key(account: Account) -> tuple[Any, ...]:
             busy = account.in_flight + account.threads if strategy == "least-connections" else 0
+            ends = account.resets_at(moment) if strategy == "soonest-reset" else 0
             turn = 0 if strategy == "fill-first" else account.turn
-            return account.nearly_spent(moment), -account.priority, busy, turn, account.label
+            spent = account.nearly_spent(moment)
+            return spent, -account.priority, ends, busy, turn, account.label
 
         return key
 
@@ -2129,7 +2207,7 @@ class Pool:
         if len(models) > RESTING_MODELS:
             del account.rests[min(models, key=lambda key: account.rests[key].wakes)]
 
-    def nobody(self, rows: list[Row], model: str, last: Problem | None) -> Problem:
+    def nobody(self, rows: list[Row], model: str, last: Problem | None = None) -> Problem:
         """Why none of the accounts can answer now, each by its name; `last`: what one just said."""
         now, told, waits, statuses = self.clock.monotonic(), [], [NEVER], []
         for account in self.of(rows):
@@ -2197,7 +2275,7 @@ class Pool:
         }
         if not form["refresh_token"]:
             raise fault(401, "refused, and there is no refresh token")
-        answer = await ask_token(self.net, account.row.provider, form)
+        answer = await ask_token(self.net, account.row.provider, form, account.own_proxy)
         self.read(account.path)
         if account.token.get("refresh_token") != form["refresh_token"]:
             return  # a new login came meanwhile
@@ -2546,6 +2624,8 @@ def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
 def claude_key_rules(body: Json, headers: Headers, provider: Provider) -> Json:
     """Others speak Claude's dialect, too; what their models take is theirs to say."""
     is_claude = matches(str(body.get("model"))[:200], ("*claude-*",))
+    if provider.drop_betas:
+        body = with_betas(body, headers, provider)
     return as_claude_takes_it(body, provider.thinking) if is_claude else body
 
 
@@ -2688,10 +2768,11 @@ def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
 
 
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
-    """One list in the header; context-1m would be billed beside the plan and is dropped."""
+    """One list in the header, without those that the row drops."""
     own = provider.headers.get("anthropic-beta", "")
     asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
-    kept = beta_list(",".join(map(str, asked))[:2000])
+    kept = beta_list(",".join(map(str, asked))[:2000], provider.drop_betas)
+    headers.popall("anthropic-beta", None)
     if kept:
         headers["anthropic-beta"] = kept
     if "betas" in body:
@@ -2700,9 +2781,9 @@ def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
 
 
 @functools.lru_cache(256)
-def beta_list(asked: str) -> str:
+def beta_list(asked: str, drops: tuple[str, ...]) -> str:
     betas = dict.fromkeys(re.findall(r"[^\s,]+", asked))
-    return ",".join(beta for beta in betas if not beta.startswith("context-1m"))
+    return ",".join(beta for beta in betas if not matches(beta[:200], drops))
 
 
 def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
@@ -2840,6 +2921,10 @@ RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
+KEPT_PARAMETERS = (  # that reach no provider: credentials, and what is asked for anew
+    *KEY_PARAMETERS,
+    *("access_token", "oauth_token", "api_key", "alt", "$alt"),
+)
 MODEL_PATH = re.compile(
     r"(?P<amp>/api/provider/[^/]+)?"
     r"(?:/v1(?:beta1?(?:/publishers/google)?)?){0,3}"
@@ -2946,6 +3031,13 @@ def target_without_keys(raw_path: str, keys: list[str]) -> str:
     return path + (mark + "&".join(kept) if kept else "")
 
 
+def query_for_provider(query: str) -> str:
+    """What a client asked for in the query, without credentials, and the form of the answer."""
+    pairs = query.split("&")
+    kept = [pair for pair in pairs if unquote_plus(pair.partition("=")[0]) not in KEPT_PARAMETERS]
+    return "&".join(pair for pair in kept if pair)
+
+
 class Call:
     """One model call: what the client asks, and what comes of it."""
 
@@ -2961,6 +3053,8 @@ class Call:
         self.raw: bytes | bytearray = b""
         self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
+        # Google's way to stream without alt=sse: one JSON list.
+        self.lists = self.streams and "sse" not in request.query.getall("alt", ())
         self.was_read = False
         # Who answers, as far as that is known; for the log, the status and the answer's headers.
         self.route, self.provider, self.account, self.served_model = "none", "", "", ""
@@ -3343,6 +3437,15 @@ SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answ
 LOOK_EVERY = 15  # seconds between looks whether a connection died silently; not for comments
 
 
+LIST_MARK = b",\r\n"  # before each element of a list but the first
+
+
+def listed(run: bytes) -> bytes:
+    """Events as elements of a list that has begun."""
+    elements = [event_data(event) for event in split_events(run)]
+    return b"".join(LIST_MARK + element for element in elements if element)
+
+
 class StreamResponse(web.StreamResponse):
     """Its head goes out together with the first bytes, in aiohttp from 3.13 on."""
 
@@ -3469,7 +3572,10 @@ class Delivery:
         """Of a stream that broke off, as its dialect says it."""
         dialect = self.call.dialect
         body = dialect.error(problem.status, problem.text or problem.message)
-        await self.write(response, dialect.error_event(body))
+        frame = (
+            LIST_MARK + write_json(body) + b"]" if self.call.lists else dialect.error_event(body)
+        )
+        await self.write(response, frame)
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
 
@@ -3850,7 +3956,7 @@ async def refusal(
         problem.message += f" in words packed as {coding}"
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
-    waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
+    waits = [problem.retry_after, http_delay(upstream.headers.get("Retry-After", ""), now)]
     if problem.status == 429:
         waits += full.values()
     problem.retry_after = max(waits)
@@ -4063,7 +4169,9 @@ class Forwarder:
         sent: Any = {"headers": account_headers(prepared, account, token), "data": prepared.data()}
         upstream, over = None, False
         try:
-            upstream = await self.net.ask("POST", prepared.url, delivery.idle, **sent)
+            upstream = await self.net.ask(
+                "POST", prepared.url, delivery.idle, account.proxy, **sent
+            )
             sent.clear()
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
@@ -4094,6 +4202,12 @@ class Forwarder:
         return response
 
 
+async def list_of(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for run in events:
+        yield listed(run)
+    yield b"]"
+
+
 async def deliver(
     delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool, packed: bytes
 ) -> web.StreamResponse:
@@ -4101,6 +4215,10 @@ async def deliver(
     call = delivery.call
     headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
     headers.update(call.marks())
+    if answer.events and call.lists:
+        headers["Content-Type"] = "application/json; charset=UTF-8"
+        first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
+        return await delivery.stream(upstream, headers, first, list_of(answer.rest))
     if answer.events:
         if upstream.content_type != "text/event-stream":
             headers["Content-Type"] = "text/event-stream"
@@ -4208,7 +4326,11 @@ def address_of(call: Call, provider: Provider) -> str:
     address = joined(provider.base_url, provider.paths[call.verb])
     if "{model}" in address:
         address = address.replace("{model}", quote(call.served_model, "", None, "replace"))
-    return address + ("?alt=sse" if call.verb == "streamGenerateContent" else "")
+    query = query_for_provider(call.request.rel_url.raw_query_string)
+    if call.verb == "streamGenerateContent":
+        query = f"alt=sse&{query}".rstrip("&")
+    mark = "&" if "?" in address else "?"
+    return f"{address}{mark}{query}" if query else address
 
 
 def account_headers(prepared: Prepared, account: Account, token: str) -> Headers:
@@ -4498,6 +4620,12 @@ ROUTE_WORDS = {
     "none": "NO_PROVIDER",
 }
 PAID_MODELS = 100  # names of models that are counted
+NO_ACCOUNT = {  # whether ampcode.com may be asked -> what is said where there is no account
+    True: "there is no login and no API key here: Amp answers every model call, and bills it."
+    " To use a plan of yours: ampproxy.py login claude",
+    False: "there is no login and no API key here: no model call can be answered."
+    " To use a plan of yours: ampproxy.py login claude",
+}
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
 
@@ -4511,6 +4639,7 @@ class Ledger:
         self.routes = Counter(dict.fromkeys(ROUTE_WORDS, 0))
         self.paid: Counter[str] = Counter()  # by model
         self.server_side = 0  # threads whose model runs on Amp's servers
+        self.warn_at = 0.0  # not before then, that there is no account
 
     def note(self, call: Call, status: int, took: float) -> None:
         """A call that has ended; 499 when the client left."""
@@ -4519,6 +4648,8 @@ class Ledger:
         known = model in self.paid or len(self.paid) < PAID_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
+        if call.route == "amp" and self.clock.monotonic() >= self.warn_at:
+            self.warn_of_no_account()
         self.requests.append(
             {
                 "dialect": call.dialect.name,
@@ -4537,6 +4668,14 @@ class Ledger:
         word, model = ROUTE_WORDS[call.route], model[:100] or "-"
         who = f"{call.provider or '-'} {mask(call.account) if call.account else ''}"
         log.log(level, "%s %s %s %d %.1fs %s", word, model, who, status, took, call.trouble)
+
+    def warn_of_no_account(self) -> None:
+        """At the start, and once in an hour of paid calls."""
+        if self.pool.of(self.pool.live.rows):
+            return
+        self.warn_at = self.clock.monotonic() + HOUR
+        pays = self.pool.live.config["ampcode"]["fallback"] != "never"
+        log.warning("%s", NO_ACCOUNT[pays])
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -4811,6 +4950,7 @@ async def serve(live: Live, args: Json) -> None:
             stop.get_loop().add_signal_handler(name, stop.cancel)
     async with server.serving() as port:
         log.info("ampproxy %s: http://%s:%d", __version__, live.config["host"], port)
+        server.ledger.warn_of_no_account()
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
@@ -4886,6 +5026,9 @@ async def route(live: Live, args: Json) -> None:
 
 async def check(live: Live, args: Json) -> None:
     """Check the configuration and print what is in effect."""
+    if not live.config["proxy-url"]:
+        environment_proxies()
+    Pool(live).scan()  # says which token files are none
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
 

@@ -45,7 +45,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -2138,7 +2138,7 @@ async def test_what_reaches_claude(tmp_path, path):
         assert headers["x-ampproxy-provider"] == "claude"
         assert headers["x-ampproxy-model"] == "claude-opus-4-6"
         sent = w.claude.last
-        assert (sent.method, sent.raw_path) == ("POST", "/v1/messages")
+        assert (sent.method, sent.raw_path) == ("POST", "/v1/messages?beta=true")
         assert w.claude.body() == {**ASK, "system": [BLOCK]}
         assert "sgamp_" not in str(sent.headers)
         assert sent.headers["Authorization"] == "Bearer sk-ant-oat-fred@example.com"
@@ -4398,11 +4398,11 @@ def test_what_is_spliced_is_what_was_meant(spaced):
                                         inner | st.sampled_from(["system", "tool_use", "thinking", "reasoning", "tool_result"]), max_size=5),
                                     max_leaves=20), max_size=6))  # fmt: skip
 def test_rules_change_nothing_in_place(body):
-    before = json.loads(json.dumps(body))
+    before, rows = json.loads(json.dumps(body)), {**ampproxy.LOGINS, **ampproxy.API_KEYS}
     for name, rule in ampproxy.RULES.items():
         with suppress(ampproxy.ProxyError):
-            sent = rule(body, ampproxy.Headers(), ampproxy.LOGINS[name])
-            again = rule(body, ampproxy.Headers(), ampproxy.LOGINS[name])
+            sent = rule(body, ampproxy.Headers(), rows[name])
+            again = rule(body, ampproxy.Headers(), rows[name])
             assert sent == again
         assert body == before
 
@@ -5679,16 +5679,6 @@ async def test_a_key_that_goes_while_it_is_asked_leaves_the_providers_words(tmp_
         w.keyed.usual = replaced
         status, body, _ = await w.ask_json("/v1/messages", ASK)
         assert (status, body["error"]["message"]) == (403, "not for you")
-
-
-@in_loop
-async def test_a_gemini_stream_is_of_events_whether_asked_for_or_not(tmp_path):
-    async with key_world(tmp_path, "gemini-api-key") as w:
-        w.keyed.usual = (200, SSE, content_chunks())
-        response = await w.ask(models_path("gemini-2.5-pro", "streamGenerateContent"), CONTENTS)
-        assert response.bytes == b"".join(content_chunks())
-        assert response.headers["Content-Type"].startswith("text/event-stream")
-        assert w.keyed.last.query_string == "alt=sse"
 
 
 # == Nobody gets what is not his ===================================================================
@@ -7950,6 +7940,271 @@ def test_a_flood_of_tiny_members_is_no_body():
     assert ampproxy.unpack(gzip.compress(b"") * 400_000) is None
     assert time.process_time() - began < 2
     assert ampproxy.unpack(gzip.compress(b"x") * 2000) == b"x" * 2000
+
+
+@pytest.mark.parametrize(("kind", "query", "sent"), [
+    ("claude-api-key", "?beta=true", "beta=true"), ("claude-api-key", "?beta=true&x=%2f+&y", "beta=true&x=%2f+&y"),
+    ("claude-api-key", "?key=sgamp_1&auth_token=2&access_token=3&a=1", "a=1"), ("claude-api-key", "?%6bey=sgamp_1", ""),
+    ("claude-api-key", "?", ""), ("codex-api-key", "?api-version=2", "api-version=2"), ("openai-compatibility", "?a=1&&b=2", "a=1&b=2"),
+    ("gemini-api-key", "?alt=json&$alt=json&fields=x", "fields=x"),
+])  # fmt: skip
+@in_loop
+async def test_a_clients_query_travels_to_the_provider(tmp_path, kind, query, sent):
+    async with key_world(tmp_path, kind) as w:
+        path, body = asked_as(kind)
+        assert (await w.ask(path + query, body)).status == 200
+        assert w.keyed.last.rel_url.raw_query_string == sent
+        if kind == "gemini-api-key":
+            w.keyed.usual = (200, SSE, content_chunks())
+            await w.ask(
+                models_path("gemini-2.5-pro", "streamGenerateContent", "?alt=sse&a=1"), body
+            )
+            assert w.keyed.last.rel_url.raw_query_string == "alt=sse&a=1"
+
+
+@pytest.mark.parametrize("query", ["", "?alt=json", "?alt="])
+@pytest.mark.parametrize("size", [1, 100_000])
+@in_loop
+async def test_a_gemini_stream_without_alt_sse_is_a_list(tmp_path, size, query):
+    path = models_path("gemini-2.5-pro", "streamGenerateContent", query)
+    async with key_world(tmp_path, "gemini-api-key", config=NO_WAIT) as w:
+        whole = b": hello\n\n" + b"".join([*content_chunks(), *content_chunks()])
+        w.keyed.usual = (200, SSE, [whole[i : i + size] for i in range(0, len(whole), size)])
+        response = await w.ask(path, CONTENTS)
+        assert response.headers["Content-Type"].startswith("application/json")
+        assert json.loads(response.bytes) == data_of(whole)
+        assert w.keyed.last.query_string == "alt=sse"
+        assert w.server.ledger.requests[0]["output_tokens"] == 3
+        w.keyed.usual = (200, SSE, [content_chunks()[0], "cut"])
+        got = b""
+        async with w.http.post(w.url + path, json=CONTENTS) as response:
+            with suppress(aiohttp.ClientError):
+                async for piece in response.content.iter_any():
+                    got += piece
+        assert "broke off" in json.loads(got)[-1]["error"]["message"]
+        w.clock.now += 1000
+        w.keyed.usual = answer_json(
+            {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}, 400
+        )
+        assert (await w.ask_json(path, CONTENTS))[0] == 400
+
+
+@in_loop
+async def test_the_first_element_of_a_list_is_early(tmp_path):
+    gate, chunks = asyncio.Event(), content_chunks()
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        w.keyed.usual = (200, SSE, [chunks[0], gate, chunks[1]])
+        url = w.url + models_path("gemini-2.5-pro", "streamGenerateContent")
+        async with w.http.post(url, json=CONTENTS) as response:
+            first = await response.content.readany()
+            assert json.loads(first + b"]") == data_of(chunks[0])
+            gate.set()
+            assert json.loads(first + await response.content.read()) == data_of(b"".join(chunks))
+
+
+@pytest.mark.parametrize(("given", "seconds"), [
+    ("Fri, 15 Jan 2027 08:15:00 GMT", 900), ("Fri, 15 Jan 2027 07:00:00 GMT", 0), ("900", 900), (" 900 ", 900),
+    ("soon", 0), ("", 0), ("-5", 0), ("Fri, 99 Jan 2027 08:15:00 GMT", 0), ("nan", 0), ("1e300", 0),
+])  # fmt: skip
+@in_loop
+async def test_retry_after_may_be_a_date(tmp_path, given, seconds):
+    assert ampproxy.http_delay(given, 1_800_000_000) == seconds
+    async with world(tmp_path, **NO_WAIT) as w:
+        w.claude.usual = limit(**{"Retry-After": given})
+        _, _, headers = await w.ask_json("/v1/messages", ASK)
+        assert resting(w) == {"": seconds or 60}
+        if seconds:
+            assert headers["Retry-After"] == str(seconds)
+
+
+@pytest.mark.parametrize("target", [
+    b"/api/x?", b"/api/x#frag", b"/api/x?a=1#frag", b"/api/x?#", b"/api/x??", b"/api/%zz?%", b"/api//x/../y", b'/api/"<>|{}^`',
+    b"/api/%C3%A9?q=%c3%a9", b"/?",
+])  # fmt: skip
+@in_loop
+async def test_a_target_reaches_ampcode_as_it_came(tmp_path, target):
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    async with raw_world(tmp_path, [answer]) as w:
+        head = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        assert (await raw_exchange(w.port, b"PUT " + target + head)).startswith(b"HTTP/1.1 200")
+        assert w.raw.requests[0][0].startswith(b"PUT " + target + b" HTTP/1.1\r\n")
+
+
+@asynccontextmanager
+async def outbound_proxies(count):
+    """Fakes that stand for outbound proxies: they answer everything, and keep what was asked."""
+    fakes = [FakeUpstream(answer_json({**message(), **NEW_TOKEN})) for _ in range(count)]
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(fake.open()) for fake in fakes]
+
+
+@pytest.mark.parametrize("word", ["proxy_url", "proxy-url"])
+@in_loop
+async def test_a_token_files_own_proxy_is_used(tmp_path, word):
+    """For its calls and for its refreshes; it beats the proxy of all, and `direct` is none."""
+    async with outbound_proxies(2) as (own, common), world(tmp_path, tokens=()) as w:
+        w.reload(**{"proxy-url": common.url})
+        token_file(w.auth, expired="2020-01-01T00:00:00Z", **{word: own.url})
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert [r.raw_path for r in own.requests] == [
+            w.authority.url + "/token",
+            w.claude.url + "/v1/messages",
+        ]
+        assert not common.requests + w.claude.requests + w.authority.requests
+        token_file(w.auth, **{word: "direct"})
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        token_file(w.auth, access_token="sk-ant-oat-other")
+        w.server.tick()
+        assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert (len(own.requests), len(common.requests), len(w.claude.requests)) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("place", ["entry", "row"])
+@pytest.mark.parametrize("kind", KINDS)
+@in_loop
+async def test_a_keys_own_proxy_is_used(tmp_path, kind, place):
+    async with outbound_proxies(1) as (own,), key_world(tmp_path, kind) as w:
+        own.usual = answer_json(KINDS[kind][5]())
+        entries = key_entry(kind, w.keyed.url, "k-one", "k-two")
+        if kind == "openai-compatibility" and place == "entry":
+            entries[0]["api-key-entries"][0]["proxy-url"] = own.url
+        else:
+            entries[0]["proxy-url"] = own.url
+        for entry in entries[1:]:
+            entry["proxy-url"] = "direct"
+        w.reload(**{kind: entries})
+        w.server.tick()
+        for _ in range(2):
+            assert (await w.ask(*asked_as(kind))).status == 200
+        both = kind == "openai-compatibility" and place == "row"
+        assert (len(own.requests), len(w.keyed.requests)) == ((2, 0) if both else (1, 1))
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("proxy-url: socks5://a:1", "proxy-url: expected an address that begins with http:// or https:// (no SOCKS)"),
+    ("claude-api-key: [{api-key: k, proxy-url: 'socks5h://a:1'}]", "no SOCKS"),
+    ("openai-compatibility: [{name: x, base-url: 'http://x', api-key-entries: [{api-key: k, proxy-url: socks4://a}]}]", "no SOCKS"),
+    ("providers: {claude: {proxy-url: 'socks5://a:1'}}", "no SOCKS"),
+])  # fmt: skip
+def test_a_socks_proxy_in_the_configuration_is_refused(tmp_path, capsys, text, words):
+    (tmp_path / "config.yaml").write_text(text)
+    assert ampproxy.main(["check", "--config", str(tmp_path / "config.yaml")]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize("name", ["ALL_PROXY", "https_proxy", "HTTP_PROXY"])
+def test_a_socks_proxy_in_the_environment_is_refused(tmp_path, capsys, monkeypatch, command, name):
+    (tmp_path / "config.yaml").write_text("port: 0")
+    monkeypatch.setenv(name, "socks5://127.0.0.1:1")
+    assert ampproxy.main([command, "--config", str(tmp_path / "config.yaml")]) == 1
+    assert f"{name.upper()} in the environment is a SOCKS proxy" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("proxy-url: direct")
+    assert ampproxy.main(["check", "--config", str(tmp_path / "config.yaml")]) == 0
+
+
+@in_loop
+async def test_a_socks_proxy_in_a_token_file_is_named(tmp_path, caplog):
+    async with world(tmp_path, tokens=()) as w:
+        path = token_file(w.auth, proxy_url="socks5://127.0.0.1:1")
+        w.server.tick()
+        assert f"{path} is no token file: its proxy-url: expected an address" in caplog.text
+        assert (await w.ask("/v1/messages", ASK)).status == 404
+
+
+@in_loop
+async def test_without_any_account_it_is_said_that_amp_bills(tmp_path, caplog):
+    def said_so():
+        return len([line for line in caplog.messages if "no login and no API key" in line])
+
+    async with world(tmp_path, tokens=()) as w:
+        w.server.ledger.warn_of_no_account()
+        assert said_so() == 1, "at the start"
+        for _ in range(3 * 60):
+            assert (await w.ask(PATH, ASK)).status == 200
+            w.clock.now += 60
+        assert said_so() == 3, "and once in an hour of paid calls"
+        assert "bills it" in caplog.text
+        token_file(w.auth)
+        w.server.tick()
+        w.clock.now += 7200
+        await w.ask("/api/provider/openai/v1/chat/completions", CHAT)
+        w.server.ledger.warn_of_no_account()
+        assert said_so() == 3
+
+
+@pytest.mark.parametrize("fallback", ["always", "never"])
+@in_loop
+async def test_a_start_without_any_account_says_so(tmp_path, fallback):
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "auth-dir": str(tmp_path / "auth"),
+                "port": free_port(),
+                "ampcode": {"fallback": fallback},
+            }
+        )
+    )
+    with Cli(tmp_path) as cli:
+        told = await cli.until("ampproxy.py login claude", "stderr")
+    assert ("bills it" in told) == (fallback == "always")
+
+
+@in_loop
+async def test_soonest_reset_spends_first_what_ends_first(tmp_path):
+    """The account whose window ends first, while it has room; of one priority; threads stay."""
+    async with world(tmp_path, FRIENDS, routing={"strategy": "soonest-reset"}) as w:
+        ann, bob, cyd = (w.server.pool.accounts[path] for path in w.tokens)
+        now = w.clock.time()
+        ann.quota = [ampproxy.Window("5h", False, 10, now + 9000)]
+        bob.quota = [
+            ampproxy.Window("5h", False, 10, now + 4000),
+            ampproxy.Window("7d", False, 10, now + 90_000),
+        ]
+        w.claude.usual = answer_json(message())
+        assert [await answered_by(w) for _ in range(3)] == ["bob@example.com"] * 3
+        assert await answered_by(w, {"session-id": "1"}) == "bob@example.com"
+        bob.quota = [ampproxy.Window("5h", False, 97, now + 4000)]
+        assert await answered_by(w) == "ann@example.com", "bob's has no room"
+        assert await answered_by(w, {"session-id": "1"}) == "bob@example.com", "a thread stays"
+        w.clock.now += 5000
+        bob.quota = [ampproxy.Window("5h", False, 97, now + 4000)]
+        ann.quota = [
+            ampproxy.Window("5h", False, 99, now + 9000),
+            ampproxy.Window("7d_oi", False, 9, now + 5100),
+        ]
+        cyd.quota = [ampproxy.Window("7d", False, 10, now + 500_000)]
+        assert await answered_by(w) == "cyd@example.com", "what has ended says nothing"
+        token_file(w.auth, "ann@example.com", priority=3)
+        ann.quota = [ampproxy.Window("5h", False, 10, now + 600_000)]
+        w.server.tick()
+        assert await answered_by(w) == "ann@example.com"
+
+
+@pytest.mark.parametrize(("drops", "sent"), [
+    (None, f"a,{OAUTH}"), ([], f"context-1m-2025-08-07,a,{OAUTH}"), (["a"], f"context-1m-2025-08-07,{OAUTH}"), (["CONTEXT-*", "x"], f"a,{OAUTH}"),
+])  # fmt: skip
+@in_loop
+async def test_the_betas_that_go_are_the_rows(tmp_path, drops, sent):
+    more = {} if drops is None else {"claude": {"drop-betas": drops}}
+    async with world(tmp_path, **more) as w:
+        await w.ask(
+            "/v1/messages",
+            {**ASK, "betas": ["a"]},
+            headers={"anthropic-beta": "context-1m-2025-08-07"},
+        )
+        assert w.claude.last.headers["anthropic-beta"] == sent
+    (tmp_path / "key").mkdir()
+    async with key_world(tmp_path / "key", "claude-api-key", **{"drop-betas": drops or []}) as w:
+        await w.ask("/v1/messages", ASK, headers={"anthropic-beta": "context-1m-2025-08-07, a"})
+        got = w.keyed.last.headers["anthropic-beta"]
+        assert [b.strip() for b in got.split(",")] == [
+            b
+            for b in ("context-1m-2025-08-07", "a")
+            if not drops or (b != "a" if drops == ["a"] else b == "a")
+        ]
 
 
 # == The official SDK ==============================================================================
