@@ -3571,7 +3571,8 @@ class Delivery:
     async def end(self, response: web.StreamResponse, problem: Problem) -> None:
         """Of a stream that broke off, as its dialect says it."""
         dialect = self.call.dialect
-        body = dialect.error(problem.status, problem.text or problem.message)
+        body = parse_object(problem.body) if problem.body else {}
+        body = body or dialect.error(problem.status, problem.text or problem.message)
         frame = (
             LIST_MARK + write_json(body) + b"]" if self.call.lists else dialect.error_event(body)
         )
@@ -3921,8 +3922,19 @@ def failure(call: Call, answer: Json, status: int = 0) -> Problem:
         retry_after=asked_delay(parts),
         text=text,
         codes=frozenset(word.lower()[:100] for word in words),
-        body=write_json(call.dialect.error(status, text)) if answer else b"",
+        body=write_json(own_error(call.dialect, status, parts, text)) if answer else b"",
     )
+
+
+def own_error(dialect: Dialect, status: int, parts: Json, text: str) -> Json:
+    """A provider's message and codes in the client's dialect; ours where it names none."""
+    message = parts.get("message")
+    body = dialect.error(status, message if message and isinstance(message, str) else text)
+    for name in body["error"].keys() - {"message"}:
+        given = parts.get(name)
+        if given and given != "error" and type(given) is type(body["error"][name]):
+            body["error"][name] = given
+    return body
 
 
 REFUSAL_HEADERS = (
@@ -3957,6 +3969,7 @@ async def refusal(
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
     waits = [problem.retry_after, http_delay(upstream.headers.get("Retry-After", ""), now)]
+    waits.append(number(error_parts(answer).get("resets_at")) - now)  # a time in the past is none
     if problem.status == 429:
         waits += full.values()
     problem.retry_after = max(waits)

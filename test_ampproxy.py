@@ -2400,8 +2400,11 @@ async def test_after_a_comment_a_failure_is_an_error_event(tmp_path, paid):
         async with w.http.post(w.url + PATH, json=STREAM) as response:
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
             gate.set()
-            said = error_in(await response.content.read())["message"]
-        assert ("ampcode.com" if paid else "overloaded_error") in said
+            said = error_in(await response.content.read())
+        if paid:
+            assert "ampcode.com" in said["message"]
+        else:
+            assert said == busy, "the provider's own"
         assert (len(w.claude.requests), len(w.amp.requests)) == (3, int(paid))
 
 
@@ -7026,6 +7029,20 @@ async def test_a_spent_plan_is_known_by_its_words_under_any_status(tmp_path):
         assert headers["Retry-After"] == "700"
 
 
+@pytest.mark.parametrize(("named", "seconds"), [
+    ({"resets_at": 1_800_000_700}, 700), ({"resets_at": 1_700_000_000}, 60), ({"resets_in_seconds": -5}, 60),
+    ({"resets_at": 1_700_000_000, "resets_in_seconds": 90}, 90), ({"resets_at": "soon"}, 60), ({}, 60),
+])  # fmt: skip
+@in_loop
+async def test_a_reset_time_in_the_past_is_none(tmp_path, named, seconds):
+    async with codex_world(tmp_path, **NO_WAIT) as w:
+        w.codex.usual = answer_json(
+            {"error": {"type": "usage_limit_reached", "message": "x", **named}}, 429
+        )
+        await w.ask(CODEX, QUESTION)
+        assert resting(w) == {"": seconds}
+
+
 FIRST_ERRORS = {  # a provider's error in the first event of a stream
     "claude-api-key": event("error", error={"type": "api_error", "message": "its own words"}),
     "codex-api-key": event("error", error={"type": "server_error", "message": "its own words"}),
@@ -8205,6 +8222,94 @@ async def test_the_betas_that_go_are_the_rows(tmp_path, drops, sent):
             for b in ("context-1m-2025-08-07", "a")
             if not drops or (b != "a" if drops == ["a"] else b == "a")
         ]
+
+
+OWN_ERRORS = [  # the kind of key, a stream's first event -> the status and the error that the client gets
+    ("claude-api-key", event("error", error={"type": "overloaded_error", "message": "Overloaded"}), 529,
+     {"type": "overloaded_error", "message": "Overloaded"}),
+    ("claude-api-key", event("error", error={"type": "new_kind_error", "message": "x: y"}), 502, {"type": "new_kind_error", "message": "x: y"}),
+    ("claude-api-key", event("error", error={"type": "api_error"}), 500, {"type": "api_error", "message": "api_error"}),
+    ("codex-api-key", event("error", code="server_is_overloaded", message="busy"), 529,
+     {"type": "server_error", "code": "server_is_overloaded", "message": "busy"}),
+    ("codex-api-key", event("response.failed", response=reply(status="failed", error={"code": "server_error", "message": "oh"})), 500,
+     {"type": "server_error", "code": "server_error", "message": "oh"}),
+    ("openai-compatibility", data({"error": {"message": "busy", "type": "overloaded", "code": 503}}), 503,
+     {"type": "overloaded", "code": "server_error", "message": "busy"}),
+    ("gemini-api-key", data({"error": {"code": 500, "status": "INTERNAL", "message": "An internal error"}}), 500,
+     {"code": 500, "status": "INTERNAL", "message": "An internal error"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "first", "status", "error"), OWN_ERRORS, ids=range(len(OWN_ERRORS))
+)
+@in_loop
+async def test_an_error_at_a_streams_start_is_the_providers_own(
+    tmp_path, kind, first, status, error, late
+):
+    """As an answer, and as the last event where a comment has gone out (which Gemini has none of)."""
+    gate = asyncio.Event()
+    config = {**NO_WAIT, "streaming": {"keepalive-seconds": 0.05 if late else 0}}
+    async with key_world(tmp_path, kind, config=config) as w:
+        w.keyed.usual = (200, SSE, [gate, first] if late else [first])
+        path, body = asked_as(kind, stream=True)
+        if not late or kind == "gemini-api-key":
+            gate.set()
+            got, told, _ = await w.ask_json(path, body)
+            assert (got, told["error"]) == (status, error)
+            return
+        async with w.http.post(w.url + path, json=body) as response:
+            assert await response.content.readline() == b": keep-alive\n"
+            gate.set()
+            last = data_of(await response.content.read())[-1]
+        assert last.get("error", last.get("response", {}).get("error")) == error
+
+
+@pytest.mark.parametrize(("kind", "comment"), [
+    ("claude-api-key", b": keep-alive\n\n"), ("codex-api-key", b": keep-alive\n"), ("openai-compatibility", b": keep-alive\n"),
+    ("gemini-api-key", b""),
+])  # fmt: skip
+@in_loop
+async def test_comments_are_such_as_clients_bear(tmp_path, kind, comment):
+    """Google's SDKs break on any; openai's on one with a blank line behind it, after an id."""
+    gate = asyncio.Event()
+    async with key_world(tmp_path, kind, config={"streaming": {"keepalive-seconds": 0.05}}) as w:
+        stream = KINDS[kind][6]()
+        cut = min(3, len(stream) - 1)
+        w.keyed.usual = (200, SSE, [b"id: 7\n", *stream[:cut], gate, *stream[cut:]])
+        path, body = asked_as(kind, stream=True)
+        async with w.http.post(w.url + path, json=body) as response:
+            got = await response.content.readuntil(b"\n\n")
+            await asyncio.sleep(0.2)  # some comments long
+            gate.set()
+            got += await response.content.read()
+        plain = got.replace(comment, b"") if comment else got
+        assert data_of(plain)[-1] == data_of(b"".join(stream))[-1] or kind == "codex-api-key"
+        assert (got.count(b"keep-alive") > 1) == bool(comment)
+        assert (b": keep-alive\n\n" in got) == (kind == "claude-api-key")
+
+
+@in_loop
+async def test_a_client_that_waits_for_its_first_event_hears_comments(tmp_path):
+    """Whatever keeps it waiting: a slow head, a second account; the status alone is fixed by them."""
+    gates = [asyncio.Event(), asyncio.Event()]
+
+    async def slow(request):
+        number = len(w.claude.requests) - 1
+        await gates[number].wait()
+        return await respond(request, said(529) if number == 0 else (200, SSE, events()))
+
+    async with world(tmp_path, FRIENDS[:2], streaming={"keepalive-seconds": 0.05}, **NO_WAIT) as w:
+        w.claude.usual = slow
+        async with w.http.post(w.url + PATH, json=STREAM) as response:
+            for gate in gates:
+                for _ in range(2):
+                    assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+                gate.set()
+            got = (await response.content.read()).replace(b": keep-alive\n\n", b"")
+        assert (response.status, got) == (200, b"".join(events()))
+        assert len(w.claude.requests) == 2
 
 
 # == The official SDK ==============================================================================
