@@ -2409,7 +2409,7 @@ def with_data(event: bytes, data: bytes) -> bytes:
 # An event that has none of a dialect's `marks` passes unread.
 #
 # To add a dialect, add a row here, its paths to MODEL_PATH and DIALECTS, what it calls an effort to
-# with_effort, and its verbs to the providers' paths and to VERBS.
+# EFFORT_WORDS, effort_of and with_effort, and its verbs to the providers' paths and to VERBS.
 
 
 @dataclass(frozen=True)
@@ -3138,6 +3138,9 @@ async def read_body(request: Request) -> bytes | bytearray:
 #
 # The name of a model decides.  A suffix such as (high) is cut off first and becomes the effort.
 # Who has the model here is asked, else the mappings name another; each is a way, tried in order.
+#
+# An effort is read from a body by effort_of and worded by with_effort, in the dialect of whoever
+# answers, so that no model is asked to think in the words of another generation.
 
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 WAYS_KEPT = 1000  # names of models whose ways are remembered
@@ -3172,9 +3175,12 @@ def effort_of(body: Json, dialect: str) -> str:
         case _:
             reasoning = as_dict(body.get("reasoning"))  # in Chat it is OpenRouter's
             asked = reasoning.get("effort") or reasoning.get("max_tokens")
-            asked = body.get("reasoning_effort") or asked if dialect == "chat" else asked
+            if dialect == "chat":
+                asked = body.get("reasoning_effort") or asked
+    if type(asked) is int and asked <= 0:
+        return "auto" if asked else "none"
     if type(asked) is int:
-        return "auto" if asked < 0 else str(asked) if asked else "none"
+        return str(asked)
     word = asked.lower() if isinstance(asked, str) else ""
     return word if word in BUDGETS or word == "auto" else ""
 
@@ -3191,9 +3197,8 @@ def asked_of_claude(body: Json) -> Any:
     return output.get("effort")
 
 
-EFFORT_WORDS: dict[
-    str, dict[str, tuple[str, ...]]
-] = {  # dialect -> where a body says how to think, field by field
+# Where a body says how to think: dialect -> a field that goes whole, or the parts of it that go.
+EFFORT_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "anthropic": {"thinking": (), "output_config": ("effort",)},
     "chat": {"reasoning_effort": (), "reasoning": ("effort", "max_tokens")},
     "responses": {"reasoning": ("effort",)},
@@ -4238,7 +4243,8 @@ async def deliver(
         return await delivery.stream(upstream, headers, answer.first, answer.rest)
     if folds:
         headers["Content-Type"] = "application/json"
-    body, coding = answer.first, upstream.headers.get("Content-Encoding", "").strip().lower()
+    body = b"[%b]" % answer.first if call.lists else answer.first
+    coding = upstream.headers.get("Content-Encoding", "").strip().lower()
     accepted = accepts(call.request.headers.get("Accept-Encoding", ""), coding)
     if packed and accepted and unpack(packed, coding) == body:  # nothing had to change
         body, headers["Content-Encoding"] = packed, coding

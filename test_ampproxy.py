@@ -8000,6 +8000,8 @@ async def test_a_gemini_stream_without_alt_sse_is_a_list(tmp_path, size, query):
                     got += piece
         assert "broke off" in json.loads(got)[-1]["error"]["message"]
         w.clock.now += 1000
+        w.keyed.usual = answer_json(content())
+        assert json.loads((await w.ask(path, CONTENTS)).bytes) == [content()]
         w.keyed.usual = answer_json(
             {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}}, 400
         )
