@@ -96,9 +96,17 @@ from collections.abc import (
     Iterable,
     Iterator,
 )
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -162,7 +170,9 @@ class Problem:
     headers: Headers = field(default_factory=Headers)  # of its answer, that a client may see
 
 
-LOCAL = "@local"  # the code of a shortage of this machine: files, memory, disk, network
+# Codes of ours, beside the provider's own.
+LOCAL = "@local"  # a shortage of this machine: files, memory, disk, network
+RETRIABLE = "@retriable"  # it says that the next try may do, and names no limit and no time
 
 
 class ProxyError(Exception):
@@ -317,6 +327,14 @@ def parse_time(value: Any) -> float:
         return 0.0
 
 
+def http_delay(value: str, now: float) -> float:
+    """Seconds of a Retry-After, which may be a date; 0 for what is neither, and for the past."""
+    try:
+        return max(0, parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return max(0, number(value))
+
+
 FILE_LIMIT = 4 << 20  # bytes of a file that a person or a program wrote for us
 
 
@@ -339,16 +357,64 @@ def folder(variable: str, usual: str) -> Path:
     return Path(os.environ.get(variable) or usual).expanduser()
 
 
-def unpack_gzip(raw: bytes) -> bytes | None:
-    """None for what is no gzip, is not whole, or would be larger than BODY_LIMIT."""
-    unpacker = zlib.decompressobj(31)
+GZIP = b"\x1f\x8b"  # how it begins
+CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # that can be unpacked here; zlib's wbits
+
+
+class Unpacker:
+    """Of what comes in pieces; members may stand behind each other (RFC 1952, 2.2)."""
+
+    def __init__(self, coding: str) -> None:
+        self.bits = CODINGS[coding]
+        self.left = b""  # came, and was not unpacked yet
+        self.stream: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.stream is not None and self.stream.eof and not self.left.strip(b"\0")
+
+    def take(self, data: bytes) -> bytes:
+        """What these bytes, and those left, hold; 1 MiB at the most.  zlib.error for garbage."""
+        self.left += data
+        ended = self.stream is not None and self.stream.eof
+        if ended:
+            self.left = self.left.lstrip(b"\0")
+        if not self.left:
+            return b""
+        if self.stream is None or ended:
+            raw = self.bits == 15 and self.left[0] & 15 != 8  # deflate without zlib's head
+            self.stream = zlib.decompressobj(-15 if raw else self.bits)
+        plain: bytes = self.stream.decompress(self.left, LARGE)
+        self.left = self.stream.unconsumed_tail or self.stream.unused_data
+        return plain
+
+
+MEMBERS, MEMBER_PIECE = 10_000, 16384  # of one body; bytes that are looked at together
+
+
+def unpack(raw: bytes, coding: str = "gzip") -> bytes | None:
+    """None for what is not packed so, is not whole, or would be larger than BODY_LIMIT."""
+    unpacker, plain, members = Unpacker(coding), bytearray(), 0
     try:
-        plain = unpacker.decompress(raw, BODY_LIMIT + 1)
+        for start in range(0, len(raw), MEMBER_PIECE):
+            unpacker.left += raw[start : start + MEMBER_PIECE]
+            while unpacker.left:
+                plain += unpacker.take(b"")
+                members += unpacker.stream is not None and unpacker.stream.eof
+                if len(plain) > BODY_LIMIT or members > MEMBERS:
+                    return None
     except zlib.error:
         return None
-    if not unpacker.eof or unpacker.unused_data.strip(b"\0"):
-        return None
-    return plain
+    return bytes(plain) if unpacker.is_whole else None
+
+
+def accepts(header: str, coding: str) -> bool:
+    """Whether an Accept-Encoding names a coding."""
+    for choice in header.lower().split(","):
+        name, _, more = choice.partition(";")
+        if name.strip() in (coding, "*"):
+            return re.fullmatch(r"\s{0,9}q\s?=\s?0(\.0{0,3})?\s{0,9}", more) is None
+    return False
 
 
 def give_back_memory() -> None:
@@ -526,7 +592,7 @@ class Provider:
     excluded_models: tuple[str, ...] = ()
     only_streams: tuple[str, ...] = ()  # patterns of models that give no answer in one piece
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
-    max_tokens: int = 32000  # for an Anthropic client that says none; of Antigravity's Claude
+    max_tokens: int = 0  # of an answer that nobody limits; 0: as many as the model writes
 
     # -- What it is sent --
     headers: dict[str, str] = field(default_factory=dict)
@@ -534,11 +600,14 @@ class Provider:
     own_headers: tuple[str, ...] = ()  # of an answer: back to the account that gave them, alone
     drops: tuple[str, ...] = ()  # patterns of fields that go; read by ChatGPT's rules alone
     hosted: tuple[str, ...] = ("web_search", "code_interpreter")  # OpenAI's own tools that it has
+    drop_betas: tuple[str, ...] = ()  # patterns of Claude's beta flags that go
     identity: bool = False  # the first system block that a Claude login wants; by Claude's alone
     key_header: str = "Authorization"  # where the token goes, as a bearer token...
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
     wraps: bool = False  # in Code Assist's envelope, which names a project (providers.md 3)
     envelope: dict[str, str] = field(default_factory=dict)  # what else it says
+
+    proxy_url: str = ""  # the way out to it; "direct": none; "": that of all
 
     # -- How one signs in --
     warning: str = ""  # said before the address
@@ -546,6 +615,7 @@ class Provider:
     authorize_url: str = ""
     authorize_query: dict[str, str] = field(default_factory=dict)
     token_url: str = ""
+    other_token_url: str = ""  # where to ask when that answers 404
     token_form: bool = False  # the token endpoint takes a form; else JSON
     client_id: str = ""
     client_secret: str = ""
@@ -576,6 +646,15 @@ class Provider:
         pairs = [m if isinstance(m, dict) else {"name": m, "alias": ""} for m in self.models]
         return {pair["alias"] or pair["name"]: pair["name"] for pair in pairs}
 
+    @functools.cached_property
+    def written(self) -> dict[str, str]:
+        """The same in lower case, without what is a pattern."""
+        return {n.lower(): own for n, own in self.names.items() if not set(n) & set("*?[")}
+
+    def served(self, model: str) -> str:
+        """What is asked for there, for a name in any case of letters."""
+        return self.written.get(model.lower(), model)
+
 
 # The words of an effort, and the tokens that they stand for where a model takes a budget.
 BUDGETS = {
@@ -591,19 +670,18 @@ BUDGETS = {
 
 # What a suffix such as (high) may become: a model's levels, or its least and largest budget in
 # tokens.  Of several patterns that fit the longest counts; nothing: the model does not think.
-# Names that no row knows are taken for one of the newest.  A Claude model with the level `none`
-# thinks by itself, and has to be told not to (clients.md).
+# Names that no row knows are taken for one of the newest.  "auto" before the levels: it thinks
+# unless it is told not to (clients.md).
 OLDER_EFFORTS = "none minimal low medium high xhigh"
 CLAUDE_THINKING = {
-    "claude-*": "none low medium high xhigh max",
-    "claude-3-*": "",
+    "claude-*": "auto low medium high xhigh max",
+    "claude-[23]*": "",
     "claude-3-7-*": "1024-4096",
-    "claude-haiku-4*": "1024-59904",
+    "claude-*-4-5*": "1024-59904",
     "claude-opus-4-[012]*": "1024-27904",
-    "claude-opus-4-5*": "1024-59904",
     "claude-opus-4-6*": "low medium high max",
     "claude-opus-4-[78]*": "low medium high xhigh max",
-    "claude-sonnet-4-[025]*": "1024-59904",
+    "claude-sonnet-4-[02]*": "1024-59904",
     "claude-sonnet-4-6*": "low medium high",
 }
 GPT_THINKING = {
@@ -625,6 +703,22 @@ GEMINI_THINKING = {
     "gemma-*": "",
 }
 THINKING = {**CLAUDE_THINKING, **GPT_THINKING, **GEMINI_THINKING, "*": OLDER_EFFORTS}
+
+MOST_TOKENS = {  # that a model writes (providers.md 1.7); of several patterns the longest counts
+    "claude-*": 128000,
+    "claude-*-4-5*": 64000,
+    "claude-sonnet-4-*": 64000,
+    "claude-opus-4-[012]*": 32000,
+    "claude-3-[57]-*": 8192,
+    "claude-[23]*": 4096,
+    "*": 32000,
+}
+CLAUDE_SAMPLES = (
+    "claude-[23]*",
+    "claude-*-4-[0-6]*",
+)  # later ones refuse temperature, top_p, top_k
+# OpenAI's that think refuse them, too, and want another word for max_tokens in Chat.
+OPENAI_THINKS = ("gpt-[5-9]*", "o[1-9]*", "codex-*")
 
 # The names that clients are shown; a pattern behind them serves what comes next year.
 CLAUDE_MODELS = (
@@ -698,10 +792,12 @@ LOGINS = {
             "anthropic-beta": "oauth-2025-04-20",  # without it a login's token is refused
         },
         passes=CLIENT_HEADERS,
+        drop_betas=("context-1m*",),  # would be billed beside the plan
         identity=True,
         authorize_url="https://claude.ai/oauth/authorize",
         authorize_query={"code": "true"},
-        token_url="https://api.anthropic.com/v1/oauth/token",  # others: platform.claude.com
+        token_url="https://api.anthropic.com/v1/oauth/token",
+        other_token_url="https://platform.claude.com/v1/oauth/token",  # providers.md 1.1
         client_id="9d1c250a-e61b-44d9-88ed-5944d1962f5e",
         scope=(
             "user:profile user:inference user:sessions:claude_code user:mcp_servers"
@@ -892,6 +988,48 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return bool(patterns) and any_of(patterns).match(name) is not None
 
 
+def best_fit(name: str, patterns: Iterable[str]) -> str:
+    """The longest of the patterns that fit; `*` for none."""
+    return max((p for p in patterns if matches(name[:200], (p,))), key=len, default="*")
+
+
+def most_tokens(model: str) -> int:
+    return MOST_TOKENS[best_fit(model, MOST_TOKENS)]
+
+
+# The words of an effort, and the tokens that they stand for where a model takes a budget.
+BUDGETS = {
+    "none": 0,
+    "minimal": 512,
+    "low": 1024,
+    "medium": 8192,
+    "high": 24576,
+    "xhigh": 32768,
+    "max": 128000,
+    "ultra": 256000,
+}
+
+
+class Thinking(NamedTuple):
+    """How a model can be told to think; neither levels nor limits: it does not."""
+
+    levels: list[str]
+    limits: list[int]  # its least and largest budget, or none
+    by_itself: bool
+
+
+@functools.lru_cache(1024)
+def read_thinking(told: str) -> Thinking:
+    """Of a line of THINKING."""
+    levels = [word for word in told.split() if word in BUDGETS]
+    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
+    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in told.split())
+
+
+def thinking_of(table: dict[str, str], model: str) -> Thinking:
+    return read_thinking(table.get(best_fit(model, table), ""))
+
+
 # == Configuration =================================================================================
 #
 # config.yaml, with CLIProxyAPI's names, so that its users can bring their file.  The keys stand in
@@ -977,6 +1115,15 @@ def is_address(value: Any) -> bool:
     return value == "" or (url.scheme in ("http", "https") and bool(url.host))
 
 
+def is_proxy(value: Any) -> bool:
+    return value == "direct" or is_address(value)
+
+
+def proxy_key() -> Value:
+    expected = "an address that begins with http:// or https:// (no SOCKS), or direct"
+    return Value("", expected, is_proxy)
+
+
 def address_key(default: str = "") -> Value:
     return Value(default, "an address that begins with http:// or https://", is_address)
 
@@ -996,6 +1143,8 @@ def rule_of(name: str, default: Any) -> Rule:
     """The rule of a provider row's field: what it may be follows from what it is."""
     if name == "models":
         return ListOf(MODEL, default)
+    if name == "proxy_url":
+        return proxy_key()
     if name.endswith("_port"):
         return whole_key(default, 0, 65535)
     if name.endswith("_url"):
@@ -1025,7 +1174,8 @@ def key_rules() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     for name, row in API_KEYS.items():
         if name == "openai-compatibility":
-            entries = ListOf(Table({"api-key": text_key()}, needs=("api-key",)))
+            entry: dict[str, Rule] = {"api-key": text_key(), "proxy-url": proxy_key()}
+            entries = ListOf(Table(entry, needs=("api-key",)))
             named: dict[str, Rule] = {"name": text_key(), "api-key-entries": entries}
             rules[name] = ListOf(row_rule(row, named, ("name", "base-url")))
         else:
@@ -1033,6 +1183,7 @@ def key_rules() -> dict[str, Rule]:
     return rules
 
 
+STRATEGIES = ("least-connections", "round-robin", "fill-first", "soonest-reset")
 KEYS = Table(
     {
         "host": text_key("127.0.0.1"),
@@ -1041,13 +1192,13 @@ KEYS = Table(
         "api-keys": ListOf(text_key()),
         "debug": switch_key(False),
         "logging-to-file": switch_key(False),
-        "proxy-url": address_key(),
+        "proxy-url": proxy_key(),
         "request-retry": whole_key(3, 1, 100),
         "max-retry-interval": amount_key(30.0),
         "max-cooldown": amount_key(1800.0),
         "routing": Table(
             {
-                "strategy": choice_key("least-connections", "round-robin", "fill-first"),
+                "strategy": choice_key(*STRATEGIES),
                 "session-affinity-ttl": span_key("2h"),
             }
         ),
@@ -1213,6 +1364,7 @@ class Row:
     kind: str  # the name of the row in LOGINS or API_KEYS
     provider: Provider
     keys: tuple[str, ...] = ()
+    proxies: dict[str, str] = field(default_factory=dict)  # of some keys, the way out
 
     @property
     def name(self) -> str:
@@ -1232,6 +1384,8 @@ def overlaid(row: Provider, given: Json) -> Provider:
     if changes["base_url"] != row.base_url and changes["more_hosts"] == row.more_hosts:
         changes["more_hosts"] = ()  # they stand for the row's own address only
     changes["name"] = given.get("name") or row.name
+    if changes["token_url"] != row.token_url and changes["other_token_url"] == row.other_token_url:
+        changes["other_token_url"] = ""  # a token goes to no other host than the one named
     return Provider(**changes)
 
 
@@ -1244,10 +1398,12 @@ def rows_of(config: Json) -> list[Row]:
     for kind, row in API_KEYS.items():
         for index, entry in enumerate(config[kind]):
             provider = overlaid(row, entry)
-            keys = [one["api-key"] for one in entry.get("api-key-entries", ())]
+            entries = entry.get("api-key-entries", ())
+            keys = [one["api-key"] for one in entries]
             keys = [entry["api-key"]] if "api-key" in entry else keys
+            proxies = {one["api-key"]: one["proxy-url"] for one in entries if one["proxy-url"]}
             # A service on this machine may want no key at all, but a header must say something.
-            rows.append(Row(f"{kind} {index}", kind, provider, tuple(keys) or ("-",)))
+            rows.append(Row(f"{kind} {index}", kind, provider, tuple(keys) or ("-",), proxies))
     return [row for row in rows if row.provider.enabled and row.provider.paths]
 
 
@@ -1351,7 +1507,14 @@ def read_token(path: Path) -> Json:
     token = parse_object(read_file(path))
     if not isinstance(token.get("type"), str):
         raise ValueError("it has no 'type'")
+    if not is_proxy(proxy_of(token)):
+        raise ValueError(f"its proxy-url: expected {proxy_key().expected}")
     return flat(token)
+
+
+def proxy_of(token: Json) -> Any:
+    """The way out for one login; CLIProxyAPI writes it with an underscore."""
+    return token.get("proxy_url") or token.get("proxy-url") or ""
 
 
 def sweep_drafts(folder: Path) -> None:
@@ -1359,6 +1522,36 @@ def sweep_drafts(folder: Path) -> None:
     with suppress(OSError):
         for path in folder.glob(".*.json.*.tmp"):
             path.unlink(missing_ok=True)
+
+
+LOCK_LOOK = 0.05  # seconds between looks whether another process has let a lock go
+
+
+def lock_of(path: Path) -> Path:
+    place = path.resolve()
+    return place.with_name(f".{place.name}.lock")
+
+
+@asynccontextmanager
+async def alone_with(path: Path) -> AsyncIterator[None]:
+    """Wait until no other process is at a token file; one that is killed lets it go.
+
+    The lock is a file beside it, as the token file itself is replaced at each save.  Where there
+    can be none (Windows, a directory that is read only) nobody waits.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError):
+            fcntl: Any = importlib.import_module("fcntl")
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            number = os.open(lock_of(path), flags, 0o600)
+            stack.callback(os.close, number)
+            while True:
+                try:
+                    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(LOCK_LOOK)
+        yield
 
 
 def merge_token(path: Path, known: Json, changes: Json) -> Json:
@@ -1549,6 +1742,7 @@ NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (aiohttp.ClientSSLError, "no TLS connection can be made"),
     (aiohttp.ClientConnectorDNSError, "its name is not known"),
     (aiohttp.ClientPayloadError, "its answer was cut short"),
+    (web.RequestPayloadError, "it was cut short"),
     (aiohttp.ClientResponseError, "what it sent is no HTTP"),
     (aiohttp.InvalidURL, "this is no address"),
     (zlib.error, "what it packed cannot be unpacked"),
@@ -1592,6 +1786,10 @@ def short_url(url: str) -> URL:
 
 
 def as_url(url: str) -> URL:
+    if "#" in url or url.endswith("?"):  # yarl would drop them: to it, all is path
+        scheme, _, rest = url.partition("://")
+        authority, slash, target = rest.partition("/")
+        return URL.build(scheme=scheme, authority=authority, path=slash + target, encoded=True)
     return short_url(url) if len(url) < 300 else URL(url, encoded=True)
 
 
@@ -1633,12 +1831,27 @@ class Connector(aiohttp.TCPConnector):
             connection.close()
 
 
+def environment_proxies() -> dict[str, str]:
+    """The outbound proxies that the environment names, by scheme; Failure for SOCKS."""
+    given = {scheme: url for scheme, url in urllib.request.getproxies().items() if url}
+    used = {"http": given.get("http") or given.get("all"), "no": given.get("no")}
+    used["https"] = given.get("https") or given.get("all")
+    for scheme, url in used.items():
+        if scheme != "no" and url and url.lower().startswith("socks"):
+            name = scheme if scheme in given else "all"
+            raise Failure(
+                f"{name.upper()}_PROXY in the environment is a SOCKS proxy, which is not supported:"
+                " set proxy-url to an http proxy, or to direct"
+            )
+    return {scheme: url for scheme, url in used.items() if url}
+
+
 class Net:
     def __init__(self, live: Live) -> None:
         self.live = live
         self.retired: dict[Upstream, asyncio.Task[None]] = {}
         # aiohttp's own look into the environment is slow, and reads ~/.netrc, too.
-        self.proxies = {k: v for k, v in urllib.request.getproxies().items() if v}
+        self.proxies = {} if live.config["proxy-url"] else environment_proxies()
         connector = Connector(limit=0, keepalive_timeout=20)
         options: Any = {
             "connector": connector,
@@ -1661,22 +1874,24 @@ class Net:
         await self.sockets.close()
         await self.session.close()
 
-    def proxy(self, url: str) -> str | None:
-        """The outbound proxy for an address: the configuration's, else the environment's."""
-        if own := self.live.config["proxy-url"]:
-            return str(own)
+    def proxy(self, url: str, own: str = "") -> str | None:
+        """The outbound proxy for an address: its own, the configuration's, the environment's."""
+        if given := own or self.live.config["proxy-url"]:
+            return None if given == "direct" else str(given)
         given = self.proxies.get(url.partition(":")[0])
         if not given or urllib.request.proxy_bypass(as_url(url).host or ""):
             return None
         return given if "://" in given else f"http://{given}"
 
-    async def ask(self, method: str, url: str, idle: float, **more: Any) -> Upstream:
+    async def ask(
+        self, method: str, url: str, idle: float, proxy: str = "", **more: Any
+    ) -> Upstream:
         """An answer whose headers have come, within `idle` seconds; 0 is any time.
 
         Whoever asks releases it in the end.  ProxyError 502 when none comes.
         """
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        more |= {"timeout": timeout, "proxy": self.proxy(url), "allow_redirects": False}
+        more |= {"timeout": timeout, "proxy": self.proxy(url, proxy), "allow_redirects": False}
         try:
             async with asyncio.timeout(idle or None):
                 return await self.session.request(method, as_url(url), **more)
@@ -1707,10 +1922,12 @@ class Net:
             response.close()
             del self.retired[response]
 
-    async def ask_json(self, method: str, url: str, headers: Json, data: Any) -> tuple[int, Json]:
+    async def ask_json(
+        self, method: str, url: str, headers: Json, data: Any, proxy: str = ""
+    ) -> tuple[int, Json]:
         """Status and answer; {"error": words} for an answer that is no JSON object."""
         headers = {"Accept": "application/json", "User-Agent": f"ampproxy/{__version__}", **headers}
-        response = await self.ask(method, url, 30, headers=headers, data=data)
+        response = await self.ask(method, url, 30, proxy, headers=headers, data=data)
         try:
             async with asyncio.timeout(30):
                 raw = await response.read()
@@ -1718,11 +1935,19 @@ class Net:
             self.release(response)
         status = response.status
         try:
-            return status, parse_object(unpack_gzip(raw) or raw)
+            return status, parse_object(unpack(raw) or raw)
         except ValueError:
+            if coding := unknown_coding(response):
+                return status, {"error": f"an answer packed as {coding}"}
             # What is no JSON under a 200 might hold a token.
             words = raw[:300].decode(errors="replace") if status != 200 else "no JSON"
             return status, {"error": words}
+
+
+def unknown_coding(response: Upstream) -> str:
+    """How a body is packed, if it cannot be unpacked here."""
+    coding = response.headers.get("Content-Encoding", "").strip().lower()[:50]
+    return "" if coding in ("", "identity", *CODINGS) else printable(coding)
 
 
 def error_parts(answer: Json) -> Json:
@@ -1741,6 +1966,7 @@ def error_text(answer: Json, *keys: str) -> str:
 
 
 HEAD_LIMIT, HEAD_WAIT = 65536, 30  # bytes and seconds of a client's head
+UPLOAD_WAIT = 600  # seconds for a body to go up, and the head of its answer to come
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 
 
@@ -1762,6 +1988,15 @@ class Connection(web.RequestHandler):
         self.head_came()
         self.known()
         super().connection_lost(error)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """A client that ends in the middle of a body may still be listening: it gets its 400."""
+        if self.body is None or self.body.is_eof():
+            return False
+        self.body.set_exception(web.RequestPayloadError("cut short"))
+        self.body.feed_eof()
+        self.close()  # after the answer
+        return True
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
@@ -1860,8 +2095,17 @@ FATAL = (  # words of a token endpoint after which only a new login helps
     "refresh_token_reused",
     "refresh_token_expired",
     "refresh_token_invalidated",
+    "refresh_token_revoked",
+    "invalid_refresh_token",
+    "app_session_expired",
+    "app_session_terminated",
+    "session_expired",
+    "token_expired",
+    "token_revoked",
+    "account_deactivated",
     "unauthorized_client",
 )
+FATAL_WORDS = ("log in again", "sign in again", "logging in again", "signing in again")
 
 
 def pkce() -> tuple[str, str]:
@@ -2045,19 +2289,24 @@ async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tup
         return 502, {"error": words}
 
 
-async def ask_token(net: Net, provider: Provider, form: Json) -> Json:
+async def ask_token(net: Net, provider: Provider, form: Json, proxy: str = "") -> Json:
     """The token endpoint's answer; ProxyError with its words, 401 when they are final, else 503."""
     own = {"client_id": provider.client_id, "client_secret": provider.client_secret}
     form = {name: value for name, value in own.items() if value} | form
     kind = "x-www-form-urlencoded" if provider.token_form else "json"
     data = form if provider.token_form else write_json(form)
     headers = {"Content-Type": f"application/{kind}"}
-    status, answer = await net.ask_json("POST", provider.token_url, headers, data)
+    proxy = proxy or provider.proxy_url
+    status, answer = await net.ask_json("POST", provider.token_url, headers, data, proxy)
+    if status == 404 and provider.other_token_url:
+        status, answer = await net.ask_json("POST", provider.other_token_url, headers, data, proxy)
     if status == 200 and answer.get("access_token") and isinstance(answer["access_token"], str):
         return answer
     secret = str(form.get("refresh_token") or form["code"])
     words = error_text(answer).replace(secret, "...")
     final = any(code in words for code in FATAL)
+    if 400 <= status < 500:  # a refusal may have no such code
+        final = final or any(phrase in words.lower() for phrase in FATAL_WORDS)
     message = f"{provider.name}'s token endpoint answered {status}: {words}"
     raise fault(401 if final else 503, message)
 
@@ -2086,7 +2335,8 @@ async def identity_of(net: Net, provider: Provider, answer: Json) -> Json:
     if provider.profile_url and not account.get("email_address"):
         headers = {"Authorization": f"Bearer {answer['access_token']}"}
         with suppress(ProxyError, *NET_ERRORS):
-            _, profile = await net.ask_json("GET", provider.profile_url, headers, None)
+            url, proxy = provider.profile_url, provider.proxy_url
+            _, profile = await net.ask_json("GET", url, headers, None, proxy)
             account = as_dict(profile.get("account")) or profile
     email = account.get("email_address") or account.get("email")
     if isinstance(email, str):
@@ -2193,7 +2443,8 @@ def refused_tiers(loaded: Json) -> str:
 #
 # A thread stays with its account while that can answer; the prompt cache is worth it.  A new one
 # goes to an account that is not nearly spent, of the highest priority, and then as routing.strategy
-# says: with the fewest running requests and recent threads, in turn, or the first.
+# says: with the fewest running requests and recent threads, in turn, the first, or the one whose
+# quota window ends first, so that what is left of it is used.
 #
 # To add a rule about errors, add a row to rest_rules.  A time that the error itself names comes
 # before the row's, and the configuration's max-cooldown cuts both.
@@ -2201,9 +2452,12 @@ def refused_tiers(loaded: Json) -> str:
 SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
 RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
 PROBE = 2  # seconds that others leave an account alone that has just woken and is being tried
-REFRESH_WAIT, REFRESH_PAUSE = 30, 30  # seconds that a refresh may take; after one that failed
+REFRESH_WAIT = 30  # seconds that a refresh may take
+REFRESH_PAUSES = (1, 2, 4, 8, 16, 30)  # seconds after one that failed, then another, ...
 NEARLY_SPENT = 95  # per cent of a quota window
 THREADS = 10_000  # that are remembered
+RESTING_MODELS = 1000  # of one account, that are remembered
+MOST_DOUBLINGS = 20  # of a rest: a few seconds are months by then, and max-cooldown cuts them
 
 
 class RestRule(NamedTuple):
@@ -2213,8 +2467,11 @@ class RestRule(NamedTuple):
     codes: frozenset[str]  # of the provider, in lower case; "@7d_oi": a full window of that name
     words: tuple[str, ...]  # patterns for its text, for errors that have no code of their own
     rests: str  # "account", "model" or nobody: ""
-    seconds: float  # where the error names no time
-    then: str  # again: as often as request-retry says; wait: if short, else next; next; stop
+    seconds: float  # where the error names no time; twice as long after each failed probe
+    # again: as often as request-retry says; once more: after a pause, then the next account;
+    # wait: if the error asks for a short one, else next; refresh: with another token, then next;
+    # next; stop
+    then: str
 
 
 def rest_rules() -> tuple[RestRule, ...]:
@@ -2224,14 +2481,17 @@ def rest_rules() -> tuple[RestRule, ...]:
     bad_key = ("*api?key not valid*", "*api?key expired*")  # Google's, with a 400
     no_credit = ("*credit balance*", "*usage_not_included*")
     no_model = ("*model*not supported*",)  # ChatGPT's, for a model that the plan lacks
+    revoked = ("*revoked*", "*token*expired*", "*expired*token*")  # Claude's, with a 403
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
     no_answer = some({"malformed_function_call", "unexpected_tool_call", "empty_answer"})
     no_room = some({"model_capacity_exhausted"})
+    spent = some({"usage_limit_reached", "insufficient_quota"})  # ChatGPT's comes with a 400, too
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
         RestRule(refused, some(), extra_usage, "", 0, "stop"),
-        RestRule((401,), some(), (), "account", NEVER, "next"),
+        RestRule((401,), some(), (), "account", NEVER, "refresh"),
+        RestRule((403,), some(), revoked, "account", NEVER, "refresh"),
         RestRule((400,), some(), bad_key, "account", NEVER, "next"),
         RestRule(any_status, no_answer, (), "", 0, "again"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
@@ -2242,6 +2502,8 @@ def rest_rules() -> tuple[RestRule, ...]:
         RestRule(any_status, no_room, ("*no capacity*",), "model", 5, "again"),
         RestRule((429,), quota, (), "model", MINUTE, "wait"),
         RestRule(any_status, some(), ("* at capacity*",), "model", MINUTE, "wait"),
+        RestRule(refused, spent, (), "account", MINUTE, "wait"),
+        RestRule((429,), some({RETRIABLE}), (), "account", 5, "once more"),
         RestRule((429,), some(), (), "account", MINUTE, "wait"),
         RestRule(retried, some(), (), "account", 5, "again"),
         RestRule(range(500, 600), some(), (), "account", 5, "next"),
@@ -2272,6 +2534,8 @@ class Rest:
     message: str
     began: float
     wakes: float
+    failures: int = 0  # in a row that named no time: the first, and failed probes
+    probe_until: float = 0  # somebody tries meanwhile whether it is over
 
 
 @dataclass
@@ -2302,6 +2566,12 @@ class Account:
     priority = 0.0
     plan = ""
     expires = NEVER
+    own_proxy = ""
+
+    @property
+    def proxy(self) -> str:
+        """The way out for it; "": that of all."""
+        return self.own_proxy or (self.row.provider.proxy_url if self.row else "")
 
     def resting(self, model: str) -> list[Rest]:
         if not self.rests:
@@ -2310,7 +2580,8 @@ class Account:
 
     def wait(self, model: str, now: float) -> float:
         """Seconds until it may be asked for a model."""
-        return max((rest.wakes - now for rest in self.resting(model)), default=0.0)
+        rests = self.resting(model)
+        return max((max(rest.wakes, rest.probe_until) - now for rest in rests), default=0.0)
 
     def state(self, now: float) -> str:
         if self.disabled:
@@ -2327,6 +2598,11 @@ class Account:
             if spent and window.resets_at > moment and "_" not in window.name:
                 return True
         return False
+
+    def resets_at(self, moment: float) -> float:
+        """When the first of its known windows ends; never, where none is known."""
+        ends = [w.resets_at for w in self.quota if w.resets_at > moment and "_" not in w.name]
+        return min(ends, default=NEVER)
 
     @contextmanager
     def leased(self) -> Iterator[None]:
@@ -2356,6 +2632,7 @@ class Login(Account):
         self.path = path
         self.hint = f"run `ampproxy.py login {self.kind}`"
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
+        self.refreshes_failed = 0  # in a row
         self.replaced = "-"  # the access token in the file that the present one came for
         self.refreshing: asyncio.Task[None] | None = None
         self.finding: asyncio.Task[Problem | None] | None = None  # its project
@@ -2371,6 +2648,7 @@ class Login(Account):
         self.expires = expiry(token)
         self.disabled = token.get("disabled") is True
         self.priority = number(token.get("priority"))
+        self.own_proxy = str(proxy_of(token))
 
     @property
     def access_token(self) -> str:
@@ -2425,11 +2703,12 @@ class Pool:
             return
         given, known = token.get("access_token"), account.token.get("access_token")
         if given == account.replaced != known:  # what could not be saved is newer
-            kept = {key: token[key] for key in ("disabled", "priority") if key in token}
+            edited = ("disabled", "priority", "proxy_url", "proxy-url")
+            kept = {key: token[key] for key in edited if key in token}
             self.save(account, account.token | kept)
             return
         if given != known:
-            account.rests, account.retry_at = {}, 0.0
+            account.rests, account.retry_at, account.refreshes_failed = {}, 0.0, 0
         account.take(token)
 
     def bind(self) -> None:
@@ -2441,6 +2720,7 @@ class Pool:
                 place = f"{row.id} {made.id}"
                 keys[place] = self.accounts.get(place, made)
                 keys[place].row = row
+                keys[place].own_proxy = row.proxies.get(key, "")
         logins = {i: a for i, a in self.accounts.items() if isinstance(a, Login)}
         self.accounts = keys | logins
         kinds = {row.id: row for row in self.live.rows if not row.keys}
@@ -2473,7 +2753,7 @@ class Pool:
             if free:
                 account = self.home(thread, free, now)
                 for rest in account.resting(model):  # it is over: this is the probe
-                    rest.wakes = now + PROBE
+                    rest.probe_until = now + PROBE
                 return account
             pause = min((account.wait(model, now) for account in left), default=NEVER)
             if now + pause > until:
@@ -2513,8 +2793,10 @@ class Pool:
 
         def key(account: Account) -> tuple[Any, ...]:
             busy = account.in_flight + account.threads if strategy == "least-connections" else 0
+            ends = account.resets_at(moment) if strategy == "soonest-reset" else 0
             turn = 0 if strategy == "fill-first" else account.turn
-            return account.nearly_spent(moment), -account.priority, busy, turn, account.label
+            spent = account.nearly_spent(moment)
+            return spent, -account.priority, ends, busy, turn, account.label
 
         return key
 
@@ -2526,27 +2808,59 @@ class Pool:
             if key in account.rests and account.rests[key].began < began:
                 del account.rests[key]
 
-    def rest(self, account: Account, problem: Problem, model: str) -> None:
-        """Leave an account, or a model of it, alone for as long as the error asks."""
-        rule = verdict(problem)
+    @contextmanager
+    def probing(self, account: Account, model: str) -> Iterator[None]:
+        """While this lasts others leave an account alone that has just woken, up to PROBE."""
+        tried = account.resting(model)
+        try:
+            yield
+        finally:
+            for rest in tried:
+                rest.probe_until = 0
+
+    def failed(self, account: Account, problem: Problem, model: str, began: float) -> None:
+        """An error of a request that was sent at `began`: a rest begins, or ends."""
         account.counts["errors"] += 1
-        if not rule.rests:
-            return
+        rule = verdict(problem)
+        if rule.rests:
+            self.rest(account, rule, problem, model, began)
+        elif LOCAL not in problem.codes:  # the request's own fault: it was answered
+            self.answered(account, model, began)
+
+    def rest(
+        self, account: Account, rule: RestRule, problem: Problem, model: str, began: float
+    ) -> None:
+        """Leave an account, or a model of it, alone for as long as the error asks.
+
+        Where it names no time the rest is twice as long after each failed probe.  Of requests that
+        ran side by side one counts: the others were sent before the rest was over.
+        """
         now, key = self.clock.monotonic(), model if rule.rests == "model" else ""
+        old = account.rests.get(key)
+        failures = old.failures if old else 0
+        if not problem.retry_after and (old is None or began >= old.wakes):
+            failures = min(failures + 1, MOST_DOUBLINGS)
         length = rule.seconds
         if length != NEVER or isinstance(account, ApiKey):  # a key may be good again
             most = self.live.config["max-cooldown"]
-            length = max(1, min(problem.retry_after or length, most))
-        wakes = now + length
-        if key in account.rests:
-            wakes = max(wakes, account.rests[key].wakes)
+            grown = length * 2 ** max(0, failures - 1)
+            length = max(1, min(problem.retry_after or grown, most))
+        wakes = max(now + length, old.wakes if old else 0)
         kept = {k: r for k, r in account.rests.items() if k in ("", key) or r.wakes > now}
-        account.rests = {**kept, key: Rest(problem.status, problem.message, now, wakes)}
+        status = 404 if rule.rests == "model" and problem.status == 400 else problem.status
+        account.rests = {**kept, key: Rest(status, problem.message, now, wakes, failures)}
+        self.bound_rests(account)
         then = account.hint if length == NEVER else f"rests for {length:.0f} s"
         log.warning("%s: %s; %s", f"{account.name} {key[:100]}".strip(), problem.message, then)
 
-    def nobody(self, rows: list[Row], model: str) -> Problem:
-        """Why none of the accounts can answer now, each by its name."""
+    def bound_rests(self, account: Account) -> None:
+        """Anybody can ask for any number of models: those that wake first are forgotten."""
+        models = [key for key in account.rests if key]
+        if len(models) > RESTING_MODELS:
+            del account.rests[min(models, key=lambda key: account.rests[key].wakes)]
+
+    def nobody(self, rows: list[Row], model: str, last: Problem | None = None) -> Problem:
+        """Why none of the accounts can answer now, each by its name; `last`: what one just said."""
         now, told, waits, statuses = self.clock.monotonic(), [], [NEVER], []
         for account in self.of(rows):
             wait = account.wait(model, now)
@@ -2560,10 +2874,11 @@ class Pool:
         status = 429
         if first == NEVER:
             status = 401
-        elif all(found and set(found) <= {400, 404} for found in statuses):
+        elif all(found and set(found) == {404} for found in statuses):
             status = 404  # they all lack the model
         message = "no account can answer; " + ". ".join(told)
-        return Problem(status, message, first if status == 429 else 0)
+        text = f"{last.text}; {message}" if last and last.text else ""
+        return Problem(status, message, first if status == 429 else 0, text)
 
     # -- Tokens --
 
@@ -2591,30 +2906,8 @@ class Pool:
     async def refresh(self, account: Login, refused: str, soon: float) -> None:
         """Adopt a newer token from the file, else ask, save, and only then use it."""
         try:
-            self.read(account.path)
-            self.adopt(account)
-            if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
-                return
-            assert self.net and account.row
-            form = {
-                "grant_type": "refresh_token",
-                "refresh_token": account.token.get("refresh_token"),
-                **client_of(account.token),
-            }
-            if not form["refresh_token"]:
-                raise fault(401, "refused, and there is no refresh token")
-            if program := as_dict(account.token.get("source")).get("program"):
-                log.warning("%s: %s may need a new login now", account.name, program)
-            async with asyncio.timeout(REFRESH_WAIT):
-                answer = await ask_token(self.net, account.row.provider, form)
-            self.read(account.path)
-            if account.token.get("refresh_token") != form["refresh_token"]:
-                return  # a new login came meanwhile
-            on_disk = merge_token(account.path, account.token, {})
-            account.replaced = str(on_disk.get("access_token"))
-            fields = token_fields(answer, self.clock.time(), account.token)
-            self.save(account, account.token | fields)
-            log.info("%s: token refreshed", account.name)
+            async with asyncio.timeout(REFRESH_WAIT), alone_with(account.path):
+                await self.refresh_alone(account, refused, soon)
         except ProxyError as error:
             self.refresh_failed(account, error.problem)
         except NET_ERRORS as error:
@@ -2622,6 +2915,32 @@ class Pool:
             self.refresh_failed(account, Problem(503, net_words(error), codes=codes))
         finally:
             account.refreshing = None
+
+    async def refresh_alone(self, account: Login, refused: str, soon: float) -> None:
+        self.read(account.path)
+        self.adopt(account)
+        if not account.stale(refused, soon) or account.retry_at > self.clock.monotonic():
+            return
+        assert self.net and account.row
+        form = {
+            "grant_type": "refresh_token",
+            "refresh_token": account.token.get("refresh_token"),
+            **client_of(account.token),
+        }
+        if not form["refresh_token"]:
+            raise fault(401, "refused, and there is no refresh token")
+        if program := as_dict(account.token.get("source")).get("program"):
+            log.warning("%s: %s may need a new login now", account.name, program)
+        answer = await ask_token(self.net, account.row.provider, form, account.own_proxy)
+        self.read(account.path)
+        if account.token.get("refresh_token") != form["refresh_token"]:
+            return  # a new login came meanwhile
+        on_disk = merge_token(account.path, account.token, {})
+        account.replaced = str(on_disk.get("access_token"))
+        fields = token_fields(answer, self.clock.time(), account.token)
+        self.save(account, account.token | fields)
+        account.refreshes_failed = 0
+        log.info("%s: token refreshed", account.name)
 
     async def project(self, account: Account, provider: Provider, token: str) -> str:
         """What a Google login's calls are billed to; looked for once if its file names none."""
@@ -2668,8 +2987,11 @@ class Pool:
             log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
 
     def refresh_failed(self, account: Login, problem: Problem) -> None:
-        pause = 1 if LOCAL in problem.codes else REFRESH_PAUSE
-        account.retry_at = self.clock.monotonic() + pause
+        last = 0 if LOCAL in problem.codes else len(REFRESH_PAUSES) - 1
+        pause = REFRESH_PAUSES[min(account.refreshes_failed, last)]
+        account.refreshes_failed += 1
+        now = self.clock.monotonic()
+        account.retry_at = now + pause
         self.read(account.path)
         self.adopt(account)
         if not account.retry_at:
@@ -2677,7 +2999,8 @@ class Pool:
         account.trouble = f"refresh failed: {problem.message}"
         log.error("%s: %s", account.name, account.trouble)
         if problem.status == 401 or account.stale("", self.clock.time()):
-            self.rest(account, problem, "")
+            problem.retry_after = pause
+            self.failed(account, problem, "", now)
 
     def refresh_ahead(self) -> None:
         """Begin the refreshes that are due; one that has just been made is not made again."""
@@ -2800,7 +3123,6 @@ class Ask:
     choice: str = ""  # auto, any, none, or tool: one of `allowed`
     allowed: list[str] = field(default_factory=list)  # names of tools; empty: all
     parallel: bool | None = None  # several calls at once
-    effort: str = ""  # a level, a budget in digits, auto, none; "": the client says nothing
     limit: int = 0  # tokens of the answer; 0: the client says none
     stops: list[str] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)  # temperature, top_p, top_k, seed, ...
@@ -3773,7 +4095,6 @@ def read_anthropic_request(body: Json) -> Ask:
     if wanted.get("type") == "json_schema":
         ask.schema = as_dict(wanted.get("schema"))
         ask.schema_strict = is_strict(ask.schema)
-    ask.effort = anthropic_effort(body)
     if body.get("mcp_servers"):
         raise cannot("mcp_servers")
     return ask
@@ -3785,20 +4106,6 @@ def without_billing(parts: list[Part]) -> list[Part]:
         if isinstance(part, Text) and part.text.startswith(BILLING_LINE):
             part.text = part.text.partition("\n")[2]
     return parts
-
-
-def anthropic_effort(body: Json) -> str:
-    thinking, output = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
-    level = text_of(output.get("effort"))
-    match thinking.get("type"):
-        case "disabled":
-            return "none"
-        case "enabled":
-            budget = int(number(thinking.get("budget_tokens")))
-            return str(budget) if budget > 0 else "auto"
-        case "adaptive" | "auto":
-            return level or "auto"
-    return level
 
 
 def anthropic_parts(content: Any) -> list[Part]:
@@ -4243,7 +4550,6 @@ def read_chat_request(body: Json) -> Ask:
     stop = body.get("stop")
     ask.stops = [s for s in (stop if isinstance(stop, list) else [stop]) if s and text_of(s)]
     ask.sampling = {k: body[k] for k in (*CHAT_SAMPLING, "top_k") if body.get(k) is not None}
-    ask.effort = chat_effort(body)
     ask.verbosity = text_of(body.get("verbosity"))
     if isinstance(body.get("parallel_tool_calls"), bool):
         ask.parallel = body["parallel_tool_calls"]
@@ -4263,16 +4569,6 @@ def read_answer_schema(ask: Ask, kind: str, wanted: Json) -> None:
         ask.schema = as_dict(wanted.get("schema"))
         ask.schema_name = text_of(wanted.get("name")) or ask.schema_name
         ask.schema_strict = bool(wanted.get("strict"))
-
-
-def chat_effort(body: Json) -> str:
-    told = as_dict(body.get("reasoning"))  # OpenRouter's form
-    if told.get("max_tokens"):
-        return str(int(number(told["max_tokens"])))
-    if told.get("enabled") is False:
-        return "none"
-    level = body.get("reasoning_effort") or told.get("effort")
-    return text_of(level) or ("auto" if told.get("enabled") else "")
 
 
 def chat_turn(message: Json) -> Turn:
@@ -4780,7 +5076,6 @@ def read_responses_request(body: Json) -> Ask:
         read_responses_item(ask, item)
     read_openai_choice(ask, body.get("tool_choice"))
     ask.sampling = {k: body[k] for k in ("temperature", "top_p") if body.get(k) is not None}
-    ask.effort = text_of(as_dict(body.get("reasoning")).get("effort"))
     if isinstance(body.get("parallel_tool_calls"), bool):
         ask.parallel = body["parallel_tool_calls"]
     text = as_dict(body.get("text"))
@@ -5341,7 +5636,6 @@ def read_gemini_request(body: Json) -> Ask:
     ask.stops = [stop for stop in as_list(settings.get("stopSequences")) if isinstance(stop, str)]
     found = {name: settings.get(theirs) for name, theirs in GEMINI_SAMPLING.items()}
     ask.sampling = {name: value for name, value in found.items() if value is not None}
-    ask.effort = gemini_effort(settings)
     if settings.get("responseMimeType") == "application/json":
         schema = settings.get("responseJsonSchema") or settings.get("responseSchema")
         ask.schema = plain_schema(as_dict(schema))
@@ -5374,15 +5668,6 @@ def gemini_contents(contents: Any) -> list[Json]:
     if isinstance(contents, str):
         return [{"parts": [{"text": contents}]}]
     return [contents] if isinstance(contents, dict) else as_dicts(contents)
-
-
-def gemini_effort(settings: Json) -> str:
-    thinking = camel(as_dict(settings.get("thinkingConfig")))
-    if "thinkingBudget" in thinking:
-        budget = int(number(thinking["thinkingBudget"]))
-        return "auto" if budget < 0 else str(budget) if budget else "none"
-    level = text_of(thinking.get("thinkingLevel")).lower()
-    return level or ("auto" if thinking.get("includeThoughts") else "")
 
 
 class GeminiHistory:
@@ -5813,7 +6098,7 @@ class GeminiWriter(Reply):
 # An event that has none of a dialect's `marks` passes unread.
 #
 # To add a dialect, add a row here, its paths to MODEL_PATH and DIALECTS, what it calls an effort to
-# with_effort, and its verbs to the providers' paths and to VERBS.
+# EFFORT_WORDS, effort_of and with_effort, and its verbs to the providers' paths and to VERBS.
 
 
 @dataclass(frozen=True)
@@ -6101,25 +6386,168 @@ TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
 DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
+LEAST_BUDGET, MOST_MARKS = 1024, 4
 
 
 def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
-    body = with_betas(body, headers, provider)
-    thinking = as_dict(body.get("thinking"))
-    if thinking.get("type") == "auto":  # a word of Amp's only
-        body = {**body, "thinking": {**thinking, "type": "adaptive"}}
-    if isinstance(body.get("messages"), list):
-        body = {**body, "messages": cleaned(body["messages"])}
+    body = as_claude_takes_it(with_betas(body, headers, provider), provider.thinking)
     if provider.identity:
         body = {**body, "system": with_identity(body.get("system"))}
     return body
 
 
+def claude_key_rules(body: Json, headers: Headers, provider: Provider) -> Json:
+    """Others speak Claude's dialect, too; what their models take is theirs to say."""
+    is_claude = matches(str(body.get("model"))[:200], ("*claude-*",))
+    if provider.drop_betas:
+        body = with_betas(body, headers, provider)
+    return as_claude_takes_it(body, provider.thinking) if is_claude else body
+
+
+def as_claude_takes_it(body: Json, table: dict[str, str]) -> Json:
+    """What Claude refuses with a 400 put right (providers.md 1.3); `table`: see THINKING."""
+    model = str(body.get("model"))
+    thinking = thinking_of(table, model)
+    for name in ("system", "messages"):
+        if isinstance(body.get(name), list):
+            body = {**body, name: cleaned(body[name])}
+    body = with_fitting_thought(body, thinking)
+    thinks = is_thinking(body, thinking)
+    if not thinks:
+        body = without_clear_thinking(body)
+    return with_few_marks(without_sampling(body, model, thinks))
+
+
+def forces_tool(body: Json) -> bool:
+    return as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
+
+
+def is_thinking(body: Json, thinking: Thinking) -> bool:
+    kind = as_dict(body.get("thinking")).get("type")
+    return kind in ("enabled", "adaptive") or (kind is None and thinking.by_itself)
+
+
+def without_thought(body: Json, thinking: Thinking) -> Json:
+    """Thinking off, and the effort with it; some models must be told."""
+    body = {name: value for name, value in body.items() if name != "thinking"}
+    output = body.get("output_config")
+    if isinstance(output, dict) and "effort" in output:
+        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+    if thinking.by_itself:
+        body["thinking"] = {"type": "disabled"}
+    return body
+
+
+def with_fitting_thought(body: Json, thinking: Thinking) -> Json:
+    """Thinking off for a forced tool, else a budget of 1,024 to less than max_tokens."""
+    if forces_tool(body) and is_thinking(body, thinking):
+        return without_thought(body, thinking)
+    given = as_dict(body.get("thinking"))
+    if given.get("type") == "auto":  # a word of Amp's only
+        if forces_tool(body):
+            return without_thought(body, thinking)
+        given = {**given, "type": "adaptive"}
+        if thinking.limits:
+            given = {"type": "enabled", "budget_tokens": BUDGETS["medium"]}
+        body = {**body, "thinking": given}
+    budget, most = given.get("budget_tokens"), body.get("max_tokens")
+    if given.get("type") != "enabled" or type(budget) is not int:
+        return body
+    fits = max(budget, LEAST_BUDGET)
+    if type(most) is int and most <= fits:  # something must be left for the answer
+        fits = max(most * 3 // 4, LEAST_BUDGET)
+        if most <= fits:
+            return without_thought(body, thinking)
+    return body if fits == budget else {**body, "thinking": {**given, "budget_tokens": fits}}
+
+
+def without_clear_thinking(body: Json) -> Json:
+    """Without the edit of old thoughts, which is refused when there are no new ones."""
+    management = as_dict(body.get("context_management"))
+    edits = as_list(management.get("edits"))
+    kept = [e for e in edits if not str(as_dict(e).get("type")).startswith("clear_thinking")]
+    if len(kept) == len(edits):
+        return body
+    if kept:
+        return {**body, "context_management": {**management, "edits": kept}}
+    return {name: value for name, value in body.items() if name != "context_management"}
+
+
+def without_sampling(body: Json, model: str, thinks: bool) -> Json:
+    """Without what is refused beside thinking, by newer models, and beside each other."""
+    gone: set[str] = set()
+    old = matches(model[:200], CLAUDE_SAMPLES)
+    if thinks or (matches(model[:200], ("claude-*",)) and not old):
+        gone = {"temperature", "top_p", "top_k"} & body.keys()
+    elif body.get("temperature") is not None and body.get("top_p") is not None:
+        gone = {"top_p"}
+    return {name: value for name, value in body.items() if name not in gone} if gone else body
+
+
+MARKED = {"tools": 2, "system": 1, "messages": 0}  # where marks are, in Claude's order -> who stays
+
+
+def with_few_marks(body: Json) -> Json:
+    """At most four cache marks, and none for an hour behind one for five minutes.
+
+    The earliest in `messages` go first: the last ones and those before it serve the next turn.
+    """
+    marks = [(name, mark) for name in MARKED for mark in marks_in(body.get(name), DEEPEST)]
+    surplus = len(marks) + isinstance(body.get("cache_control"), dict) - MOST_MARKS
+    by_worth = sorted(range(len(marks)), key=lambda index: (MARKED[marks[index][0]], index))
+    gone = set(by_worth[: max(0, surplus)])
+    new: list[Json | None] = []
+    short = False
+    for index, (_, mark) in enumerate(marks):
+        is_short = mark.get("ttl") != "1h"
+        if index in gone:
+            new.append(None)
+        elif short and not is_short:
+            new.append({name: value for name, value in mark.items() if name != "ttl"})
+        else:
+            short = short or is_short
+            new.append(mark)
+    if new == [mark for _, mark in marks]:
+        return body
+    left = iter(new)
+    changed = {name: remarked(body[name], left, DEEPEST) for name in MARKED if name in body}
+    return body | changed
+
+
+def marks_in(blocks: Any, depth: int) -> Iterator[Json]:
+    """The cache marks of blocks, and of the blocks in them."""
+    if isinstance(blocks, list) and depth:
+        for block in as_dicts(blocks):
+            yield from marks_in(block.get("content"), depth - 1)
+            if isinstance(block.get("cache_control"), dict):
+                yield block["cache_control"]
+
+
+def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
+    """The blocks with these marks, in the order of marks_in."""
+    if not isinstance(blocks, list) or not depth:
+        return blocks
+    made = []
+    for block in blocks:
+        changed = block
+        if isinstance(block, dict):
+            content = remarked(block.get("content"), new, depth - 1)
+            if content is not block.get("content"):
+                changed = {**changed, "content": content}
+            if isinstance(block.get("cache_control"), dict):
+                mark = next(new)
+                changed = {k: v for k, v in changed.items() if k != "cache_control"}
+                changed |= {"cache_control": mark} if mark else {}
+        made.append(changed)
+    return made
+
+
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
-    """One list in the header; context-1m would be billed beside the plan and is dropped."""
+    """One list in the header, without those that the row drops."""
     own = provider.headers.get("anthropic-beta", "")
     asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
-    kept = beta_list(",".join(map(str, asked))[:2000])
+    kept = beta_list(",".join(map(str, asked))[:2000], provider.drop_betas)
+    headers.popall("anthropic-beta", None)
     if kept:
         headers["anthropic-beta"] = kept
     if "betas" in body:
@@ -6128,9 +6556,9 @@ def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
 
 
 @functools.lru_cache(256)
-def beta_list(asked: str) -> str:
+def beta_list(asked: str, drops: tuple[str, ...]) -> str:
     betas = dict.fromkeys(re.findall(r"[^\s,]+", asked))
-    return ",".join(beta for beta in betas if not beta.startswith("context-1m"))
+    return ",".join(beta for beta in betas if not matches(beta[:200], drops))
 
 
 def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
@@ -6144,10 +6572,16 @@ def cleaned(blocks: list[Any], depth: int = DEEPEST) -> list[Any]:
     return blocks if same else kept
 
 
+def is_blank_text(text: Any) -> bool:
+    return isinstance(text, str) and not text.strip()
+
+
 def cleaned_block(block: Json, depth: int) -> Json | None:
     """A message or block as Claude takes it; None when nothing of it is left."""
     kind = block.get("type")
-    if kind == "text" and block.get("text") == "":
+    if kind == "text" and is_blank_text(block.get("text")):
+        return None
+    if "role" in block and is_blank_text(block.get("content")):
         return None
     if kind == "thinking" and not SIGNATURE.match(str(block.get("signature"))):
         return None
@@ -6517,6 +6951,7 @@ def plain_values(plain: Json, schema: Json) -> Json:
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
     "claude": claude_rules,
+    "claude-api-key": claude_key_rules,
     "codex": codex_rules,
 }
 
@@ -6530,6 +6965,10 @@ RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
+KEPT_PARAMETERS = (  # that reach no provider: credentials, and what is asked for anew
+    *KEY_PARAMETERS,
+    *("access_token", "oauth_token", "api_key", "alt", "$alt"),
+)
 MODEL_PATH = re.compile(
     r"(?P<amp>/api/provider/[^/]+)?"
     r"(?:/v1(?:beta1?(?:/publishers/google)?)?){0,3}"
@@ -6636,6 +7075,13 @@ def target_without_keys(raw_path: str, keys: list[str]) -> str:
     return path + (mark + "&".join(kept) if kept else "")
 
 
+def query_for_provider(query: str) -> str:
+    """What a client asked for in the query, without credentials, and the form of the answer."""
+    pairs = query.split("&")
+    kept = [pair for pair in pairs if unquote_plus(pair.partition("=")[0]) not in KEPT_PARAMETERS]
+    return "&".join(pair for pair in kept if pair)
+
+
 class Call:
     """One model call: what the client asks, and what comes of it."""
 
@@ -6651,6 +7097,8 @@ class Call:
         self.raw: bytes | bytearray = b""
         self.body = Json()
         self.streams = self.verb == "streamGenerateContent"
+        # Google's way to stream without alt=sse: one JSON list.
+        self.lists = self.streams and "sse" not in request.query.getall("alt", ())
         self.was_read = self.was_packed = False
         self.ask: Ask | None = None  # the body in the neutral form, once somebody needs it
         self.is_foreign = False  # the provider that is asked speaks another dialect
@@ -6785,14 +7233,17 @@ async def read_body(request: Request) -> bytes | bytearray:
     large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
     try:
-        while data := await request.content.readany():
-            if large is None:
-                pieces.append(data)
-            else:
-                large[size : size + len(data)] = data
-            size += len(data)
-            if size > BODY_LIMIT:
-                raise too_large()
+        async with asyncio.timeout(UPLOAD_WAIT):
+            while data := await request.content.readany():
+                if large is None:
+                    pieces.append(data)
+                else:
+                    large[size : size + len(data)] = data
+                size += len(data)
+                if size > BODY_LIMIT:
+                    raise too_large()
+    except TimeoutError:
+        raise fault(408, "The request body did not come within ten minutes") from None
     except (web.RequestPayloadError, *NET_ERRORS) as error:
         raise fault(400, f"The request body cannot be read: {net_words(error)}") from None
     return b"".join(pieces) if large is None else large
@@ -6802,6 +7253,9 @@ async def read_body(request: Request) -> bytes | bytearray:
 #
 # The name of a model decides.  A suffix such as (high) is cut off first and becomes the effort.
 # Who has the model here is asked, else the mappings name another; each is a way, tried in order.
+#
+# An effort is read from a body by effort_of and worded by with_effort, in the dialect of whoever
+# answers, so that no model is asked to think in the words of another generation.
 
 SUFFIX = re.compile(r"(.+)\(([\w-]*)\)|(gpt-(?!oss).+)-(low|medium|x?high)", re.I)
 WAYS_KEPT = 1000  # names of models whose ways are remembered
@@ -6824,78 +7278,134 @@ def split_any(model: str) -> tuple[str, str]:
 split_short = functools.lru_cache(1024)(split_any)
 
 
-@functools.lru_cache(1024)
-def levels_of(told: str) -> tuple[list[str], list[int]]:
-    """What a model takes, by a line of THINKING: levels, or its least and largest budget."""
-    levels = [word for word in told.split() if word in BUDGETS]
-    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
-    return levels, limits if len(limits) == 2 else []
+def effort_of(body: Json, dialect: str) -> str:
+    """What a body asks for: a level, a budget in digits, auto, none; "" where it says nothing."""
+    match dialect:
+        case "anthropic":
+            asked = asked_of_claude(body)
+        case "gemini":
+            settings = camel(as_dict(camel(body).get("generationConfig")))
+            config = camel(as_dict(settings.get("thinkingConfig")))
+            budget = config.get("thinkingBudget")
+            asked = budget if type(budget) is int else config.get("thinkingLevel")
+        case _:
+            reasoning = as_dict(body.get("reasoning"))  # in Chat it is OpenRouter's
+            asked = reasoning.get("effort") or reasoning.get("max_tokens")
+            if "enabled" in reasoning and not asked:
+                asked = "auto" if reasoning["enabled"] else "none"
+            if dialect == "chat":
+                asked = body.get("reasoning_effort") or asked
+    if type(asked) is int and asked <= 0:
+        return "auto" if asked else "none"
+    if type(asked) is int:
+        return str(asked)
+    word = asked.lower() if isinstance(asked, str) else ""
+    return word if word in BUDGETS or word == "auto" else ""
 
 
-def levels_for(thinking: dict[str, str], model: str) -> tuple[list[str], list[int]]:
-    pattern = max((p for p in thinking if matches(model[:200], (p,))), key=len, default="*")
-    return levels_of(thinking.get(pattern, ""))
+def asked_of_claude(body: Json) -> Any:
+    thinking, output = as_dict(body.get("thinking")), as_dict(body.get("output_config"))
+    match thinking.get("type"):
+        case "disabled":
+            return "none"
+        case "enabled":
+            return thinking.get("budget_tokens")
+        case "adaptive" | "auto":
+            return output.get("effort") or "auto"
+    return output.get("effort")
 
 
-def with_effort(
-    body: Json, dialect: str, thinking: dict[str, str], effort: str, model: str
-) -> Json:
-    """A level or budget, as near to it as the model goes; it beats the body's own.
+# Where a body says how to think: dialect -> a field that goes whole, or the parts of it that go.
+EFFORT_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "anthropic": {"thinking": (), "output_config": ("effort",)},
+    "chat": {"reasoning_effort": (), "reasoning": ("effort", "max_tokens")},
+    "responses": {"reasoning": ("effort",)},
+    "gemini": {"generationConfig": ("thinkingConfig",)},
+}
 
-    The body is in the dialect of the provider; `thinking`: its row's table.
+
+def without_effort(body: Json, dialect: str) -> Json:
+    """A body that says nothing about how much to think."""
+    body = dict(body)
+    for name, parts in EFFORT_WORDS[dialect].items():
+        inside = as_dict(body.get(name))
+        if not parts:
+            body.pop(name, None)
+        elif inside.keys() & set(parts):
+            body[name] = {key: value for key, value in inside.items() if key not in parts}
+    return body
+
+
+def with_effort(body: Json, dialect: str, table: dict[str, str], effort: str, model: str) -> Json:
+    """A body in the dialect of who answers, with this effort as near as the model goes to it.
+
+    `effort` is as effort_of gives it, and beats what the body says; "" leaves it; for `table` see
+    THINKING.
     """
-    levels, limits = levels_for(thinking, model)
-    asked = BUDGETS[effort] if effort in BUDGETS else int(effort)
-    if not levels and not limits:
+    if not effort:
+        return body
+    takes = thinking_of(table, model)
+    before, body = body, without_effort(body, dialect)
+    if not takes.levels and not takes.limits:
         return body  # it does not think
+    auto = effort == "auto"
+    asked = BUDGETS["medium" if auto else effort] if auto or effort in BUDGETS else int(effort)
     tokens = asked
-    if limits:
-        tokens = max(limits[0], min(asked, limits[1]))
-    by_itself = "none" in levels  # a Claude model thinks so, and has to be told not to
-    levels = levels or levels_of(thinking.get("*", ""))[0] or [*BUDGETS]
+    if takes.limits:
+        tokens = max(takes.limits[0], min(asked, takes.limits[1]))
+    levels = takes.levels or thinking_of({"*": table.get("*", "")}, "").levels or [*BUDGETS]
     level = next((word for word in levels if BUDGETS[word] >= asked), levels[-1])
     match dialect:
         case "chat":
-            return {**body, "reasoning_effort": level}
+            return body if auto else {**body, "reasoning_effort": level}
         case "responses":
-            return {**body, "reasoning": {**as_dict(body.get("reasoning")), "effort": level}}
+            reasoning = as_dict(body.get("reasoning")) | ({} if auto else {"effort": level})
+            return {**body, "reasoning": reasoning} if reasoning else body
         case "gemini":
-            how: Json = {"thinkingBudget": tokens} if limits else {"thinkingLevel": level}
-            config = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
-            return {**body, "generationConfig": as_dict(body.get("generationConfig")) | config}
-    return with_claude_effort(body, asked, tokens if limits else 0, level, by_itself)
+            how: Json = {"thinkingBudget": -1 if auto else tokens}
+            if not takes.limits:
+                how = {} if auto else {"thinkingLevel": level}
+            thinking = {"thinkingConfig": {"includeThoughts": asked > 0, **how}}
+            return {**body, "generationConfig": as_dict(body.get("generationConfig")) | thinking}
+    if not asked or forces_tool(body):
+        return without_thought(body, takes)
+    if takes.limits:
+        return with_budget(body, tokens)
+    return with_level(body, "" if auto else level, as_dict(before.get("thinking")))
 
 
-def with_claude_effort(body: Json, asked: int, budget: int, level: str, by_itself: bool) -> Json:
-    forced = as_dict(body.get("tool_choice")).get("type") in ("any", "tool")
-    thinks = asked > 0 and not forced  # thinking and a forced tool are refused together
-    gone = {"thinking", "temperature", "top_p", "top_k"} if thinks else {"thinking"}
-    body = {name: value for name, value in body.items() if name not in gone}
-    output = body.get("output_config")
-    if isinstance(output, dict):
-        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
-    if not thinks:
-        body = without_clearing(body)
-        if by_itself:
-            body["thinking"] = {"type": "disabled"}
-    if thinks and budget:
-        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
-        body["max_tokens"] = max(number(body.get("max_tokens")), budget + 4096)
-    elif thinks:
-        body["thinking"] = {"type": "adaptive"}
+def with_level(body: Json, level: str, given: Json) -> Json:
+    """Claude's newer way; `given`: what the body said of thinking, which may say what to show."""
+    shown = {name: value for name, value in given.items() if name == "display"}
+    body = {**body, "thinking": {"type": "adaptive", **shown}}
+    if level:
         body["output_config"] = {**as_dict(body.get("output_config")), "effort": level}
     return body
 
 
-def without_clearing(body: Json) -> Json:
-    """Claude refuses to clear thoughts in a call that has none (clients.md)."""
-    management = as_dict(body.get("context_management"))
-    edits = as_dicts(management.get("edits"))
-    kept = [edit for edit in edits if not str(edit.get("type")).startswith("clear_thinking")]
-    if len(kept) < len(edits):
-        body = {name: value for name, value in body.items() if name != "context_management"}
-        if kept or management.keys() > {"edits"}:
-            body["context_management"] = {**management, "edits": kept}
+def with_budget(body: Json, tokens: int) -> Json:
+    """Claude's budget is a part of max_tokens: there must be room for the answer."""
+    most = max(int(number(body.get("max_tokens"))), tokens + 4096)
+    return {**body, "thinking": {"type": "enabled", "budget_tokens": tokens}, "max_tokens": most}
+
+
+def with_sampling(body: Json, dialect: str, model: str) -> Json:
+    """A mapped body without the sampling values and limits of another generation of models.
+
+    What Claude refuses of them is the same for every body: see as_claude_takes_it.
+    """
+    if dialect == "anthropic":
+        most, given = most_tokens(model), body.get("max_tokens")
+        return {**body, "max_tokens": most} if type(given) is int and given > most else body
+    if dialect == "gemini" or not matches(model[:200], OPENAI_THINKS) or "-chat" in model:
+        return body
+    gone = {"temperature", "top_p", "presence_penalty", "frequency_penalty"} & body.keys()
+    if gone:
+        body = {name: value for name, value in body.items() if name not in gone}
+    if dialect == "chat" and "max_tokens" in body:
+        given = body["max_tokens"]
+        body = {name: value for name, value in body.items() if name != "max_tokens"}
+        body.setdefault("max_completion_tokens", given)
     return body
 
 
@@ -6932,6 +7442,12 @@ class Chooser:
         self.live, self.pool = live, pool
         self.kept: dict[tuple[str, str, str], tuple[list[Way], list[str]]] = {}
         self.kept_for = (0, 0)
+
+    def split(self, model: str) -> tuple[str, str]:
+        """A model's name and its suffix; a name that the configuration writes has none."""
+        if any(model.lower() in row.provider.written for row in self.live.rows):
+            return model, ""
+        return split_model(model)
 
     def ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
         """The ways in the order to try, and what was found while looking for them."""
@@ -6971,7 +7487,7 @@ class Chooser:
             exact = split_model(rule["from"])[0].lower() == model.lower()
             if exact or (rule["regex"] and re.search(rule["from"], model[:200], re.I)):
                 fits.append(rule)
-        pairs = [split_model(target) for rule in fits for target in rule["to"]]
+        pairs = [self.split(target) for rule in fits for target in rule["to"]]
         return [(name, level or effort) for name, level in pairs]
 
     def lacks(self, row: Row, model: str, verb: str) -> str:
@@ -6999,7 +7515,7 @@ class Chooser:
             pairs += [(name, name) for name in row.provider.names if not set(name) & set("*?[")]
         for rule in self.live.config["ampcode"]["model-mappings"]:
             if not rule["regex"]:
-                pairs += [(rule["from"], split_model(target)[0]) for target in rule["to"]]
+                pairs += [(rule["from"], self.split(target)[0]) for target in rule["to"]]
         found: dict[str, str] = {}
         for name, model in pairs:
             for row in reversed(self.live.rows):  # the first that serves it has the last word
@@ -7088,6 +7604,15 @@ TOLD_AFTER = {  # events that say nothing yet: the answer may still become an er
 LONG_RUN, LAST_PART = 16384, 2048  # bytes; see Dialect.short_ends
 SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answer ends
 LOOK_EVERY = 15  # seconds between looks whether a connection died silently; not for comments
+
+
+LIST_MARK = b",\r\n"  # before each element of a list but the first
+
+
+def listed(run: bytes) -> bytes:
+    """Events as elements of a list that has begun."""
+    elements = [event_data(event) for event in split_events(run)]
+    return b"".join(LIST_MARK + element for element in elements if element)
 
 
 class StreamResponse(web.StreamResponse):
@@ -7218,8 +7743,13 @@ class Delivery:
     async def end(self, response: web.StreamResponse, problem: Problem) -> None:
         """Of a stream that broke off, as its dialect says it."""
         dialect = self.call.dialect
-        body = dialect.error(problem.status, problem.text or problem.message)
-        await self.write(response, dialect.error_event(body, self.last))
+        body = parse_object(problem.body) if problem.body else {}
+        body = body or dialect.error(problem.status, problem.text or problem.message)
+        if self.call.lists:
+            frame = LIST_MARK + write_json(body) + b"]"
+        else:
+            frame = dialect.error_event(body, self.last)
+        await self.write(response, frame)
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
 
@@ -7232,11 +7762,21 @@ def is_dead(upstream: Upstream) -> bool:
 
 
 class Pieces:
-    """What arrives from an upstream, as it arrives; ProxyError 502 when that breaks off."""
+    """What arrives from an upstream, as it arrives, unpacked; ProxyError 502 when that breaks off.
+
+    Some pack with gzip and do not say so, or say so and do not: its first bytes decide.
+    """
 
     def __init__(self, upstream: Upstream, delivery: Delivery) -> None:
         self.content, self.delivery = upstream.content, delivery
         self.unread = b""  # was looked at, and comes once more
+        self.coding = upstream.headers.get("Content-Encoding", "").strip().lower()
+        self.unknown = unknown_coding(upstream)
+        self.unpacker = Unpacker("deflate") if self.coding == "deflate" else None
+        self.began = False
+        self.packed: list[bytes] | None = None  # as it came, while that is kept
+        if self.coding in CODINGS:
+            self.packed = []
         delivery.watch(upstream)
 
     def __aiter__(self) -> Pieces:
@@ -7247,13 +7787,49 @@ class Pieces:
             data, self.unread = self.unread, b""
             return data
         try:
-            data = await self.content.readany()
+            data = await self.next_unpacked() if self.unpacker else await self.next_piece()
         except (RuntimeError, *NET_ERRORS) as error:
             raise fault(502, f"the upstream broke off: {net_words(error)}") from None
         if not data:
             raise StopAsyncIteration
+        return data
+
+    async def next_piece(self) -> bytes:
+        """b"" at the end."""
+        if self.unknown:
+            raise fault(502, f"the upstream packed its answer as {self.unknown}")
+        data = await self.content.readany()
+        if not self.began:
+            while data == GZIP[:1] and (more := await self.content.readany()):
+                data += more
+            self.began = True
+            if data.startswith(GZIP):
+                self.unpacker = Unpacker("gzip")
+                self.take(data)
+                return await self.next_unpacked()
         self.delivery.moved = self.delivery.loop.time()
         return data
+
+    async def next_unpacked(self) -> bytes:
+        assert self.unpacker
+        while True:
+            if self.unpacker.left and (plain := self.unpacker.take(b"")):
+                return plain
+            if self.unpacker.left:
+                continue
+            data = await self.content.readany()
+            if not data:
+                if self.unpacker.stream and not self.unpacker.is_whole:
+                    raise aiohttp.ClientPayloadError
+                return b""
+            self.take(data)
+
+    def take(self, packed: bytes) -> None:
+        assert self.unpacker
+        self.delivery.moved = self.delivery.loop.time()
+        self.unpacker.left = packed
+        if self.packed is not None:
+            self.packed.append(packed)
 
 
 @dataclass
@@ -7489,11 +8065,13 @@ async def checked_events(
     items = Items()
     held: list[bytes] = []
     ending = ""
+    short_ends = False  # the first run begins with what names the model and counts the input
     try:
         async for run in runs:
-            if told and not is_notable(run, marks, call.dialect.short_ends):
+            if told and not is_notable(run, marks, short_ends):
                 yield run
                 continue
+            short_ends = call.dialect.short_ends
             for raw in split_events(run):
                 looked = Looked(raw)
                 if not told or is_notable(raw, marks, False):
@@ -7737,8 +8315,21 @@ def failure(call: Call, answer: Json, status: int = 0, now: float = NEVER) -> Pr
         retry_after=asked_delay(parts, now),
         text=text,
         codes=frozenset(word.lower()[:100] for word in words + reasons),
-        body=write_json(call.dialect.error(status, text)) if answer else b"",
+        body=write_json(own_error(call, status, parts, text)) if answer else b"",
     )
+
+
+def own_error(call: Call, status: int, parts: Json, text: str) -> Json:
+    """A provider's message and codes in the client's dialect; ours where it names none."""
+    message = parts.get("message")
+    body = call.dialect.error(status, message if message and isinstance(message, str) else text)
+    if call.is_foreign:
+        return body  # its codes are no words of this dialect
+    for name in body["error"].keys() - {"message"}:
+        given = parts.get(name)
+        if given and given != "error" and type(given) is type(body["error"][name]):
+            body["error"][name] = given
+    return body
 
 
 REFUSAL_HEADERS = (
@@ -7764,16 +8355,22 @@ async def refusal(
                 raw += data
                 if len(raw) > ERROR_LIMIT:
                     break
-    raw = (unpack_gzip(raw) or raw).strip()
+    raw = raw.strip()
     with suppress(ValueError):
         answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
     problem = failure(call, answer, upstream.status, now)
+    if coding := unknown_coding(upstream):
+        problem.message += f" in words packed as {coding}"
     full = {window.name: window.resets_at - now for window in windows if window.full}
     problem.windows = frozenset(full)
-    waits = [problem.retry_after, number(upstream.headers.get("Retry-After"))]
+    waits = [problem.retry_after, http_delay(upstream.headers.get("Retry-After", ""), now)]
+    waits.append(number(error_parts(answer).get("resets_at")) - now)  # a time in the past is none
     if problem.status == 429:
         waits += full.values()
     problem.retry_after = max(waits)
+    again = upstream.headers.get("x-should-retry") == "true" and not problem.retry_after
+    if again and not any("ratelimit" in name.lower() for name in upstream.headers):
+        problem.codes |= {RETRIABLE}
     if answer:
         for name, value in upstream.headers.items():
             if matches(name[:100], REFUSAL_HEADERS):
@@ -7845,6 +8442,9 @@ NOT_ASKED = {  # fields that a helper call must not have
     "count_tokens": ("max_tokens", "stream"),
     "compact": ("stream",),
 }
+# A 404 or 429 of these says nothing about the model or the account: Claude Code counts 35 times in
+# a second, and backends do without them (clients.md).
+HELPERS = ("count_tokens", "countTokens", "compact")
 AMP_HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 Pay = Callable[[Call, str, Delivery], Awaitable[web.StreamResponse]]  # Ampcode.pay
 Outcome = web.StreamResponse | Problem  # what the client gets, or why it got nothing from here
@@ -7884,7 +8484,7 @@ class Forwarder:
 
     async def answer(self, call: Call, key: str, delivery: Delivery) -> web.StreamResponse:
         """By the first way that works, else from ampcode.com; ProxyError when nobody can."""
-        call.wanted, call.effort = split_model(call.model)
+        call.wanted, call.effort = self.chooser.split(call.model)
         ways, notes = self.chooser.ways(call.wanted, call.effort, call.verb)
         if not ways and call.verb in ESTIMATES:
             foreign, _ = self.chooser.ways(call.wanted, call.effort, "")
@@ -7942,24 +8542,25 @@ class Forwarder:
             then = verdict(problem).then
             if then == "stop":
                 return problem
-            if then != "wait" or self.clock.monotonic() >= until:
+            rests = account.wait(way.model, self.clock.monotonic()) > 0
+            if then != "wait" or not rests or self.clock.monotonic() >= until:
                 tried.add(account)
         accounts = self.pool.of(way.rows)
         at_rest = any(account.resting(way.model) for account in accounts)
         if problem and (len(accounts) <= 1 or not at_rest):
             return problem
-        return self.pool.nobody(way.rows, way.model)
+        return self.pool.nobody(way.rows, way.model, problem)
 
     async def try_account(
         self, account: Account, prepared: Prepared, delivery: Delivery
     ) -> Outcome:
         """Ask one account, as often as the error and request-retry allow."""
-        config = self.live.config
-        most = {"again": config["request-retry"], "wait": config["request-retry"] + 1}
-        longest = max(RETRY_PAUSE, min(SHORT_WAIT, config["max-retry-interval"]))
-        tries, refused = 0, ""
+        retries = self.live.config["request-retry"]
+        most = {"again": retries, "wait": retries + 1, "once more": 2}
+        longest = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
+        tries, refused, model = 0, "", prepared.way.model
         delivery.call.account = account.label
-        with account.leased():
+        with account.leased(), self.pool.probing(account, model):
             while True:
                 began = self.clock.monotonic()
                 try:
@@ -7972,8 +8573,8 @@ class Forwarder:
                     return outcome
                 tries += 1
                 then = verdict(outcome).then
-                pause = outcome.retry_after or (RETRY_PAUSE if then == "again" else NEVER)
-                if outcome.status == 401 and not refused:
+                pause = outcome.retry_after or (NEVER if then == "wait" else RETRY_PAUSE)
+                if then == "refresh" and not refused and isinstance(account, Login):
                     refused = token
                 elif "invalid_encrypted_content" in outcome.text and forget_reasoning(prepared):
                     log.info("%s: reasoning of another account is left out", account.name)
@@ -7981,8 +8582,10 @@ class Forwarder:
                     await self.clock.sleep(pause)
                 else:
                     newer = isinstance(account, Login) and token != account.access_token
-                    if outcome.status != 401 or not newer:
-                        self.pool.rest(account, outcome, prepared.way.model)
+                    if then == "refresh" and newer:
+                        return outcome
+                    if delivery.call.verb not in HELPERS or outcome.status not in (404, 429):
+                        self.pool.failed(account, outcome, model, began)
                     return outcome
 
     async def ask_hosts(
@@ -8044,7 +8647,7 @@ class Forwarder:
         upstream, over = None, False
         try:
             sent = await self.request_of(account, prepared, url)
-            upstream = await self.net.ask("POST", url, delivery.idle, auto_decompress=True, **sent)
+            upstream = await self.net.ask("POST", url, delivery.idle, account.proxy, **sent)
             sent.clear()
             self.remember_headers(upstream.headers, account, prepared)
             windows = quota_of(upstream.headers)
@@ -8061,7 +8664,9 @@ class Forwarder:
             self.pool.answered(account, model, began)
             call.let_go()
             prepared.body = []
-            response = await deliver(delivery, upstream, answer, prepared.folds)
+            packed = b"" if prepared.folds or answer.events else b"".join(pieces.packed or ())
+            pieces.packed = None
+            response = await deliver(delivery, upstream, answer, prepared.folds, packed)
             over = True
         except ProxyError as error:
             return error.problem
@@ -8073,7 +8678,7 @@ class Forwarder:
                 self.net.release(upstream, over)
         if delivery.problem:
             call.trouble = delivery.problem.message
-            self.pool.rest(account, delivery.problem, model)
+            self.pool.failed(account, delivery.problem, model, began)
         return response
 
 
@@ -8098,29 +8703,42 @@ def characters(part: Part) -> int:
     return len(part.text)
 
 
+async def list_of(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for run in events:
+        yield listed(run)
+    yield b"]"
+
+
 async def deliver(
-    delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool
+    delivery: Delivery, upstream: Upstream, answer: Answer, folds: bool, packed: bytes
 ) -> web.StreamResponse:
-    """What has been proved to be an answer, to the client."""
+    """What has been proved to be an answer, to the client; packed, where it came so and is fine."""
     call = delivery.call
     headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
     headers.update(call.marks())
+    if answer.events and call.lists:
+        headers["Content-Type"] = "application/json; charset=UTF-8"
+        first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
+        return await delivery.stream(upstream, headers, first, list_of(answer.rest))
     if answer.events:
         if upstream.content_type != "text/event-stream":
             headers["Content-Type"] = "text/event-stream"
         return await delivery.stream(upstream, headers, answer.first, answer.rest)
     if folds:
         headers["Content-Type"] = "application/json"
-    return web.Response(
-        status=upstream.status, reason=upstream.reason, headers=headers, body=answer.first
-    )
+    body = b"[%b]" % answer.first if call.lists else answer.first
+    coding = upstream.headers.get("Content-Encoding", "").strip().lower()
+    accepted = accepts(call.request.headers.get("Accept-Encoding", ""), coding)
+    if packed and accepted and unpack(packed, coding) == body:  # nothing had to change
+        body, headers["Content-Encoding"] = packed, coding
+    return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=body)
 
 
 def prepare(call: Call, way: Way, row: Row) -> Prepared:
     """The call as a provider takes it; ProxyError 400 for what it could only refuse."""
     provider = row.provider
     call.provider = row.name
-    call.served_model = provider.names.get(way.model, way.model)
+    call.served_model = provider.served(way.model)
     theirs = spoke_of(provider, call)
     call.is_foreign = theirs is not call.dialect
     new_reader = None
@@ -8162,12 +8780,11 @@ def own_body(call: Call, way: Way, provider: Provider) -> Json:
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
     if call.verb == "messages" and not body.get("max_tokens"):
-        body = {**body, "max_tokens": provider.max_tokens}
-    counts = call.verb in ESTIMATES
-    if way.effort not in ("", "auto") and not counts:
-        told = (call.dialect.name, provider.thinking, way.effort, call.served_model)
-        body = with_effort(body, *told)
-    return body
+        body = {**body, "max_tokens": provider.max_tokens or most_tokens(call.served_model)}
+    if way.route == "mapped":
+        body = with_sampling(body, call.dialect.name, call.served_model)
+    effort = effort_for(call, way)
+    return with_effort(body, call.dialect.name, provider.thinking, effort, call.served_model)
 
 
 SEAL_KEYS = ("signature", "data", "encrypted_content")  # of thoughts, in their dialects
@@ -8224,13 +8841,17 @@ def translated_body(
     ask, provider, model = call.neutral(), row.provider, call.served_model
     maker = family_of(theirs.name, model)
     names = Names(ask, theirs.name_rule)
-    target = Target(model, maker, names, provider.max_tokens, provider.hosted)
-    body = theirs.write_request(ask, target)
-    effort = way.effort or ask.effort
-    takes_budgets = bool(levels_for(provider.thinking, model)[1])
-    if maker.endswith("/claude") and is_cut_off(ask, maker, takes_budgets):
+    most = provider.max_tokens or most_tokens(model)
+    target = Target(model, maker, names, most, provider.hosted)
+    body = with_sampling(theirs.write_request(ask, target), theirs.name, model)
+    effort = way.effort or effort_of(call.body, call.dialect.name)
+    takes = thinking_of(provider.thinking, model)
+    if maker.endswith("/claude") and is_cut_off(ask, maker, bool(takes.limits)):
         effort = "none"
-    body = with_asked_thoughts(body, theirs.name, provider.thinking, effort, model)
+    body = with_effort(body, theirs.name, provider.thinking, effort, model)
+    if theirs is RESPONSES and effort not in ("", "none") and takes.levels:
+        # Who asks for an effort wants to read thoughts, too.
+        body = {**body, "reasoning": {"summary": "auto", **as_dict(body.get("reasoning"))}}
     stops = ask.stops[MOST_STOPS[theirs.name] :]
     settings = {name: call.body[name] for name in REPEATED if call.body.get(name) is not None}
     tells_usage = bool(as_dict(call.body.get("stream_options")).get("include_usage"))
@@ -8247,34 +8868,12 @@ def translated_body(
     return body, new_reader
 
 
-def with_asked_thoughts(
-    body: Json, dialect: str, thinking: dict[str, str], effort: str, model: str
-) -> Json:
-    """The effort in the provider's words; who asks for one wants to read thoughts, too."""
-    if not effort:
-        return body
-    if effort == "auto":
-        return with_automatic_effort(body, dialect, thinking, model)
-    known = effort in BUDGETS or re.fullmatch("[0-9]{1,9}", effort)
-    body = with_effort(body, dialect, thinking, effort if known else "medium", model)
-    if dialect == "responses" and effort not in ("none", "0") and "reasoning" in body:
-        body = {**body, "reasoning": {"summary": "auto", **body["reasoning"]}}
-    return body
-
-
-def with_automatic_effort(body: Json, dialect: str, thinking: dict[str, str], model: str) -> Json:
-    """For a client that leaves it to the model how much it thinks."""
-    levels, limits = levels_for(thinking, model)
-    if dialect == "responses" and levels:
-        return {**body, "reasoning": {"summary": "auto"}}
-    if dialect == "gemini" and (levels or limits):
-        config = {"thinkingConfig": {"includeThoughts": True}}
-        return {**body, "generationConfig": as_dict(body.get("generationConfig")) | config}
-    if dialect == "anthropic" and limits:
-        return with_effort(body, dialect, thinking, "medium", model)
-    if dialect == "anthropic" and levels:
-        return {**body, "thinking": {"type": "adaptive"}}
-    return body
+def effort_for(call: Call, way: Way) -> str:
+    """The suffix's, but for a count; a mapped call says its own in the words of the other model."""
+    asked = "" if call.verb in ("count_tokens", "countTokens") else way.effort
+    if way.route == "mapped" and asked in ("", "auto"):
+        return effort_of(call.body, call.dialect.name)
+    return "" if asked == "auto" else asked
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
@@ -8319,8 +8918,11 @@ def addresses_of(call: Call, provider: Provider, verb: str) -> list[str]:
     """Of each host of a provider, in the order to ask them."""
     path = provider.paths[verb]
     path = path.replace("{model}", quote(call.served_model, "", None, "replace"))
-    query = "?alt=sse" if verb == "streamGenerateContent" else ""
-    return [joined(host, path) + query for host in (provider.base_url, *provider.more_hosts)]
+    query = "" if call.is_foreign else query_for_provider(call.request.rel_url.raw_query_string)
+    if verb == "streamGenerateContent":
+        query = f"alt=sse&{query}".rstrip("&")
+    addresses = [joined(host, path) for host in (provider.base_url, *provider.more_hosts)]
+    return [f"{url}{'&' if '?' in url else '?'}{query}" if query else url for url in addresses]
 
 
 def account_headers(prepared: Prepared, url: str, account: Account) -> Headers:
@@ -8377,8 +8979,6 @@ FLAG = re.compile(
     rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
-GZIP = b"\x1f\x8b"
-UPLOAD_WAIT = 600  # seconds for a body to go up and the head of its answer to come
 
 
 class Ampcode:
@@ -8436,7 +9036,12 @@ class Ampcode:
         url = self.address(request)
         idle = self.live.config["streaming"]["idle-timeout-seconds"]
         wait = idle if data is None else idle and max(idle, UPLOAD_WAIT)
-        upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
+        try:
+            upstream = await self.net.ask(request.method, url, wait, headers=headers, data=data)
+        except ProxyError:
+            if request.content.exception():  # it is the client's
+                raise fault(400, "The request body cannot be read: it was cut short") from None
+            raise
         try:
             check_status(upstream)
             return await passed(request, upstream, passing(upstream.headers), idle, bool(edits))
@@ -8481,7 +9086,7 @@ class Ampcode:
 
     async def tunnel(self, request: Request, key: str) -> web.StreamResponse:
         asked = re.findall(r"[^\s,]+", request.headers.get("Sec-WebSocket-Protocol", ""))
-        options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False}
+        options: Any = {"max_msg_size": BODY_LIMIT, "autoclose": False, "autoping": False}
         try:
             upstream = await self.net.sockets.ws_connect(
                 as_url(self.address(request)),
@@ -8507,23 +9112,32 @@ class Ampcode:
         return client
 
     async def close_tunnels(self) -> None:
-        closing = (end.close(code=aiohttp.WSCloseCode.GOING_AWAY) for end in self.tunnels.values())
-        await asyncio.gather(*closing)
+        ends = [end for pair in self.tunnels.items() for end in pair if not end.closed]
+        closing = (end.close(code=aiohttp.WSCloseCode.GOING_AWAY) for end in ends)
+        await asyncio.gather(*closing, return_exceptions=True)
 
 
 async def pass_frames(source: Any, sink: Any) -> None:
-    """Frames one way, then the close and its code."""
-    with suppress(ConnectionError, RuntimeError, TypeError):  # a broken frame has no data
-        async for frame in source:
-            if isinstance(frame.data, str):
-                await sink.send_str(frame.data)
-            else:
-                await sink.send_bytes(frame.data)
+    """Frames one way, pings too; then the close with its code and reason."""
+    kinds, reason = aiohttp.WSMsgType, ""
+    sends = {
+        kinds.TEXT: sink.send_str,
+        kinds.BINARY: sink.send_bytes,
+        kinds.PING: sink.ping,
+        kinds.PONG: sink.pong,
+    }
+    with suppress(ConnectionError, RuntimeError):
+        while (frame := await source.receive()).type in sends:
+            await sends[frame.type](frame.data)
+        if frame.type is kinds.CLOSING:
+            return  # it is we who close it
+        if frame.type is kinds.CLOSE:
+            reason = frame.extra or ""
     # 0: it closed without a code; 1006 says that it broke, and may not be sent.
     code = {0: 1000, 1006: 1011}.get(source.close_code, source.close_code)
     if code and sink.close_code is None:  # else the closing is under way
         for end in (sink, source):
-            await end.close(code=code)
+            await end.close(code=code, message=reason.encode())
 
 
 async def passed(
@@ -8591,7 +9205,7 @@ async def opened(upstream: Upstream, headers: Headers, edits: bool) -> bytes:
             raw += await upstream.content.readany()
     except (RuntimeError, *NET_ERRORS) as error:
         raise fault(502, f"ampcode.com broke off: {net_words(error)}") from None
-    body = unpack_gzip(raw) or raw
+    body = unpack(raw) or raw
     if edits:
         body = FLAG.sub(rb"\1", body)
     if body != raw:
@@ -8613,6 +9227,12 @@ ROUTE_WORDS = {
 }
 ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
 PAID_MODELS = 100  # names of models that are counted
+NO_ACCOUNT = {  # whether ampcode.com may be asked -> what is said where there is no account
+    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it."
+    " To use a plan of yours: ampproxy.py login claude (or codex)",
+    False: "NO LOGIN AND NO KEY: no model call can be answered."
+    " To use a plan of yours: ampproxy.py login claude (or codex)",
+}
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
 
@@ -8627,6 +9247,7 @@ class Ledger:
         self.paid: Counter[str] = Counter()  # by model
         self.models: dict[tuple[str, str], Counter[str]] = {}  # by who answered, and the model
         self.server_side = 0  # threads whose model runs on Amp's servers
+        self.warn_at = 0.0  # not before then, that there is no account
 
     def note(self, call: Call, status: int, took: float) -> None:
         """A call that has ended; 499 when the client left."""
@@ -8636,6 +9257,8 @@ class Ledger:
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
         self.count_model(call, status)
+        if call.route == "amp" and self.clock.monotonic() >= self.warn_at:
+            self.warn_of_no_account()
         self.requests.append(
             {
                 "dialect": call.dialect.name,
@@ -8677,6 +9300,14 @@ class Ledger:
                     account.retry_at = 0.0
                 log.info("%s: its rest was ended by hand", account.name)
         return found
+
+    def warn_of_no_account(self) -> None:
+        """At the start, and once in an hour of paid calls."""
+        if self.pool.of(self.pool.live.rows):
+            return
+        self.warn_at = self.clock.monotonic() + HOUR
+        pays = self.pool.live.config["ampcode"]["fallback"] != "never"
+        log.warning("%s", NO_ACCOUNT[pays])
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -8773,14 +9404,6 @@ PAID_WORDS = {  # what ampcode.fallback means
     "unserved": "ampcode.com may charge for models that nobody here serves (fallback: unserved)",
     "never": "nothing: ampcode.com is never asked for a model (fallback: never)",
 }
-
-
-def warn_of_emptiness(live: Live) -> None:
-    """Without any login and key the proxy answers nothing itself."""
-    means = "every model call is a paid one at ampcode.com"
-    if live.config["ampcode"]["fallback"] == "never":
-        means = "no model call can be answered"
-    log.warning("NO LOGIN AND NO KEY: %s. Sign in: ampproxy.py login claude (or codex)", means)
 
 
 # -- Asking the running proxy --
@@ -9456,7 +10079,7 @@ class Server:
         spent = call.dialect is RESPONSES and problem.status == 429 and wait > 30
         if problem.body and not (spent and limit.encode() not in problem.body):
             return problem.body
-        body = call.dialect.error(problem.status, problem.message)
+        body = call.dialect.error(problem.status, problem.text or problem.message)
         if spent:  # Codex waits out any other 429 in silence (clients.md)
             ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
             body["error"] |= {"type": limit, "code": limit, **ends}
@@ -10494,8 +11117,7 @@ async def serve(live: Live, args: Json) -> None:
         log.info(
             'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
         )
-        if not server.pool.of(live.rows):
-            warn_of_emptiness(live)
+        server.ledger.warn_of_no_account()
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
@@ -10773,7 +11395,8 @@ async def route(live: Live, args: Json) -> None:
     pool = Pool(live)
     pool.scan()
     verb = VERBS.get(args["dialect"], "")
-    ways, notes = Chooser(live, pool).ways(*split_model(args["model"]), verb)
+    chooser = Chooser(live, pool)
+    ways, notes = chooser.ways(*chooser.split(args["model"]), verb)
     chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
     nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
     say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))
@@ -10781,6 +11404,9 @@ async def route(live: Live, args: Json) -> None:
 
 async def check(live: Live, args: Json) -> None:
     """Print the configuration in effect, what each account serves, and who answers Amp."""
+    if not live.config["proxy-url"]:
+        environment_proxies()
+    Pool(live).scan()  # says which token files are none
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
     pool = Pool(live)
