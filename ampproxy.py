@@ -3495,15 +3495,15 @@ def cannot(what: str) -> ProxyError:
 
 # -- JSON Schemas, as providers take them --
 
-GOOGLE_WORDS = {  # of Google's Schema; another one is a 400 there
+# The words of Google's Schema that all of its backends take: Antigravity refuses limits of texts
+# and of objects (providers.md 5.1).
+GOOGLE_WORDS = {
     *("type", "format", "title", "description", "nullable", "enum", "items", "minItems"),
-    *("maxItems", "properties", "required", "minProperties", "maxProperties", "minLength"),
-    *("maxLength", "pattern", "anyOf", "minimum", "maximum"),
+    *("maxItems", "properties", "required", "anyOf", "minimum", "maximum"),
 }
 GOOGLE_KINDS: dict[str, Any] = {  # what these may be
-    **dict.fromkeys(("format", "title", "description", "pattern"), str),
-    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), int),
-    **dict.fromkeys(("minProperties", "maxProperties"), int),
+    **dict.fromkeys(("format", "title", "description"), str),
+    **dict.fromkeys(("minItems", "maxItems"), int),
     **dict.fromkeys(("minimum", "maximum"), (int, float)),
     "nullable": bool,
 }
@@ -5610,11 +5610,16 @@ GEMINI_SAMPLING = {
 NO_SEAL = "skip_thought_signature_validator"  # Google's own word for a call that has none
 
 
-def camel(value: Json) -> Json:
-    """A table with Google's own keys: clients may send them with underscores."""
-    if not any("_" in name for name in value):
-        return value
-    return {re.sub(r"_(\w)", lambda found: found[1].upper(), k): v for k, v in value.items()}
+def camel(table: Json) -> Json:
+    """A table with Google's own keys, which clients may send with underscores; both are one."""
+    if not any("_" in name for name in table):
+        return table
+    found: Json = {}
+    for name, value in table.items():
+        whole = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
+        both = isinstance(value, dict) and isinstance(found.get(whole), dict)
+        found[whole] = found[whole] | value if both else value
+    return found
 
 
 def read_gemini_request(body: Json) -> Ask:
@@ -6695,12 +6700,6 @@ def without_reasoning(body: Json) -> Json:
 UNKNOWN_SIGNATURE = (
     "skip_thought_signature_validator"  # Google's own word for it (providers.md 5.3)
 )
-GOOGLE_SCHEMA = frozenset(  # what a schema of Antigravity's may say (providers.md 5.1)
-    (
-        *("type", "title", "description", "nullable", "enum", "properties", "required"),
-        *("items", "anyOf", "minimum", "maximum", "minItems", "maxItems"),
-    )
-)
 
 
 def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> Json:
@@ -6730,7 +6729,7 @@ def in_camel_case(value: Any, places: Json) -> Any:
         return value if same else worded
     if not isinstance(value, dict):
         return value
-    found = with_camel_keys(value)
+    found = camel(value)
     for name, inner in places.items():
         worded_part = in_camel_case(found.get(name), inner)
         if worded_part is not found.get(name):
@@ -6744,18 +6743,6 @@ CAMEL_PLACES: Json = {
     "toolConfig": {"functionCallingConfig": {}},
     "tools": {"functionDeclarations": {}},
 }
-
-
-def with_camel_keys(table: Json) -> Json:
-    """A table that says a thing in both ways says it once, in full."""
-    if not any("_" in name for name in table):
-        return table
-    found: Json = {}
-    for name, value in table.items():
-        camel = re.sub(r"_([a-z])", lambda part: part[1].upper(), name)
-        both = isinstance(value, dict) and isinstance(found.get(camel), dict)
-        found[camel] = found[camel] | value if both else value
-    return found
 
 
 def antigravity_rules(body: Json, model: str) -> Json:
@@ -6900,53 +6887,7 @@ def with_plain_schema(function: Any) -> Any:
     if not isinstance(schema, dict):
         return function
     kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
-    return {**kept, "parameters": PlainSchema(schema).word(schema)}
-
-
-class PlainSchema:
-    """A schema in the words of Google's list alone; a reference is what it refers to."""
-
-    def __init__(self, root: Json) -> None:
-        self.root = root
-        self.left = 10_000  # tables that it may grow to: references multiply
-
-    def word(self, schema: Json, depth: int = 50, seen: tuple[str, ...] = ()) -> Json:
-        ref = schema.get("$ref")
-        self.left -= 1
-        if ref in seen or not depth or self.left < 0:  # a cycle is cut where it closes
-            return {"type": "object"}
-        if isinstance(ref, str):
-            schema, seen = {**self.found(ref), **schema}, (*seen, ref)
-        plain = {name: schema[name] for name in schema if name in GOOGLE_SCHEMA}
-        plain |= plain_values(plain, schema)
-        if isinstance(plain.get("properties"), dict):
-            properties = plain["properties"].items()
-            plain["properties"] = {
-                name: self.word(as_dict(inner), depth - 1, seen) for name, inner in properties
-            }
-        if "items" in plain:
-            plain["items"] = self.word(as_dict(plain["items"]), depth - 1, seen)
-        if "anyOf" in plain:
-            plain["anyOf"] = [self.word(one, depth - 1, seen) for one in as_dicts(plain["anyOf"])]
-        return plain
-
-    def found(self, ref: str) -> Json:
-        place: Any = self.root
-        for name in ref.removeprefix("#/").split("/"):
-            place = as_dict(place).get(name)
-        return as_dict(place)
-
-
-def plain_values(plain: Json, schema: Json) -> Json:
-    """Google's enums are texts, and a type is one: null is said beside it (providers.md 5.1)."""
-    changes: Json = {}
-    enum = [schema["const"]] if "const" in schema else plain.get("enum")
-    if isinstance(enum, list):
-        changes |= {"enum": [str(value) for value in enum], "type": "string"}
-    elif isinstance(plain.get("type"), list):
-        others = [kind for kind in plain["type"] if kind != "null"]
-        changes |= {"type": others[0] if others else "string", "nullable": "null" in plain["type"]}
-    return changes
+    return {**kept, "parameters": google_schema(object_schema(schema))}
 
 
 RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {

@@ -6325,7 +6325,7 @@ def test_references_that_multiply_are_bounded():
     for _ in range(200):
         deep["properties"] = {"x": {"type": "object"}}
         deep = deep["properties"]["x"]
-    word = ampproxy.PlainSchema(schema).word(schema)
+    word = ampproxy.google_schema(schema)
     assert word["properties"]["x"]["properties"]["x"]["type"] == "object"
     loop = {
         "type": "object",
@@ -6334,7 +6334,7 @@ def test_references_that_multiply_are_bounded():
             "list": {"type": "array", "items": {"$ref": "#/properties/next"}},
         },
     }
-    word = ampproxy.PlainSchema(loop).word(loop)
+    word = ampproxy.google_schema(loop)
     assert word["properties"]["list"]["type"] == "array"
 
 
