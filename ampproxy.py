@@ -997,19 +997,6 @@ def most_tokens(model: str) -> int:
     return MOST_TOKENS[best_fit(model, MOST_TOKENS)]
 
 
-# The words of an effort, and the tokens that they stand for where a model takes a budget.
-BUDGETS = {
-    "none": 0,
-    "minimal": 512,
-    "low": 1024,
-    "medium": 8192,
-    "high": 24576,
-    "xhigh": 32768,
-    "max": 128000,
-    "ultra": 256000,
-}
-
-
 class Thinking(NamedTuple):
     """How a model can be told to think; neither levels nor limits: it does not."""
 
@@ -1962,6 +1949,7 @@ def error_text(answer: Json, *keys: str) -> str:
     """What an error says in these keys, each thing once."""
     parts = error_parts(answer)
     told = [str(parts[key])[:300] for key in keys or ERROR_KEYS if parts.get(key)]
+    told = [words for words in told if not words.isdigit()]  # Google's code is the status again
     return ": ".join(dict.fromkeys(words for words in told if words != "error"))[:300]
 
 
@@ -2283,7 +2271,7 @@ async def grant_of_device(net: Net, provider: Provider) -> Json:
 async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
     url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
     try:
-        return await net.ask_json("POST", url, headers, write_json(body))
+        return await net.ask_json("POST", url, headers, write_json(body), provider.proxy_url)
     except (ProxyError, *NET_ERRORS) as error:
         words = explain(error) if isinstance(error, ProxyError) else net_words(error)
         return 502, {"error": words}
@@ -2358,13 +2346,16 @@ async def first_project(net: Net, provider: Provider, token: str) -> Json:
         return {}
 
 
-async def find_project(net: Net, provider: Provider, token: str, clock: Any = CLOCK) -> str:
+async def find_project(
+    net: Net, provider: Provider, token: str, proxy: str = "", clock: Any = CLOCK
+) -> str:
     """The login's project; where it has none, its onboarding makes one.  ProxyError if not."""
     hosts = [provider.base_url, *provider.more_hosts]
+    how = (token, proxy or provider.proxy_url)
     named = {"cloudaicompanionProject": provider.project} if provider.project else {}
     body = {"metadata": provider.metadata, **named}
     # Antigravity's projects are known at its last host, production, and made at the first.
-    loaded = await ask_code_assist(net, provider, hosts[::-1], provider.load_path, token, body)
+    loaded = await ask_code_assist(net, provider, hosts[::-1], provider.load_path, how, body)
     if found := project_of(loaded):
         return found
     tier, why_not = tier_of(loaded, provider), refused_tiers(loaded)
@@ -2372,7 +2363,7 @@ async def find_project(net: Net, provider: Provider, token: str, clock: Any = CL
         given = {} if tier == "free-tier" else named
         body = {provider.tier_key: tier, "metadata": provider.onboard_metadata, **given}
         for _ in range(provider.onboard_tries):
-            made = await ask_code_assist(net, provider, hosts, provider.onboard_path, token, body)
+            made = await ask_code_assist(net, provider, hosts, provider.onboard_path, how, body)
             if made.get("done"):
                 found = project_of(as_dict(made.get("response"))) or provider.project
                 break
@@ -2384,15 +2375,19 @@ async def find_project(net: Net, provider: Provider, token: str, clock: Any = CL
 
 
 async def ask_code_assist(
-    net: Net, provider: Provider, hosts: list[str], path: str, token: str, body: Json
+    net: Net, provider: Provider, hosts: list[str], path: str, how: tuple[str, str], body: Json
 ) -> Json:
-    """The answer of the first host that has one; ProxyError with the words of the last."""
+    """The answer of the first host that has one; ProxyError with the words of the last.
+
+    `how`: the token, and the outbound proxy.
+    """
+    token, proxy = how
     own = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
     problem = Problem(502, "it has no host")
     for host in hosts:
         url, headers = joined(host, path), {**provider.headers, **own}
         try:
-            status, answer = await net.ask_json("POST", url, headers, write_json(body))
+            status, answer = await net.ask_json("POST", url, headers, write_json(body), proxy)
         except (ProxyError, *NET_ERRORS) as error:
             words = explain(error) if isinstance(error, ProxyError) else net_words(error)
             status, answer = 502, {"error": words}
@@ -2474,6 +2469,10 @@ class RestRule(NamedTuple):
     then: str
 
 
+PAGE = "@page"  # the code of a page of HTML where an error is expected: a firewall's
+PAGE_REST = 2 * MINUTE
+
+
 def rest_rules() -> tuple[RestRule, ...]:
     some = frozenset
     any_status, refused = range(400, 600), range(400, 500)
@@ -2496,6 +2495,7 @@ def rest_rules() -> tuple[RestRule, ...]:
         RestRule(any_status, no_answer, (), "", 0, "again"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
         RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
+        RestRule((403,), some({PAGE}), (), "account", PAGE_REST, "next"),
         RestRule((403,), some(), (), "account", DAY, "next"),
         RestRule((404,), some(), (), "model", 30 * MINUTE, "next"),
         RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
@@ -2959,7 +2959,7 @@ class Pool:
         """Found and saved, or why not."""
         assert self.net
         try:
-            found = await find_project(self.net, provider, token, self.clock)
+            found = await find_project(self.net, provider, token, account.own_proxy, self.clock)
         except ProxyError as error:
             return error.problem
         finally:
@@ -5623,7 +5623,7 @@ def camel(table: Json) -> Json:
 
 
 def read_gemini_request(body: Json) -> Ask:
-    body = camel(body)
+    body = camel(as_dict(body.get("generateContentRequest")) or body)
     settings = camel(as_dict(body.get("generationConfig")))
     ask = Ask(limit=int(number(settings.get("maxOutputTokens"))))
     told = body.get("systemInstruction")
@@ -5992,7 +5992,8 @@ class GeminiReader(Reader):
         reason = text_of(candidate.get("finishReason"))
         if reason in GEMINI_FAILURES:
             words = text_of(candidate.get("finishMessage"))[:300]
-            raise fault(502, f"the model made a call that cannot be read: {reason} {words}".strip())
+            words = f"the model made a call that cannot be read: {reason} {words}".strip()
+            raise ProxyError(Problem(502, words, codes=frozenset({reason.lower()})))
         if reason:
             self.reply.stopped(GEMINI_STOPS.get(reason, "end"))
 
@@ -6240,7 +6241,6 @@ def gemini_speaks(event: Json) -> bool:
 
 
 SAID_BESIDE = {"text", "thought", "thoughtSignature", "partMetadata"}
-MALFORMED = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
 EMPTY_ANSWER = "EMPTY_ANSWER"  # no word of Google's
 GENERATES = ("generateContent", "streamGenerateContent")  # the verbs that have an answer proper
 
@@ -6250,7 +6250,7 @@ def gemini_flaw(event: Json) -> str:
     if as_dict(event.get("promptFeedback")).get("blockReason"):
         return ""
     reasons = [one.get("finishReason") for one in as_dicts(event.get("candidates"))]
-    flaws = [reason for reason in reasons if reason in MALFORMED]
+    flaws = [reason for reason in reasons if reason in GEMINI_FAILURES]
     if flaws:
         return str(flaws[0])
     quiet = all(reason in (None, "STOP", "FINISH_REASON_UNSPECIFIED") for reason in reasons)
@@ -6697,10 +6697,6 @@ def without_reasoning(body: Json) -> Json:
 
 # -- Code Assist's two kinds of login: Gemini's words, and what Antigravity wants of them --
 
-UNKNOWN_SIGNATURE = (
-    "skip_thought_signature_validator"  # Google's own word for it (providers.md 5.3)
-)
-
 
 def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> Json:
     """A Gemini call as it stands in the envelope."""
@@ -6713,7 +6709,7 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
         body = {name: value for name, value in body.items() if name != "model"}
     if model.startswith("claude-"):
         body = google_claude_rules(body, provider)
-    elif re.match("gemini-(?![12])", model) and isinstance(body.get("contents"), list):
+    elif wants_seals(model) and isinstance(body.get("contents"), list):
         body = {**body, "contents": with_signatures(body["contents"])}
     return antigravity_rules(body, model) if provider.envelope else body
 
@@ -6807,7 +6803,7 @@ def with_signature(content: Any) -> Any:
         if isinstance(part, dict) and "functionCall" in part:
             if part.get("thoughtSignature"):
                 return content
-            signed = {**part, "thoughtSignature": UNKNOWN_SIGNATURE}
+            signed = {**part, "thoughtSignature": NO_SEAL}
             return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
     return content
 
@@ -6906,7 +6902,7 @@ RULES: dict[str, Callable[[Json, Headers, Provider], Json]] = {
 BROWSER_PATHS = re.compile(r"/(auth|threads|docs|settings)(/|$)")
 KEY_HEADERS = ("authorization", "x-api-key", "x-goog-api-key")
 KEY_PARAMETERS = ("key", "auth_token")
-KEPT_PARAMETERS = (  # that reach no provider: credentials, and what is asked for anew
+HELD_BACK = (  # that reach no provider: credentials, and what is asked for anew
     *KEY_PARAMETERS,
     *("access_token", "oauth_token", "api_key", "alt", "$alt"),
 )
@@ -7019,7 +7015,7 @@ def target_without_keys(raw_path: str, keys: list[str]) -> str:
 def query_for_provider(query: str) -> str:
     """What a client asked for in the query, without credentials, and the form of the answer."""
     pairs = query.split("&")
-    kept = [pair for pair in pairs if unquote_plus(pair.partition("=")[0]) not in KEPT_PARAMETERS]
+    kept = [pair for pair in pairs if unquote_plus(pair.partition("=")[0]) not in HELD_BACK]
     return "&".join(pair for pair in kept if pair)
 
 
@@ -7438,7 +7434,7 @@ class Chooser:
         if not served or matches(name, provider.excluded_models):
             return "does not have"
         if verb and not has_verb(provider, verb):
-            return "in another dialect could serve"
+            return "has no such call for"
         if not self.pool.of([row]):
             return f"after `ampproxy.py login {row.name}` would serve"
         return ""
@@ -7446,7 +7442,7 @@ class Chooser:
     def owner(self, model: str) -> str:
         """Who serves a name, be it listed or not; "" for nobody."""
         found = self.listed().get(model)
-        ways, _ = self.ways(*split_model(model), "")
+        ways, _ = self.ways(*self.split(model), "")
         return found or (ways[0].rows[0].name if ways else "")
 
     def listed(self, verb: str = "") -> dict[str, str]:
@@ -7567,6 +7563,7 @@ class Delivery:
 
     def __init__(self, call: Call, keepalive: float, idle: float) -> None:
         self.call, self.request = call, call.request
+        self.clock = CLOCK
         self.response: web.StreamResponse | None = None
         self.problem: Problem | None = None  # what broke the answer off after that
         self.keepalive = keepalive if call.streams and call.dialect.comment else 0
@@ -7684,8 +7681,7 @@ class Delivery:
     async def end(self, response: web.StreamResponse, problem: Problem) -> None:
         """Of a stream that broke off, as its dialect says it."""
         dialect = self.call.dialect
-        body = parse_object(problem.body) if problem.body else {}
-        body = body or dialect.error(problem.status, problem.text or problem.message)
+        body = parse_object(worded_error(self.call, problem, self.clock.time()))
         if self.call.lists:
             frame = LIST_MARK + write_json(body) + b"]"
         else:
@@ -7693,6 +7689,27 @@ class Delivery:
         await self.write(response, frame)
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
+
+
+SPENT = ("usage_limit_reached", "insufficient_quota")  # codes of a quota's end
+
+
+def worded_error(call: Call, problem: Problem, now: float) -> bytes:
+    """An error in the client's dialect; the provider's own words where they can pass."""
+    wait = round(problem.retry_after)
+    spent = problem.status == 429 and (wait > 30 or bool(problem.codes & set(SPENT)))
+    if call.dialect is not RESPONSES or not spent:
+        plain = call.dialect.error(problem.status, problem.text or problem.message)
+        return problem.body or write_json(plain)
+    # Codex waits out any other 429 in silence (clients.md).
+    body = parse_object(problem.body) if problem.body else {}
+    body = body or call.dialect.error(problem.status, problem.text or problem.message)
+    error, wait = body["error"], wait or MINUTE
+    if error.get("type") == SPENT[0] and number(error.get("resets_at")) > now:
+        return problem.body or write_json(body)
+    ends = {"resets_in_seconds": wait, "resets_at": round(now) + wait}
+    body["error"] = {**error, "type": SPENT[0], "code": SPENT[0], **ends}
+    return write_json(body)
 
 
 def is_dead(upstream: Upstream) -> bool:
@@ -8159,7 +8176,8 @@ async def translated(
     if not reply.is_told and not reply.usage.written:
         raise no_whole_answer(call)
     if reader.must_speak and not reply.blocks and reply.stop in ("", "end"):
-        raise fault(502, f"{call.provider} sent an answer that says nothing")
+        words = f"{call.provider} sent an answer that says nothing"
+        raise ProxyError(Problem(502, words, codes=frozenset({EMPTY_ANSWER.lower()})))
     reply.finish()
     if reply.out:
         yield b"".join(reply.out)
@@ -8312,6 +8330,9 @@ async def refusal(
     again = upstream.headers.get("x-should-retry") == "true" and not problem.retry_after
     if again and not any("ratelimit" in name.lower() for name in upstream.headers):
         problem.codes |= {RETRIABLE}
+    if problem.status == 403 and raw[:1] == b"<":
+        problem.codes |= {PAGE}
+        problem.retry_after = min(problem.retry_after or PAGE_REST, PAGE_REST)
     if answer:
         for name, value in upstream.headers.items():
             if matches(name[:100], REFUSAL_HEADERS):
@@ -8469,7 +8490,8 @@ class Forwarder:
         problem: Problem | None = None
         tried: set[Account] = set()
         prepared: Prepared | None = None
-        call.provider, call.served_model = way.rows[0].name, way.model
+        call.provider = way.rows[0].name
+        call.served_model = way.rows[0].provider.served(way.model)
         while True:
             account = await self.pool.choose(way.rows, way.model, call.thread, tried, until)
             if account is None or account.row is None:
@@ -8629,7 +8651,8 @@ def estimate(call: Call, way: Way) -> web.Response:
     texts = [part for turn in ask.turns for part in turn.parts]
     size = sum(map(characters, texts))
     size += sum(len(t.name + t.description) + len(write_json(t.schema)) for t in ask.tools)
-    call.route, call.provider, call.served_model = way.route, way.rows[0].name, way.model
+    call.route, call.provider = way.route, way.rows[0].name
+    call.served_model = way.rows[0].provider.served(way.model)
     headers = {**call.marks(), "x-ampproxy-estimate": "true"}
     counted = {ESTIMATES[call.verb]: max(1, -(-size // 4))}
     return web.json_response(counted, headers=headers)
@@ -8785,7 +8808,7 @@ def translated_body(
     most = provider.max_tokens or most_tokens(model)
     target = Target(model, maker, names, most, provider.hosted)
     body = with_sampling(theirs.write_request(ask, target), theirs.name, model)
-    effort = way.effort or effort_of(call.body, call.dialect.name)
+    effort = effort_for(call, way) or effort_of(call.body, call.dialect.name)
     takes = thinking_of(provider.thinking, model)
     if maker.endswith("/claude") and is_cut_off(ask, maker, bool(takes.limits)):
         effort = "none"
@@ -9305,7 +9328,7 @@ class Ledger:
             )
         expires = account.expires - moment
         return {
-            "provider": account.kind,
+            "provider": account.row.name if account.row else account.kind,
             "account": account.label,
             "state": state,
             "reason": "; ".join(reasons),
@@ -9861,6 +9884,10 @@ PROBES = {  # answered without a key (clients.md)
 TIDY_AFTER = 0.5  # seconds after a large body that memory is given back
 
 
+# Paths of the SDKs that are no model call: none of them is ampcode.com's.
+NOT_AMPS = re.compile(r"/(v1|v1beta1?|embeddings|images|audio|completions)(/|$)")
+
+
 class Server:
     def __init__(self, live: Live, net: Net, clock: Any = CLOCK) -> None:
         self.live, self.net, self.clock = live, net, clock
@@ -9933,6 +9960,7 @@ class Server:
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
         with Delivery(call, keepalive, idle) as delivery:
+            delivery.clock = self.clock
             try:
                 return await self.forwarder.answer(call, key, delivery)
             except ProxyError as error:
@@ -9956,6 +9984,8 @@ class Server:
         listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
         if listing:
             return self.models(request, unquote(listing["id"] or ""))
+        if NOT_AMPS.match(re.sub("/+", "/", unquote(path))):
+            return self.nowhere(request, path)
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         if method == "POST" and path == "/status/wake":
@@ -9966,6 +9996,12 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
+
+    def nowhere(self, request: Request, path: str) -> web.Response:
+        """A 404 in the dialect: a prompt never goes to ampcode.com by accident."""
+        dialect = ANTHROPIC if "/messages" in path else dialect_of_list(request)
+        body = dialect.error(404, f"there is no {request.method} {path[:100]} here")
+        return web.json_response(body, status=404, headers={"x-ampproxy-route": "none"})
 
     def models(self, request: Request, wanted: str) -> web.Response:
         """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
@@ -10008,23 +10044,15 @@ class Server:
             headers["Retry-After"] = str(wait)
         if wait > 30:  # SDKs would sleep it out without a word (clients.md)
             headers["x-should-retry"] = "false"
-        body = self.error_body(call, problem, wait)
+        body = self.error_body(call, problem)
         return web.Response(status=problem.status, body=body, headers=headers)
 
-    def error_body(self, call: Call | None, problem: Problem, wait: int) -> bytes:
+    def error_body(self, call: Call | None, problem: Problem) -> bytes:
         if call is None and problem.status == 502:
             return write_json({"error": "amp_upstream_proxy_error", "message": problem.message})
         if call is None:
             return write_json({"error": problem.message})
-        limit = "usage_limit_reached"
-        spent = call.dialect is RESPONSES and problem.status == 429 and wait > 30
-        if problem.body and not (spent and limit.encode() not in problem.body):
-            return problem.body
-        body = call.dialect.error(problem.status, problem.text or problem.message)
-        if spent:  # Codex waits out any other 429 in silence (clients.md)
-            ends = {"resets_in_seconds": wait, "resets_at": round(self.clock.time()) + wait}
-            body["error"] |= {"type": limit, "code": limit, **ends}
-        return write_json(body)
+        return worded_error(call, problem, self.clock.time())
 
     # -- The process --
 
@@ -10114,7 +10142,7 @@ IMAGE_MODEL = re.compile("image", re.I)
 
 def who_answers(chooser: Chooser, model: str, verb: str) -> tuple[str, str]:
     """The route that a model takes here, and who answers there."""
-    ways, _ = chooser.ways(*split_model(model), verb)
+    ways, _ = chooser.ways(*chooser.split(model), verb)
     if ways:
         name = ways[0].rows[0].name
         return ways[0].route, name if ways[0].route == "local" else f"{name} as {ways[0].model}"
@@ -10720,7 +10748,7 @@ def codex_edits(target: Destination) -> list[Edit]:
 
     def steps(found: Json) -> list[Step]:
         told: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
-        model, _ = split_model(str(found.get("model")))
+        model, _ = target.chooser.split(str(found.get("model")))
         if models and not target.chooser.ways(model, "", "responses")[0]:
             told.insert(0, (("model",), models[0]))
         return told

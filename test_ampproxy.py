@@ -1497,6 +1497,7 @@ def test_each_row_of_the_table_is_a_case():
         )
         met.add(ampproxy.verdict(problem)[-3:])
     met.add(ampproxy.verdict(ampproxy.Problem(502, "", codes=frozenset({ampproxy.LOCAL})))[-3:])
+    met.add(ampproxy.verdict(ampproxy.Problem(403, "", codes=frozenset({ampproxy.PAGE})))[-3:])
     assert met >= {row[-3:] for row in ampproxy.RESTS}
 
 
@@ -3274,7 +3275,7 @@ async def test_odd_targets(tmp_path, head):
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
-    ("GET", "/v1/messages", 200), ("GET", PATH, 200), ("GET", "/api/provider/cerebras/v1/tcp_warming", 200),
+    ("GET", "/v1/messages", 404), ("GET", PATH, 200), ("GET", "/api/provider/cerebras/v1/tcp_warming", 200),
 ])  # fmt: skip
 @in_loop
 async def test_other_methods(tmp_path, method, path, status):
@@ -5889,7 +5890,7 @@ REFUSALS = {  # what changes at the fake, the callback, and what the person is t
     "the code": ({"token": answer_json({"error": "invalid_grant", "error_description": "Bad Request"}, 400)}, "", "answered 400: invalid_grant"),
     "the client": ({"token": answer_json({"error": "invalid_client"}, 401)}, "", "answered 401: invalid_client"),
     "no token": ({"token": answer_json({"id_token": "x"})}, "", "token endpoint answered 200"),
-    "the project": ({"setup": {"loadCodeAssist": [DENIED]}}, "", "it answered 403: 403: PERMISSION_DENIED: denied"),
+    "the project": ({"setup": {"loadCodeAssist": [DENIED]}}, "", "it answered 403: PERMISSION_DENIED: denied"),
     "the tier": ({"setup": {"loadCodeAssist": [answer_json({"ineligibleTiers": [{"reasonMessage": ENDED}]})]}}, "", ENDED),
     "the onboarding": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [DENIED]}}, "", "it answered 403"),
     "no project made": ({"setup": {"loadCodeAssist": [answer_json(TIERS)], "onboardUser": [answer_json({"done": True})]}}, "", "set providers.{}.project"),
@@ -10358,6 +10359,84 @@ async def test_a_claude_thinks_no_more_in_a_tool_loop_whose_thoughts_are_gone(tm
         body["messages"] = body["messages"][:2]
         await w.ask(path, {**body, "tool_choice": "auto"})
         assert b'"thinking":{"type":"adaptive"}' in w.fakes["anthropic"].last.bytes
+
+
+# -- Where four lines of work met --
+
+NOT_AMPS_PATHS = [
+    ("POST", "/v1/embeddings", "chat"),
+    ("POST", "/embeddings", "chat"),
+    ("POST", "/v1/images/generations", "chat"),
+    ("POST", "/audio/speech", "chat"),
+    ("POST", "/v1/completions", "chat"),
+    ("POST", "/v1//messages", "anthropic"),
+    ("POST", "/v1/messages/", "anthropic"),
+    ("POST", "/v1/messages/batches", "anthropic"),
+    ("PUT", "/v1/messages", "anthropic"),
+    ("POST", "/v1/%6dodels/x", "chat"),
+    ("POST", "//v1/files", "chat"),
+    ("POST", "/v1beta/files", "gemini"),
+    ("POST", "/v1beta/cachedContents", "gemini"),
+    ("GET", "/v1/foo", "chat"),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "dialect"), NOT_AMPS_PATHS)
+@in_loop
+async def test_no_prompt_goes_to_ampcode_by_accident(tmp_path, method, path, dialect):
+    async with world(tmp_path) as w:
+        status, body, headers = await w.ask_json(path, {"input": "secret"}, method=method)
+        assert (status, headers["x-ampproxy-route"]) == (404, "none")
+        assert body == DIALECTS[dialect].error(404, f"there is no {method} {path} here")
+        assert not w.amp.requests
+
+
+@in_loop
+async def test_a_page_instead_of_an_error_rests_two_minutes_at_most(tmp_path):
+    async with world(tmp_path, ampcode={"fallback": "never"}) as w:
+        for _ in range(3):
+            page = (403, {"Content-Type": "text/html"}, [b"<html>blocked</html>"])
+            w.claude.script = [page]
+            assert (await w.ask("/v1/messages", ASK)).status == 403
+            assert resting(w) == {"": 120}
+            w.clock.now += 121
+
+
+@pytest.mark.parametrize(("answer", "wait"), [
+    (said(429, "spent", "rate_limit_error", **{"Retry-After": "5000"}), 5000),
+    (said(429, "spent", "insufficient_quota"), 60),
+])  # fmt: skip
+@in_loop
+async def test_a_quotas_end_is_said_as_codex_knows_it(tmp_path, answer, wait):
+    async with world(tmp_path) as w:
+        w.claude.usual = answer
+        body = {"model": "claude-opus-4-6", "input": "hi"}
+        status, told, _ = await w.ask_json("/v1/responses", body)
+        assert (status, told["error"]["type"]) == (429, "usage_limit_reached")
+        assert told["error"]["resets_in_seconds"] == wait
+        assert told["error"]["resets_at"] == w.clock.time() + wait
+
+
+@in_loop
+async def test_googles_empty_answer_rests_nobody_whoever_asked(tmp_path):
+    async with four_providers(tmp_path) as w:
+        silent = {"candidates": [{"content": {"parts": [{"text": ""}]}, "finishReason": "STOP"}]}
+        broken = {"candidates": [{"finishReason": "MALFORMED_FUNCTION_CALL"}]}
+        for answer in (silent, broken):
+            w.fakes["gemini"].usual = (200, SSE, [ampproxy.data_event(answer)])
+            status, body, _ = await w.ask_json(*asked("anthropic", "gemini-2.5-x", False))
+            assert (status, body["type"]) == (502, "error")
+        accounts = (await w.ask_json("/status", method="GET"))[1]["accounts"]
+        assert {account["state"] for account in accounts} == {"ready"}
+
+
+@in_loop
+async def test_a_count_in_googles_wrapper_is_estimated(tmp_path):
+    async with four_providers(tmp_path) as w:
+        inner = {"contents": [{"parts": [{"text": "x" * 400}]}]}
+        path = "/v1beta/models/gpt-x:countTokens"
+        _, counted, _ = await w.ask_json(path, {"generateContentRequest": inner})
+        assert counted == {"totalTokens": 100}
 
 
 # == Translation: the official SDKs ================================================================
