@@ -2469,7 +2469,7 @@ class RestRule(NamedTuple):
     then: str
 
 
-PAGE = "@page"  # the code of a page of HTML where an error is expected: a firewall's
+FIREWALL = "@page"  # the code of a page of HTML where an error is expected: a firewall's
 PAGE_REST = 2 * MINUTE
 
 
@@ -2495,7 +2495,7 @@ def rest_rules() -> tuple[RestRule, ...]:
         RestRule(any_status, no_answer, (), "", 0, "again"),
         RestRule((402,), some(), (), "account", 30 * MINUTE, "next"),
         RestRule(any_status, some(), no_credit, "account", 30 * MINUTE, "next"),
-        RestRule((403,), some({PAGE}), (), "account", PAGE_REST, "next"),
+        RestRule((403,), some({FIREWALL}), (), "account", PAGE_REST, "next"),
         RestRule((403,), some(), (), "account", DAY, "next"),
         RestRule((404,), some(), (), "model", 30 * MINUTE, "next"),
         RestRule((400,), some(), no_model, "model", 30 * MINUTE, "next"),
@@ -6391,7 +6391,7 @@ TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
 DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
-LEAST_BUDGET, MOST_MARKS = 1024, 4
+LEAST_BUDGET = 1024  # of Claude's thinking
 
 
 def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
@@ -8331,7 +8331,7 @@ async def refusal(
     if again and not any("ratelimit" in name.lower() for name in upstream.headers):
         problem.codes |= {RETRIABLE}
     if problem.status == 403 and raw[:1] == b"<":
-        problem.codes |= {PAGE}
+        problem.codes |= {FIREWALL}
         problem.retry_after = min(problem.retry_after or PAGE_REST, PAGE_REST)
     if answer:
         for name, value in upstream.headers.items():

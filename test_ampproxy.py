@@ -420,6 +420,20 @@ def test_a_name_from_below_is_found_wherever_it_is_used(use):
     ]
 
 
+@pytest.mark.parametrize("path", [SCRIPT, Path(__file__)])
+def test_no_name_hides_another_one(path):
+    names = Counter()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names[node.name] += 1
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [leaf for target in targets for leaf in ast.walk(target)]
+            names.update({leaf.id for leaf in found if isinstance(leaf, ast.Name)})
+    twice = {name for name, count in names.items() if count > 1}
+    assert twice <= {"log", "msgspec"}
+
+
 def test_size_and_width():
     lines = SCRIPT.read_text().splitlines()
     functions = [
@@ -721,7 +735,7 @@ async def test_files_are_picked_up_while_running(tmp_path, caplog):
 # == Claude's rules ================================================================================
 
 OAUTH = "oauth-2025-04-20"
-GOOD, FOREIGN = "EqQBCgIYAhIM", "gAAAAABm"
+SEALED, FOREIGN = "EqQBCgIYAhIM", "gAAAAABm"
 EPHEMERAL = {"type": "ephemeral"}
 
 
@@ -790,8 +804,8 @@ CALL = {"type": "tool_use", "id": "toolu_1", "name": "glob", "input": {"signatur
 
 
 @pytest.mark.parametrize(("role", "content", "sent"), [
-    ("assistant", [{"type": "thinking", "thinking": "t", "signature": GOOD}],
-     [{"type": "thinking", "thinking": "t", "signature": GOOD}]),
+    ("assistant", [{"type": "thinking", "thinking": "t", "signature": SEALED}],
+     [{"type": "thinking", "thinking": "t", "signature": SEALED}]),
     ("assistant", [{"type": "thinking", "thinking": "t", "signature": FOREIGN}, CALL], [CALL]),
     ("assistant", [{"type": "thinking", "thinking": "t"}], None),
     ("assistant", [{"type": "thinking", "thinking": "t", "signature": " "}], None),
@@ -1435,7 +1449,7 @@ def window(name, status, reset, used="1.0"):
 
 # One row for each row of RESTS, at least: the answer -> tries, what rests (the account, the model or
 # nobody), for how many seconds, and who else is tried: the next account and ampcode.com, or nobody.
-SPENT = limit(**window("5h", "rejected", 900), **window("7d", "allowed", 9000, "0.5"))
+FULL_WINDOW = limit(**window("5h", "rejected", 900), **window("7d", "allowed", 9000, "0.5"))
 ROWS = {
     "extra usage": (said(400, "You're out of extra usage"), 1, "", 0, "nobody"),
     "long context": (limit("Extra usage is required for long context"), 1, "", 0, "nobody"),
@@ -1454,7 +1468,7 @@ ROWS = {
         answer_json({"error": {"type": "usage_limit_reached", "message": "x", "resets_in_seconds": 700}}, 400),
         1, "account", 700, "next"),
     "429 until": (limit(**{"Retry-After": "90"}), 1, "account", 90, "next"),
-    "a spent window": (SPENT, 1, "account", 900, "next"),
+    "a spent window": (FULL_WINDOW, 1, "account", 900, "next"),
     "429 for days": (limit(**{"Retry-After": "400000"}), 1, "account", 1800, "next"),
     "408": (said(408), 3, "account", 5, "next"),
     "529": (said(529, "busy", "overloaded_error"), 3, "account", 5, "next"),
@@ -1497,7 +1511,7 @@ def test_each_row_of_the_table_is_a_case():
         )
         met.add(ampproxy.verdict(problem)[-3:])
     met.add(ampproxy.verdict(ampproxy.Problem(502, "", codes=frozenset({ampproxy.LOCAL})))[-3:])
-    met.add(ampproxy.verdict(ampproxy.Problem(403, "", codes=frozenset({ampproxy.PAGE})))[-3:])
+    met.add(ampproxy.verdict(ampproxy.Problem(403, "", codes=frozenset({ampproxy.FIREWALL})))[-3:])
     assert met >= {row[-3:] for row in ampproxy.RESTS}
 
 
@@ -4195,12 +4209,12 @@ VALUE = st.recursive(
     SCALARS | st.sampled_from(WORDS),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),
     max_leaves=15)  # fmt: skip
-CALLED = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=5)
-BODY = (
-    st.builds(lambda table, model: {**table, "model": model}, CALLED, st.sampled_from(WORDS))
+ANY_BODY = st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=5)
+MODEL_BODY = (
+    st.builds(lambda table, model: {**table, "model": model}, ANY_BODY, st.sampled_from(WORDS))
     | VALUE
 )
-BODY = BODY.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50)
+BODY = MODEL_BODY.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50)
 KNOWN = [PATH, "/v1/messages", "/v1/responses", "/v1/chat/completions", "/v1/messages/count_tokens", "/v1/models", "/status",
          "/v1beta/models/gemini-x:generateContent", "/v1beta/models/gemini-x:streamGenerateContent", "/api/internal?getUserInfo"]  # fmt: skip
 TARGET = st.lists(st.sampled_from(PIECES), max_size=8).map(lambda parts: "/" + "".join(parts))
