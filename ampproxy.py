@@ -6392,6 +6392,7 @@ SIGNATURE = re.compile(r"E[g-v]|R[WX]")
 TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
 DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
 LEAST_BUDGET = 1024  # of Claude's thinking
+ANSWER_ROOM = 4096  # tokens that a budget leaves for the answer
 
 
 def claude_rules(body: Json, headers: Headers, provider: Provider) -> Json:
@@ -7322,7 +7323,7 @@ def with_level(body: Json, level: str, given: Json) -> Json:
 
 def with_budget(body: Json, tokens: int) -> Json:
     """Claude's budget is a part of max_tokens: there must be room for the answer."""
-    most = max(int(number(body.get("max_tokens"))), tokens + 4096)
+    most = max(int(number(body.get("max_tokens"))), tokens + ANSWER_ROOM)
     return {**body, "thinking": {"type": "enabled", "budget_tokens": tokens}, "max_tokens": most}
 
 
@@ -8812,6 +8813,7 @@ def translated_body(
     takes = thinking_of(provider.thinking, model)
     if maker.endswith("/claude") and is_cut_off(ask, maker, bool(takes.limits)):
         effort = "none"
+    effort = effort_within(effort, ask.limit, takes)
     body = with_effort(body, theirs.name, provider.thinking, effort, model)
     if theirs is RESPONSES and effort not in ("", "none") and takes.levels:
         # Who asks for an effort wants to read thoughts, too.
@@ -8838,6 +8840,16 @@ def effort_for(call: Call, way: Way) -> str:
     if way.route == "mapped" and asked in ("", "auto"):
         return effort_of(call.body, call.dialect.name)
     return "" if asked == "auto" else asked
+
+
+def effort_within(effort: str, limit: int, takes: Thinking) -> str:
+    """A budget leaves room for the answer within the client's limit, or there is none."""
+    if not limit or not takes.limits or effort in ("", "auto", "none"):
+        return effort
+    tokens, most = BUDGETS.get(effort) or int(effort), limit - ANSWER_ROOM
+    if min(tokens, takes.limits[1]) <= most:
+        return effort
+    return str(most) if most >= takes.limits[0] else "none"
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
