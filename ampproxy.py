@@ -8815,6 +8815,8 @@ def translated_body(
         effort = "none"
     effort = effort_within(effort, ask.limit, takes)
     body = with_effort(body, theirs.name, provider.thinking, effort, model)
+    if ask.limit and theirs is ANTHROPIC:
+        body["max_tokens"] = ask.limit  # the budget fits
     if theirs is RESPONSES and effort not in ("", "none") and takes.levels:
         # Who asks for an effort wants to read thoughts, too.
         body = {**body, "reasoning": {"summary": "auto", **as_dict(body.get("reasoning"))}}
@@ -8843,13 +8845,14 @@ def effort_for(call: Call, way: Way) -> str:
 
 
 def effort_within(effort: str, limit: int, takes: Thinking) -> str:
-    """A budget leaves room for the answer within the client's limit, or there is none."""
+    """A budget is a part of the client's limit: three quarters, if it asks for more than all."""
     if not limit or not takes.limits or effort in ("", "auto", "none"):
         return effort
-    tokens, most = BUDGETS.get(effort) or int(effort), limit - ANSWER_ROOM
-    if min(tokens, takes.limits[1]) <= most:
+    tokens = min(BUDGETS.get(effort) or int(effort), takes.limits[1])
+    if tokens < limit:
         return effort
-    return str(most) if most >= takes.limits[0] else "none"
+    most = max(takes.limits[0], limit * 3 // 4)
+    return str(most) if most < limit else "none"
 
 
 def client_headers(given: Any, provider: Provider) -> Headers:
