@@ -116,6 +116,7 @@ try:
     import aiohttp
     import yaml
     from aiohttp import web
+    from aiohttp.client_proto import ResponseHandler
     from multidict import CIMultiDict
     from yarl import URL
 except ImportError as error:
@@ -1803,11 +1804,58 @@ def has_bytes(transport: Any) -> bool:
     return bool(waiting.poll(0))
 
 
+ANSWER_HEAD_WAIT = 60  # seconds from the first byte of an answer to the end of its head
+
+
+class AnswerReader(ResponseHandler):
+    """aiohttp's, with a time for the head of an answer: one that drips, or has 1xx without end.
+
+    The first byte may come late: a long answer in one piece takes minutes before its head.
+    """
+
+    awaits_head = False
+    head_timer: asyncio.TimerHandle | None = None
+
+    def set_response_params(self, **params: Any) -> None:
+        self.awaits_head = True
+        super().set_response_params(**params)
+
+    def data_received(self, data: bytes) -> None:
+        if self.awaits_head and self.head_timer is None:
+            self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
+        super().data_received(data)
+
+    def feed_data(self, data: Any, size: int = 0) -> None:
+        if data[0].code >= 200:
+            self.head_came()
+        super().feed_data(data, size)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.head_came()
+        super().connection_lost(exc)
+
+    def head_came(self) -> None:
+        self.awaits_head = False
+        if self.head_timer:
+            self.head_timer.cancel()
+            self.head_timer = None
+
+    def too_slow(self) -> None:
+        self.set_exception(TimeoutError())
+        if self.transport:
+            self.transport.abort()
+
+
 class Connector(aiohttp.TCPConnector):
     """Gives out no kept connection on which anything came after the end of its answer.
 
     aiohttp takes what comes there for the next answer, and so would give it to the next client.
     """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        factory: Any = functools.partial(AnswerReader, loop=self._loop)
+        self._factory = factory
 
     async def connect(self, *args: Any, **more: Any) -> Any:
         while True:

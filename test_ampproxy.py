@@ -7617,6 +7617,35 @@ async def test_a_head_has_its_time(tmp_path, monkeypatch, sent):
         writer.close()
 
 
+@pytest.mark.parametrize("drip", [b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
+@in_loop
+async def test_the_head_of_an_answer_has_its_time(tmp_path, monkeypatch, drip):
+    """From its first byte on; a provider may think for longer before that."""
+    monkeypatch.setattr(ampproxy, "ANSWER_HEAD_WAIT", 0.3)
+    gone = asyncio.Event()
+
+    async def dripping(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.4)
+        with suppress(ConnectionError):
+            writer.write(drip)
+            while not reader.at_eof():
+                writer.write(drip if drip.endswith(b"\r\n\r\n") else b"a")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        gone.set()
+        writer.close()
+
+    server = await asyncio.start_server(dripping, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    config = {"request-retry": 1, "ampcode": {"fallback": "never"}, "claude": {"base-url": url}}
+    async with world(tmp_path, **config) as w:
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, "does not answer in time" in body["error"]["message"]) == (502, True)
+        await gone.wait()
+    server.close()
+
+
 @in_loop
 async def test_a_slow_body_is_no_slow_head(tmp_path, monkeypatch):
     monkeypatch.setattr(ampproxy, "HEAD_WAIT", 0.2)
