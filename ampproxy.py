@@ -8171,7 +8171,7 @@ def proves(call: Call, event: Json, ending: str, items: Items) -> bool:
     if ending:
         refuse_silence(call, event, items.spoke)
     says = speaks or bool(ending) or dialect.thinks(event)
-    return says and event.get("type") not in TOLD_AFTER
+    return says and text_of(event.get("type")) not in TOLD_AFTER
 
 
 def lost_output(kind: Any, inside: Json, items: Items) -> bool:

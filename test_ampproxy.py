@@ -10482,6 +10482,67 @@ async def test_a_count_in_googles_wrapper_is_estimated(tmp_path):
         assert counted == {"totalTokens": 100}
 
 
+# -- A fuzzer of the hub: any body to any provider, and any answer --
+
+JUNK = [None, True, 0, -1, 1.5, 1e300, "", "x", "9" * 40, "é\U0001f600", [], {}, [[]], [{}], {"type": "x"}, ["a", 1, None],
+        {"a": {"b": [1]}}, "data:image/png;base64,AA", {"$ref": "#"}, {"type": ["null"]}]  # fmt: skip
+JUNK_KEYS = ["type", "role", "content", "text", "id", "name", "cache_control", "thinking", "tools", "input", "reasoning", "parts", "n",
+             "thoughtSignature", "functionCall", "tool_calls", "image_url", "source", "response_format", "generationConfig", "stop"]  # fmt: skip
+
+
+def spoilt(dice, value):
+    """A copy with some of it gone, twice, in another place, or nonsense."""
+    if dice.random() < 0.06:
+        return dice.choice(JUNK)
+    if isinstance(value, dict):
+        kept = {name: spoilt(dice, inner) for name, inner in value.items() if dice.random() > 0.05}
+        return kept | ({dice.choice(JUNK_KEYS): dice.choice(JUNK)} if dice.random() < 0.08 else {})
+    if isinstance(value, list):
+        items = [spoilt(dice, item) for item in value]
+        if items and dice.random() < 0.1:
+            items.append(dice.choice(items))
+        return items
+    return value
+
+
+def spoilt_stream(dice, dialect):
+    events = []
+    for event in ampproxy.split_events(stream_of(dialect)):
+        data = ampproxy.event_data(event)
+        if dice.random() < 0.15 and data != b"[DONE]":
+            event = b"data: " + json.dumps(spoilt(dice, json.loads(data))).encode() + b"\n\n"  # noqa: PLW2901
+        events.append(event)
+    raw = b"".join(events)
+    return raw[: dice.randrange(len(raw))] if dice.random() < 0.2 else raw
+
+
+def test_fuzz_of_translation(tmp_path):
+    """For 3 seconds, or as many as AMPPROXY_FUZZ says."""
+    loop_runner()(fuzz_translation(tmp_path, int(os.environ.get("AMPPROXY_FUZZ") or 3)))
+
+
+async def fuzz_translation(tmp_path, seconds):
+    """No 500, no traceback, no hang: whatever a client sends, and whatever a provider answers."""
+    dice, ends = random.Random(seconds), time.monotonic() + seconds
+    async with four_providers(tmp_path) as w:
+        while time.monotonic() < ends:
+            ours, theirs = dice.choice(PAIRS)
+            path, body = asked(ours, MODELS[theirs], dice.random() < 0.5)
+            body = spoilt(dice, body)
+            if not isinstance(body, dict):
+                continue
+            if ours != "gemini":
+                body["model"] = MODELS[theirs]
+            w.fakes[theirs].usual = (200, SSE, [spoilt_stream(dice, theirs)])
+            for account in w.server.pool.accounts.values():
+                account.rests.clear()
+            with suppress(aiohttp.ClientError):  # Gemini's streams break off with their error
+                async with asyncio.timeout(15):
+                    response = await w.ask(path, body)
+                assert response.status != 500, body
+                assert b"internal error" not in response.bytes, body
+
+
 # == Translation: the official SDKs ================================================================
 #
 # Each SDK against a provider of each other dialect.  The fakes refuse what the real ones refuse, by
