@@ -286,6 +286,11 @@ def as_dicts(value: Any) -> list[Json]:
     return [item for item in as_list(value) if isinstance(item, dict)]
 
 
+def without(table: Json, *names: str) -> Json:
+    """A copy that lacks these names."""
+    return {name: value for name, value in table.items() if name not in names}
+
+
 # -- Numbers and times --
 
 
@@ -1463,7 +1468,7 @@ def nested(token: Json) -> Json:
     inner = token.get("token")
     if not isinstance(inner, dict):
         return token
-    outer = {name: value for name, value in token.items() if name not in NESTED}
+    outer = without(token, *NESTED)
     changes = {key: token[name] for name, key in NESTED.items() if name in token}
     return outer | {"token": inner | changes}
 
@@ -3488,8 +3493,7 @@ def forced_tool(ask: Ask) -> Tool | None:
 
 def free_hosted(ask: Ask) -> dict[str, Json]:
     """The hosted tools whose names no function has."""
-    names = {tool.name for tool in ask.tools}
-    return {name: options for name, options in ask.hosted.items() if name not in names}
+    return without(ask.hosted, *(tool.name for tool in ask.tools))
 
 
 def described(tool: Tool) -> Tool:
@@ -3598,8 +3602,7 @@ class GoogleSchema:
             if ref in seen:
                 return None, seen
             seen = (*seen, ref)
-            rest = {name: value for name, value in schema.items() if name != "$ref"}
-            schema = {**self.named(ref), **rest}
+            schema = {**self.named(ref), **without(schema, "$ref")}
         return None, seen
 
     def named(self, ref: str) -> Json:
@@ -3614,7 +3617,7 @@ class GoogleSchema:
 
     def with_merged(self, schema: Json, depth: int = 9) -> Json:
         """With the schemas of allOf laid into it, and a oneOf called anyOf."""
-        merged = {name: value for name, value in schema.items() if name not in ("allOf", "oneOf")}
+        merged = without(schema, "allOf", "oneOf")
         if "oneOf" in schema:
             merged["anyOf"] = as_list(merged.get("anyOf")) + as_list(schema["oneOf"])
         for part in as_dicts(schema.get("allOf")) if depth else ():
@@ -3681,7 +3684,7 @@ class GoogleSchema:
         read = [self.read(branch, seen) for branch in branches if branch.get("type") != "null"]
         beside = {**kept}
         if len(read) == 1:
-            kept |= {name: value for name, value in read[0].items() if name not in beside}
+            kept |= without(read[0], *beside)
         elif read:
             kept.clear()
             kept["anyOf"] = [{**beside, **branch} for branch in read]
@@ -3705,7 +3708,7 @@ def object_schema(schema: Json) -> Json:
         if schema.get("type") == "object" and "properties" in schema:
             return schema
         return {**schema, "type": "object", "properties": as_dict(schema.get("properties"))}
-    merged = {name: value for name, value in schema.items() if name not in UNIONS}
+    merged = without(schema, *UNIONS)
     properties = {**as_dict(schema.get("properties"))}
     required = [name for name in as_list(schema.get("required")) if isinstance(name, str)]
     resolve = GoogleSchema(schema).resolved
@@ -3742,7 +3745,7 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
         closed = schema.get("additionalProperties") is False
         if not closed or set(properties) != set(map(str, as_list(schema.get("required")))):
             return False
-    inner = [value for name, value in schema.items() if name not in NAME_TABLES]
+    inner = without(schema, *NAME_TABLES).values()
     tables = [list(as_dict(schema.get(name)).values()) for name in NAME_TABLES]
     return all(is_strict(value, depth - 1) for value in [*inner, *tables])
 
@@ -6437,7 +6440,6 @@ IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
 # A Claude signature is base64 of a first byte 0x12, encoded once or twice (providers.md 1.3.12).
 SIGNATURE = re.compile(r"E[g-v]|R[WX]")
-TOOL_ID = re.compile(r"[a-zA-Z0-9_-]*")
 DEEPEST = 9  # lists of blocks in blocks; Claude itself knows three
 LEAST_BUDGET = 1024  # of Claude's thinking
 ANSWER_ROOM = 4096  # tokens that a budget leaves for the answer
@@ -6478,15 +6480,15 @@ def forces_tool(body: Json) -> bool:
 
 def is_thinking(body: Json, thinking: Thinking) -> bool:
     kind = as_dict(body.get("thinking")).get("type")
-    return kind in ("enabled", "adaptive") or (kind is None and thinking.by_itself)
+    return kind in ("enabled", "adaptive", "auto") or (kind is None and thinking.by_itself)
 
 
 def without_thought(body: Json, thinking: Thinking) -> Json:
     """Thinking off, and the effort with it; some models must be told."""
-    body = {name: value for name, value in body.items() if name != "thinking"}
+    body = without(body, "thinking")
     output = body.get("output_config")
     if isinstance(output, dict) and "effort" in output:
-        body["output_config"] = {k: v for k, v in output.items() if k != "effort"}
+        body["output_config"] = without(output, "effort")
     if thinking.by_itself:
         body["thinking"] = {"type": "disabled"}
     return body
@@ -6498,8 +6500,6 @@ def with_fitting_thought(body: Json, thinking: Thinking) -> Json:
         return without_thought(body, thinking)
     given = as_dict(body.get("thinking"))
     if given.get("type") == "auto":  # a word of Amp's only
-        if forces_tool(body):
-            return without_thought(body, thinking)
         given = {**given, "type": "adaptive"}
         if thinking.limits:
             given = {"type": "enabled", "budget_tokens": BUDGETS["medium"]}
@@ -6524,7 +6524,7 @@ def without_clear_thinking(body: Json) -> Json:
         return body
     if kept:
         return {**body, "context_management": {**management, "edits": kept}}
-    return {name: value for name, value in body.items() if name != "context_management"}
+    return without(body, "context_management")
 
 
 def without_sampling(body: Json, model: str, thinks: bool) -> Json:
@@ -6535,7 +6535,7 @@ def without_sampling(body: Json, model: str, thinks: bool) -> Json:
         gone = {"temperature", "top_p", "top_k"} & body.keys()
     elif body.get("temperature") is not None and body.get("top_p") is not None:
         gone = {"top_p"}
-    return {name: value for name, value in body.items() if name not in gone} if gone else body
+    return without(body, *gone) if gone else body
 
 
 MARKED = {"tools": 2, "system": 1, "messages": 0}  # where marks are, in Claude's order -> who stays
@@ -6557,7 +6557,7 @@ def with_few_marks(body: Json) -> Json:
         if index in gone:
             new.append(None)
         elif short and not is_short:
-            new.append({name: value for name, value in mark.items() if name != "ttl"})
+            new.append(without(mark, "ttl"))
         else:
             short = short or is_short
             new.append(mark)
@@ -6590,7 +6590,7 @@ def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
                 changed = {**changed, "content": content}
             if isinstance(block.get("cache_control"), dict):
                 mark = next(new)
-                changed = {k: v for k, v in changed.items() if k != "cache_control"}
+                changed = without(changed, "cache_control")
                 changed |= {"cache_control": mark} if mark else {}
         made.append(changed)
     return made
@@ -6605,7 +6605,7 @@ def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
     if kept:
         headers["anthropic-beta"] = kept
     if "betas" in body:
-        body = {name: value for name, value in body.items() if name != "betas"}
+        body = without(body, "betas")
     return body
 
 
@@ -6643,8 +6643,8 @@ def cleaned_block(block: Json, depth: int) -> Json | None:
         block = {name: block[name] for name in block if name in TOOL_USE_KEYS}
     id_key = {"tool_use": "id", "tool_result": "tool_use_id"}.get(str(kind), "")
     given = block.get(id_key)
-    if isinstance(given, str) and not TOOL_ID.fullmatch(given):
-        block = {**block, id_key: re.sub(r"[^a-zA-Z0-9_-]", "_", given)}
+    if isinstance(given, str) and WORD_NAME.bad.search(given):
+        block = {**block, id_key: WORD_NAME.bad.sub("_", given)}
     content = block.get("content")
     if isinstance(content, list) and content and depth:
         clean = cleaned(content, depth - 1)
@@ -6660,8 +6660,7 @@ def with_identity(system: Any) -> list[Any]:
     blocks = system if isinstance(system, list) else [{"type": "text", "text": system or ""}]
     blocks = cleaned(blocks)
     start = "\n".join(str(block.get("text")) for block in as_dicts(blocks[:2]))
-    billing = "x-anthropic-billing-header"  # Claude Code's own first line
-    if start.startswith(billing):
+    if start.startswith(BILLING_LINE):
         start = start.partition("\n")[2].lstrip("\n")
     if start.startswith(IDENTITY):
         return blocks
@@ -6724,11 +6723,10 @@ def readable(item: Json) -> Json:
     if item.get("type") in WHOLE_ITEMS:
         return item
     if "id" in item:
-        item = {name: value for name, value in item.items() if name != "id"}
+        item = without(item, "id")
     call_id = str(item.get("call_id") or "")
     if len(call_id) > 64:
-        digest = hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:16]
-        item = {**item, "call_id": f"{call_id[:47]}_{digest}"}
+        item = {**item, "call_id": f"{call_id[:47]}_{digest(call_id)[:16]}"}
     return item
 
 
@@ -6752,10 +6750,9 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
     body = as_dict(body.get("generateContentRequest")) or body
     body = in_camel_case(body, CAMEL_PLACES)
     if verb == "countTokens":
-        kept = {name: body[name] for name in body if name not in ("model", "safetySettings")}
-        return {"model": f"models/{model}", **kept}
+        return {"model": f"models/{model}", **without(body, "model", "safetySettings")}
     if "model" in body:
-        body = {name: value for name, value in body.items() if name != "model"}
+        body = without(body, "model")
     if model.startswith("claude-"):
         body = google_claude_rules(body, provider)
     elif wants_seals(model) and isinstance(body.get("contents"), list):
@@ -6792,15 +6789,13 @@ CAMEL_PLACES: Json = {
 
 def antigravity_rules(body: Json, model: str) -> Json:
     """Without what Antigravity refuses; a session's number keeps its cache (providers.md 4)."""
-    body = {name: value for name, value in body.items() if name != "safetySettings"}
+    body = without(body, "safetySettings")
     config = body.get("generationConfig")
     if isinstance(config, dict) and not model.startswith("claude-"):
-        kept = {name: config[name] for name in config if name != "maxOutputTokens"}
-        body["generationConfig"] = kept
+        body["generationConfig"] = without(config, "maxOutputTokens")
     if isinstance(body.get("tools"), list):
         body["tools"] = [with_plain_schemas(tool) for tool in body["tools"]]
-    digest = hashlib.sha256(first_words(body).encode(errors="replace")).digest()
-    body["sessionId"] = f"-{int.from_bytes(digest[:8], 'big') >> 1}"
+    body["sessionId"] = f"-{int(digest(first_words(body))[:16], 16) >> 1}"
     return body
 
 
@@ -6905,7 +6900,7 @@ def with_claudes_thoughts(content: Any) -> Any:
         if own or not isinstance(part, dict):
             kept.append(part)
         elif not part.get("thought"):
-            kept.append({name: part[name] for name in part if name != "thoughtSignature"})
+            kept.append(without(part, "thoughtSignature"))
     return {**content, "parts": kept} if kept or not content["parts"] else None
 
 
@@ -6931,7 +6926,7 @@ def with_plain_schema(function: Any) -> Any:
     schema = as_dict(function).get("parametersJsonSchema")
     if not isinstance(schema, dict):
         return function
-    kept = {name: function[name] for name in function if name != "parametersJsonSchema"}
+    kept = without(function, "parametersJsonSchema")
     return {**kept, "parameters": google_schema(object_schema(schema))}
 
 
@@ -7318,7 +7313,7 @@ def without_effort(body: Json, dialect: str) -> Json:
         if not parts:
             body.pop(name, None)
         elif inside.keys() & set(parts):
-            body[name] = {key: value for key, value in inside.items() if key not in parts}
+            body[name] = without(inside, *parts)
     return body
 
 
@@ -7387,10 +7382,10 @@ def with_sampling(body: Json, dialect: str, model: str) -> Json:
         return body
     gone = {"temperature", "top_p", "presence_penalty", "frequency_penalty"} & body.keys()
     if gone:
-        body = {name: value for name, value in body.items() if name not in gone}
+        body = without(body, *gone)
     if dialect == "chat" and "max_tokens" in body:
         given = body["max_tokens"]
-        body = {name: value for name, value in body.items() if name != "max_tokens"}
+        body = without(body, "max_tokens")
         body.setdefault("max_completion_tokens", given)
     return body
 
@@ -8419,13 +8414,13 @@ def is_hop_header(name: str) -> bool:
     return matches(name, HOP_HEADERS)
 
 
-def passing(headers: Any, *without: str) -> Headers:
-    """Headers that travel on: not the hop's own, not those that Connection names, nor `without`."""
+def passing(headers: Any, *dropped: str) -> Headers:
+    """Headers that travel on: not the hop's own, not those that Connection names, nor `dropped`."""
     kept = Headers()
     named = hop_names(",".join(headers.getall("Connection", ()))[:1000])
     for name, value in headers.items():
         lower = name.lower()
-        if lower not in named and lower not in without and not is_hop_header(lower[:100]):
+        if lower not in named and lower not in dropped and not is_hop_header(lower[:100]):
             kept.add(name, value)
     return kept
 
@@ -8773,7 +8768,7 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
         body = code_assist_rules(body, call.served_model, provider, verb)
     gone = [name for name in NOT_ASKED.get(verb, ()) if name in body]
     if gone:
-        body = {name: value for name, value in body.items() if name not in gone}
+        body = without(body, *gone)
     headers["Accept"] = "text/event-stream" if streams else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
