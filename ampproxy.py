@@ -4020,6 +4020,11 @@ class Reader:
         """An answer in one piece."""
         raise NotImplementedError
 
+    @staticmethod
+    def count(found: Usage, told: Json) -> None:
+        """The tokens that an event, or an answer, tells of."""
+        raise NotImplementedError
+
 
 # == Server-sent events ============================================================================
 #
@@ -4377,15 +4382,13 @@ class AnthropicReader(Reader):
             case "content_block_start":
                 self.start(event.get("index"), as_dict(event.get("content_block")))
             case "content_block_stop":
-                self.reply.call_done(
-                    event.get("index"), self.whole_inputs.pop(event.get("index"), "")
-                )
+                self.end(event.get("index"))
             case "message_start":
                 told = as_dict(event.get("message"))
                 self.reply.name(told.get("id"))
-                self.count(told)
+                self.count(self.reply.usage, told)
             case "message_delta":
-                self.count(event)
+                self.count(self.reply.usage, event)
                 self.stop(as_dict(event.get("delta")))
             case "message_stop":
                 self.over = True
@@ -4418,17 +4421,19 @@ class AnthropicReader(Reader):
                 self.reply.call(index, text_of(block.get("id")), text_of(block.get("name")))
                 self.whole_inputs[index] = json_text(as_dict(block.get("input")))
 
+    def end(self, index: Any) -> None:
+        self.reply.call_done(index, self.whole_inputs.pop(index, ""))
+
     def cite(self, told: Json) -> None:
         title = text_of(told.get("title")) or text_of(told.get("document_title"))
         self.reply.cite(Source(text_of(told.get("url")), title, text_of(told.get("cited_text"))))
 
-    def count(self, told: Json) -> None:
+    @staticmethod
+    def count(found: Usage, told: Json) -> None:
         usage = as_dict(told.get("usage"))
-        cached, made = (
-            usage.get("cache_read_input_tokens"),
-            usage.get("cache_creation_input_tokens"),
-        )
-        self.reply.usage.update(
+        cached = usage.get("cache_read_input_tokens")
+        made = usage.get("cache_creation_input_tokens")
+        found.update(
             read=number(usage.get("input_tokens")) + number(cached) + number(made),
             cached=cached,
             cache_written=made,
@@ -4436,18 +4441,16 @@ class AnthropicReader(Reader):
         )
 
     def stop(self, told: Json) -> None:
-        reason = text_of(told.get("stop_reason"))
-        if reason:
-            self.reply.stopped(
-                ANTHROPIC_STOPS.get(reason, "end"), text_of(told.get("stop_sequence"))
-            )
+        if reason := text_of(told.get("stop_reason")):
+            stop = ANTHROPIC_STOPS.get(reason, "end")
+            self.reply.stopped(stop, text_of(told.get("stop_sequence")))
 
     def read_whole(self, answer: Json) -> None:
         self.reply.name(answer.get("id"))
         for index, block in enumerate(as_dicts(answer.get("content"))):
             self.start(index, block)
-            self.reply.call_done(index, self.whole_inputs.pop(index, ""))
-        self.count(answer)
+            self.end(index)
+        self.count(self.reply.usage, answer)
         self.stop(answer)
         self.over = True
 
@@ -4582,11 +4585,12 @@ CHAT_STOPS = {
     "length": "length",
     "content_filter": "refusal",
 }
-CHAT_ENDS = {
+CHAT_REASONS = {  # the last three have no word of their own
+    **flip(CHAT_STOPS),
     "sequence": "stop",
     "pause": "stop",
     "context": "length",
-}  # without a word of their own
+}
 CHAT_SAMPLING = ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty")
 SOUND_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}
 SOUND_FORMATS = {"audio/x-wav": "wav", "audio/mp3": "mp3"} | {v: k for k, v in SOUND_TYPES.items()}
@@ -4876,7 +4880,7 @@ class ChatReader(Reader):
             self.delta(as_dict(as_dict(choice).get("delta")))
             self.choice(as_dict(choice))
         if event.get("usage"):
-            self.count(as_dict(event["usage"]))
+            self.count(reply.usage, event)
 
     def choice(self, choice: Json) -> None:
         reason = choice.get("finish_reason")
@@ -4884,7 +4888,7 @@ class ChatReader(Reader):
             stop = CHAT_STOPS.get(reason, "end")
             self.reply.stopped("refusal" if self.refused and stop == "end" else stop)
         if choice.get("usage"):
-            self.count(as_dict(choice["usage"]))
+            self.count(self.reply.usage, choice)
 
     def delta(self, delta: Json) -> None:
         reply = self.reply
@@ -4939,10 +4943,12 @@ class ChatReader(Reader):
             return False
         return self.reply.names.meant(name).name == known.name
 
-    def count(self, usage: Json) -> None:
+    @staticmethod
+    def count(found: Usage, told: Json) -> None:
+        usage = as_dict(told.get("usage"))
         prompt = as_dict(usage.get("prompt_tokens_details"))
         answer = as_dict(usage.get("completion_tokens_details"))
-        self.reply.usage.update(
+        found.update(
             read=usage.get("prompt_tokens"),
             cached=prompt.get("cached_tokens"),
             written=usage.get("completion_tokens"),
@@ -4955,7 +4961,7 @@ class ChatReader(Reader):
         for choice in as_dicts(answer.get("choices"))[:1]:
             self.delta(as_dict(choice.get("message")))
             self.choice(choice)
-        self.count(as_dict(answer.get("usage")))
+        self.count(self.reply.usage, answer)
         self.over = True
 
 
@@ -4967,9 +4973,6 @@ def chat_usage_of(usage: Usage) -> Json:
         "prompt_tokens_details": {"cached_tokens": usage.cached},
         "completion_tokens_details": {"reasoning_tokens": usage.thought},
     }
-
-
-CHAT_REASONS = {**flip(CHAT_STOPS), **CHAT_ENDS}
 
 
 def chat_answer_call(call: ToolCall) -> Json:
@@ -5420,19 +5423,23 @@ class ResponsesReader(Reader):
         for index, item in enumerate(as_dicts(response.get("output"))):
             if not self.worded & {index, item.get("id")}:
                 self.item(index, item)
-        usage = as_dict(response.get("usage"))
-        reply.usage.update(
-            read=usage.get("input_tokens"),
-            cached=as_dict(usage.get("input_tokens_details")).get("cached_tokens"),
-            written=usage.get("output_tokens"),
-            thought=as_dict(usage.get("output_tokens_details")).get("reasoning_tokens"),
-        )
+        self.count(reply.usage, response)
         reason = text_of(as_dict(response.get("incomplete_details")).get("reason"))
         if response.get("status") == "incomplete":
             reply.stopped(RESPONSE_STOPS.get(reason, "length"))
         else:
             reply.stopped("refusal" if self.refused else "end")
         self.over = True
+
+    @staticmethod
+    def count(found: Usage, told: Json) -> None:
+        usage = as_dict(told.get("usage"))
+        found.update(
+            read=usage.get("input_tokens"),
+            cached=as_dict(usage.get("input_tokens_details")).get("cached_tokens"),
+            written=usage.get("output_tokens"),
+            thought=as_dict(usage.get("output_tokens_details")).get("reasoning_tokens"),
+        )
 
     def read_whole(self, answer: Json) -> None:
         self.whole(answer)
@@ -5643,13 +5650,13 @@ GEMINI_STOPS = {
     "IMAGE_PROHIBITED_CONTENT": "refusal",
 }
 GEMINI_FAILURES = ("MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL")
-GEMINI_ENDS = {  # without a word of their own
+GEMINI_REASONS = {  # the last four have no word of their own
+    **flip(GEMINI_STOPS),
     "call": "STOP",
     "sequence": "STOP",
     "pause": "STOP",
     "context": "MAX_TOKENS",
 }
-GEMINI_REASONS = {**flip(GEMINI_STOPS), **GEMINI_ENDS}
 GEMINI_SAMPLING = {
     "temperature": "temperature",
     "top_p": "topP",
@@ -6020,7 +6027,7 @@ class GeminiReader(Reader):
         if as_dict(event.get("promptFeedback")).get("blockReason"):
             reply.stopped("refusal")
         if "usageMetadata" in event:
-            self.count(as_dict(event["usageMetadata"]))
+            self.count(reply.usage, event)
 
     def part(self, part: Json) -> None:
         reply, words = self.reply, part.get("text")
@@ -6048,10 +6055,12 @@ class GeminiReader(Reader):
         if reason:
             self.reply.stopped(GEMINI_STOPS.get(reason, "end"))
 
-    def count(self, usage: Json) -> None:
+    @staticmethod
+    def count(found: Usage, told: Json) -> None:
+        usage = as_dict(told.get("usageMetadata"))
         prompt, tools = usage.get("promptTokenCount"), usage.get("toolUsePromptTokenCount")
         thoughts = number(usage.get("thoughtsTokenCount"))
-        self.reply.usage.update(
+        found.update(
             read=number(prompt) + number(tools),
             cached=usage.get("cachedContentTokenCount"),
             written=number(usage.get("candidatesTokenCount")) + thoughts,
@@ -6162,16 +6171,13 @@ class GeminiWriter(Reply):
 class Dialect:
     name: str
     error: Callable[[int, str], Json]  # the body of an error
-    error_event: Callable[
-        [Json, bytes], bytes
-    ]  # ends a broken stream; of that, and the last events
+    error_event: Callable[[Json, bytes], bytes]  # ends a stream; of that, and the last events
     comment: bytes  # the line that keeps a silent stream alive; b"" where clients break on it
     marks: tuple[bytes, ...]  # one is in every event that must be looked at
     model_key: str  # where an answer names its model...
     model_marks: tuple[bytes, ...]  # ...and what is in events that do, where many of them do
     short_ends: bool  # its last events are small: of a long run only the end is searched
     ending: Callable[[Json], str]  # of an event: "over", "whole" when the end may come, or ""
-    usage: Callable[[Json], tuple[float, float]]  # input and output tokens, of what `holder` finds
     # -- From and to the neutral form --
     verb: str  # of a provider's paths: what it is asked for
     name_rule: NameRule  # of the names of tools
@@ -6184,6 +6190,12 @@ class Dialect:
     speaks: Callable[[Json], bool] = lambda event: True  # it has some of the answer proper
     thinks: Callable[[Json], bool] = lambda event: False  # it has a thought
     flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
+
+    def usage(self, told: Json) -> tuple[int, int]:
+        """Input and output tokens, of what `holder` finds."""
+        found = Usage()
+        self.reader.count(found, told)
+        return found.read, found.written
 
 
 # What SDKs look for in an error: Anthropic's type, OpenAI's type and code, Google's status.
@@ -6313,38 +6325,6 @@ def holder(event: Json) -> Json:
     return as_dict(event.get("message")) or as_dict(event.get("response")) or event
 
 
-def added(usage: Any, *names: str) -> float:
-    """The sum of these figures, as far as they are there."""
-    total = 0.0
-    if isinstance(usage, dict):
-        for name in names:
-            if name in usage:
-                total += number(usage[name])
-    return total
-
-
-def anthropic_usage(inside: Json) -> tuple[float, float]:
-    usage = inside.get("usage")
-    cache = ("cache_read_input_tokens", "cache_creation_input_tokens")
-    return added(usage, "input_tokens", *cache), added(usage, "output_tokens")
-
-
-def chat_usage(inside: Json) -> tuple[float, float]:
-    usage = inside.get("usage")
-    return added(usage, "prompt_tokens"), added(usage, "completion_tokens")
-
-
-def responses_usage(inside: Json) -> tuple[float, float]:
-    usage = inside.get("usage")
-    return added(usage, "input_tokens"), added(usage, "output_tokens")
-
-
-def gemini_usage(inside: Json) -> tuple[float, float]:
-    usage = inside.get("usageMetadata")
-    read = added(usage, "promptTokenCount", "toolUsePromptTokenCount")
-    return read, added(usage, "candidatesTokenCount", "thoughtsTokenCount")
-
-
 ANTHROPIC = Dialect(
     name="anthropic",
     error=anthropic_error,
@@ -6355,7 +6335,6 @@ ANTHROPIC = Dialect(
     model_marks=(),  # message_start, the first event, alone
     short_ends=True,
     ending=anthropic_ending,
-    usage=anthropic_usage,
     verb="messages",
     name_rule=WORD_NAME,
     read_request=read_anthropic_request,
@@ -6375,7 +6354,6 @@ CHAT_COMPLETIONS = Dialect(
     model_marks=(b'"model"',),
     short_ends=True,
     ending=chat_ending,
-    usage=chat_usage,
     verb="completions",
     name_rule=WORD_NAME,
     read_request=read_chat_request,
@@ -6394,7 +6372,6 @@ RESPONSES = Dialect(
     model_marks=(),  # they all have a "response"
     short_ends=False,
     ending=responses_ending,
-    usage=responses_usage,
     verb="responses",
     name_rule=WORD_NAME,
     read_request=read_responses_request,
@@ -6413,7 +6390,6 @@ GEMINI = Dialect(
     model_marks=(),
     short_ends=False,
     ending=gemini_ending,
-    usage=gemini_usage,
     verb="streamGenerateContent",
     name_rule=GOOGLE_NAME,
     read_request=read_gemini_request,
@@ -7131,12 +7107,12 @@ class Call:
                 self.ask.cache_key = digest(self.thread)
         return self.ask
 
-    def count(self, read: float, written: float) -> None:
+    def count(self, read: int, written: int) -> None:
         """Tokens.  Figures may come more than once and grow: the largest is right."""
         if self.verb != "count_tokens":
             tokens = self.tokens
-            tokens["input_tokens"] = max(tokens["input_tokens"], int(read))
-            tokens["output_tokens"] = max(tokens["output_tokens"], int(written))
+            tokens["input_tokens"] = max(tokens["input_tokens"], read)
+            tokens["output_tokens"] = max(tokens["output_tokens"], written)
 
     def marks(self) -> dict[str, str]:
         """The headers that say who answers."""
@@ -8435,10 +8411,7 @@ QUOTA_HEADER = re.compile(
     r"(?:anthropic-ratelimit-unified|x-codex)-(?P<window>(?!overage)\w+)-"
     r"(?P<field>status|utilization|used-percent|reset(?:-at)?)"
 )
-ESTIMATES = {
-    "count_tokens": "input_tokens",
-    "countTokens": "totalTokens",
-}  # verb -> what it asks for
+ESTIMATES = {"count_tokens": "input_tokens", "countTokens": "totalTokens"}  # verb -> what it asks
 STREAMING = {  # verb -> the one that streams, at backends that do nothing else
     "responses": "responses",
     "generateContent": "streamGenerateContent",
@@ -8450,7 +8423,7 @@ NOT_ASKED = {  # fields that a helper call must not have
 }
 # A 404 or 429 of these says nothing about the model or the account: Claude Code counts 35 times in
 # a second, and backends do without them (clients.md).
-HELPERS = ("count_tokens", "countTokens", "compact")
+HELPERS = (*ESTIMATES, "compact")
 AMP_HINT = "ampcode.com may charge for it; to avoid that: fallback: never"
 Pay = Callable[[Call, str, Delivery], Awaitable[web.StreamResponse]]  # Ampcode.pay
 Outcome = web.StreamResponse | Problem  # what the client gets, or why it got nothing from here
@@ -8881,7 +8854,7 @@ def translated_body(
 
 def effort_for(call: Call, way: Way) -> str:
     """The suffix's, but for a count; a mapped call says its own in the words of the other model."""
-    asked = "" if call.verb in ("count_tokens", "countTokens") else way.effort
+    asked = "" if call.verb in ESTIMATES else way.effort
     if way.route == "mapped" and asked in ("", "auto"):
         return effort_of(call.body, call.dialect.name)
     return "" if asked == "auto" else asked
