@@ -3206,6 +3206,11 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def words_of(parts: Iterable[Part], between: str = "\n") -> str:
+    """The texts among the parts."""
+    return between.join(part.text for part in parts if isinstance(part, Text))
+
+
 def digest(*texts: str) -> str:
     """For ids that are made up: the same each time for the same history."""
     joined = "\0".join(texts).encode(errors="replace")
@@ -4750,7 +4755,7 @@ def write_chat_request(ask: Ask, target: Target) -> Json:
     system, turns = split_off_system(ask, target.maker)
     messages: list[Json] = []
     if system:
-        messages.append({"role": "system", "content": "\n\n".join(part.text for part in system)})
+        messages.append({"role": "system", "content": words_of(system, "\n\n")})
     for turn in turns:
         if turn.role == "assistant":
             messages.append(chat_answer_turn(turn, target))
@@ -4773,10 +4778,7 @@ def write_chat_request(ask: Ask, target: Target) -> Json:
 
 
 def chat_answer_turn(turn: Turn, target: Target) -> Json:
-    message: Json = {"role": "assistant", "content": None}
-    words = [part.text for part in turn.parts if isinstance(part, Text)]
-    if words:
-        message["content"] = "\n\n".join(words)
+    message: Json = {"role": "assistant", "content": words_of(turn.parts, "\n\n") or None}
     thoughts = [part.text for part in turn.parts if isinstance(part, Thought)]
     if thoughts:
         message["reasoning_content"] = "\n\n".join(thoughts)
@@ -4801,9 +4803,8 @@ def chat_user_turn(turn: Turn) -> list[Json]:
     parts: list[Text | Media] = []
     for part in turn.parts:
         if isinstance(part, ToolResult):
-            words = "\n".join(inner.text for inner in part.parts if isinstance(inner, Text))
             id = fitted(part.id, CHAT_ID)
-            messages.append({"role": "tool", "tool_call_id": id, "content": words})
+            messages.append({"role": "tool", "tool_call_id": id, "content": words_of(part.parts)})
             parts += [inner for inner in part.parts if isinstance(inner, Media)]
         elif isinstance(part, Text | Media):
             parts.append(part)
@@ -4815,7 +4816,7 @@ def chat_user_turn(turn: Turn) -> list[Json]:
 def chat_content(parts: list[Text | Media]) -> Any:
     """A text alone is a text: some compatible providers take nothing else."""
     if all(isinstance(part, Text) for part in parts):
-        return "\n\n".join(part.text for part in parts if isinstance(part, Text))
+        return words_of(parts, "\n\n")
     return [chat_part(part) for part in parts]
 
 
@@ -5220,7 +5221,7 @@ def write_responses_request(ask: Ask, target: Target) -> Json:
     system, turns = split_off_system(ask, target.maker, in_place=True)
     items = [item for turn in turns for item in responses_items(turn, target)]
     body: Json = {"model": target.model, "input": items, "stream": True, "store": False}
-    body["instructions"] = "\n\n".join(part.text for part in system)
+    body["instructions"] = words_of(system, "\n\n")
     body["include"] = ["reasoning.encrypted_content"]
     if ask.limit:
         body["max_output_tokens"] = max(16, ask.limit)  # less is a 400 there
@@ -5280,7 +5281,7 @@ def responses_history_item(part: Part, target: Target) -> Json | None:
 def responses_output(parts: list[Text | Media]) -> Any:
     """A text; a list where a picture is among them."""
     if all(isinstance(part, Text) for part in parts):
-        return "\n".join(part.text for part in parts if isinstance(part, Text))
+        return words_of(parts)
     return [responses_content(part, False) for part in parts]
 
 
@@ -5711,6 +5712,10 @@ def read_gemini_request(body: Json) -> Ask:
     return ask
 
 
+def parts_of(content: Any) -> list[Json]:
+    return as_dicts(as_dict(content).get("parts"))
+
+
 def put_answered(turns: list[Turn], parts: list[Part]) -> None:
     """What a model said comes back in the pieces of its stream, maybe each as a turn."""
     if turns[-1].role != "assistant":
@@ -5859,7 +5864,8 @@ INT64_WORDS = {
 
 def write_gemini_request(ask: Ask, target: Target) -> Json:
     system, turns = split_off_system(ask, target.maker, user_first=True)
-    contents = [{"role": gemini_role(turn), "parts": gemini_parts(turn, target)} for turn in turns]
+    roles = {"assistant": "model", "user": "user"}
+    contents = [{"role": roles[turn.role], "parts": gemini_parts(turn, target)} for turn in turns]
     body: Json = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": part.text} for part in system]}
@@ -5878,19 +5884,18 @@ def write_gemini_request(ask: Ask, target: Target) -> Json:
     return body
 
 
-def gemini_role(turn: Turn) -> str:
-    return "model" if turn.role == "assistant" else "user"
-
-
 def gemini_parts(turn: Turn, target: Target) -> list[Json]:
     """The parts of a turn; pictures of results stand behind the results."""
     results = [part for part in turn.parts if isinstance(part, ToolResult)]
     others = sealed_calls([part for part in turn.parts if not isinstance(part, ToolResult)])
     parts = [{"functionResponse": gemini_response(result, target)} for result in results]
     parts += [gemini_data(p) for result in results for p in result.parts if isinstance(p, Media)]
-    pairs: list[tuple[Part, Json]] = [(part, gemini_part(part, target)) for part in others]
-    calls = [written for part, written in pairs if isinstance(part, ToolCall)]
-    parts += with_seals(pairs, lambda seal: seal.data)
+    written = [
+        gemini_call(part, target) if isinstance(part, ToolCall) else gemini_part(part)
+        for part in others
+    ]
+    parts += with_seals(others, written)
+    calls = [part for part in written if "functionCall" in part]
     if calls and wants_seals(target.model):
         calls[0].setdefault("thoughtSignature", NO_SEAL)
     return parts
@@ -5910,28 +5915,29 @@ def sealed_calls(parts: list[Part]) -> list[Part]:
     return [*parts[:last], words, *parts[last + 1 : call], seal, *parts[call:]]
 
 
-def with_seals(pairs: list[tuple[Part, Json]], seal_words: Callable[[Seal], str]) -> list[Json]:
+def with_seals(parts: Iterable[Part], written: Iterable[Json]) -> list[Json]:
     """The written parts; a seal goes from its thought to the part behind it."""
-    parts: list[Json] = []
+    told: list[Json] = []
     seal = ""
-    for part, written in pairs:
+    for part, words in zip(parts, written, strict=True):
         if not isinstance(part, Thought):
             if seal:
-                written["thoughtSignature"] = seal
+                words["thoughtSignature"] = seal
             seal = ""
-            parts.append(written)
+            told.append(words)
             continue
         if seal:
-            parts.append({"text": "", "thoughtSignature": seal})
-        seal = seal_words(part.seal) if part.seal else ""
+            told.append({"text": "", "thoughtSignature": seal})
+        seal = seal_text(part.seal, "gemini") if part.seal else ""
         if part.text:
-            parts.append(written)
+            told.append(words)
     if seal:
-        parts.append({"text": "", "thoughtSignature": seal})
-    return parts
+        told.append({"text": "", "thoughtSignature": seal})
+    return told
 
 
-def gemini_part(part: Part, target: Target) -> Json:
+def gemini_part(part: Part) -> Json:
+    """Of an answer; of a history, all but its calls."""
     match part:
         case Text():
             return {"text": part.text}
@@ -5940,7 +5946,8 @@ def gemini_part(part: Part, target: Target) -> Json:
         case Media():
             return gemini_data(part)
         case ToolCall():
-            return gemini_call(part, target)
+            told = {"id": part.id, "name": part.name, "args": arguments_of(part)}
+            return {"functionCall": told}
     raise TypeError(part)  # results stand elsewhere
 
 
@@ -5957,7 +5964,7 @@ def gemini_call(call: ToolCall, target: Target) -> Json:
 
 def gemini_response(result: ToolResult, target: Target) -> Json:
     """Google wants an object: a text that is none is put into one."""
-    words = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+    words = words_of(result.parts)
     response: Json = {"error" if result.failed else "result": words}
     if not result.failed and words[:1] == "{":
         with suppress(ValueError):
@@ -6017,7 +6024,7 @@ class GeminiReader(Reader):
         reply = self.reply
         reply.name(event.get("responseId"))
         for candidate in as_dicts(event.get("candidates"))[:1]:
-            for part in as_dicts(as_dict(candidate.get("content")).get("parts")):
+            for part in parts_of(candidate.get("content")):
                 self.part(part)
             self.stop(candidate)
             grounds = as_dict(candidate.get("groundingMetadata")).get("groundingChunks")
@@ -6082,23 +6089,6 @@ def gemini_usage_of(usage: Usage) -> Json:
     return told | {name: figure for name, figure in more.items() if figure}
 
 
-def gemini_answer_parts(blocks: list[Block]) -> list[Json]:
-    pairs: list[tuple[Part, Json]] = [(block, gemini_answer_part(block)) for block in blocks]
-    return with_seals(pairs, lambda seal: seal_text(seal, "gemini"))
-
-
-def gemini_answer_part(block: Block) -> Json:
-    match block:
-        case Text():
-            return {"text": block.text}
-        case Thought():
-            return {"text": block.text, "thought": True}
-        case ToolCall():
-            told = {"id": block.id, "name": block.name, "args": arguments_of(block)}
-            return {"functionCall": told}
-    return gemini_data(block)
-
-
 def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
     candidate: Json = {"content": {"role": "model", "parts": parts}, "index": 0}
     if ended:
@@ -6114,7 +6104,8 @@ def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
 
 
 def write_gemini_answer(reply: Reply) -> Json:
-    return gemini_answer(reply, gemini_answer_parts(reply.blocks), ended=True)
+    parts = with_seals(reply.blocks, map(gemini_part, reply.blocks))
+    return gemini_answer(reply, parts, ended=True)
 
 
 class GeminiWriter(Reply):
@@ -6147,7 +6138,7 @@ class GeminiWriter(Reply):
         if isinstance(block, Thought):
             self.seal_waits = seal_text(block.seal, "gemini") if block.seal else ""
         elif not isinstance(block, Text):
-            self.put(gemini_answer_part(block))
+            self.put(gemini_part(block))
 
     def ended(self) -> None:
         part: Json = {"text": ""}  # Google's chats forget an answer that has a chunk without parts
@@ -6187,8 +6178,7 @@ class Dialect:
     writer: type[Reply]
     write_answer: Callable[[Reply], Json]  # in one piece
     cuts_errors: bool = False  # clients only notice an error when the connection breaks, too
-    speaks: Callable[[Json], bool] = lambda event: True  # it has some of the answer proper
-    thinks: Callable[[Json], bool] = lambda event: False  # it has a thought
+    says: Callable[[Json], str] = lambda event: "answer"  # some of it, "thought", or ""
     flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
 
     def usage(self, told: Json) -> tuple[int, int]:
@@ -6285,25 +6275,18 @@ def gemini_ending(event: Json) -> str:
     return "whole" if ended or blocked else ""
 
 
-def said_parts(event: Json) -> list[Json]:
-    candidates = as_dicts(event.get("candidates"))
-    contents = [as_dict(candidate.get("content")) for candidate in candidates]
-    return [part for content in contents for part in as_dicts(content.get("parts"))]
-
-
-def gemini_thinks(event: Json) -> bool:
-    return any(part.get("thought") and part.get("text") for part in said_parts(event))
-
-
-def gemini_speaks(event: Json) -> bool:
-    """Whether it has more than thoughts and empty texts."""
-    for part in said_parts(event):
-        if not part.get("thought") and (part.get("text") or part.keys() - SAID_BESIDE):
-            return True
-    return False
-
-
 SAID_BESIDE = {"text", "thought", "thoughtSignature", "partMetadata"}
+
+
+def gemini_says(event: Json) -> str:
+    candidates = as_dicts(event.get("candidates"))
+    parts = [part for candidate in candidates for part in parts_of(candidate.get("content"))]
+    answers = [part for part in parts if not part.get("thought")]
+    if any(part.get("text") or part.keys() - SAID_BESIDE for part in answers):
+        return "answer"
+    return "thought" if any(part.get("thought") and part.get("text") for part in parts) else ""
+
+
 EMPTY_ANSWER = "EMPTY_ANSWER"  # no word of Google's
 GENERATES = ("generateContent", "streamGenerateContent")  # the verbs that have an answer proper
 
@@ -6398,8 +6381,7 @@ GEMINI = Dialect(
     writer=GeminiWriter,
     write_answer=write_gemini_answer,
     cuts_errors=True,
-    speaks=gemini_speaks,
-    thinks=gemini_thinks,
+    says=gemini_says,
     flaw=gemini_flaw,
 )
 
@@ -6785,10 +6767,6 @@ def envelope_of(body: Json, model: str, provider: Provider, verb: str) -> Json:
     elif "requestType" in around and any("googleSearch" in t for t in as_dicts(body.get("tools"))):
         around["requestType"] = "web_search"
     return around
-
-
-def parts_of(content: Any) -> list[Json]:
-    return as_dicts(as_dict(content).get("parts"))
 
 
 def first_words(body: Json) -> str:
@@ -7867,7 +7845,7 @@ async def whole_answer(call: Call, pieces: AsyncIterator[bytes], wrapped: bool =
     """An answer in one piece, with the model's name that the client gave."""
     raw, answer = await read_answer(call, pieces, wrapped)
     inside = holder(answer)
-    refuse_silence(call, answer, call.dialect.speaks(answer))
+    refuse_silence(call, answer, call.dialect.says(answer) == "answer")
     call.count(*call.dialect.usage(inside))
     return renamed(raw, answer, inside, call) or raw
 
@@ -8014,7 +7992,7 @@ class Items:
     def __init__(self) -> None:
         self.found: dict[int, Any] = {}
         self.size = 0
-        self.spoke = False  # see Dialect.speaks
+        self.spoke = False  # see Dialect.says
 
     def grow(self, call: Call, size: int) -> None:
         self.size += size
@@ -8136,13 +8114,11 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
 
 def proves(call: Call, event: Json, ending: str, items: Items) -> bool:
     """Whether the answer has begun with it.  ProxyError where it ends one that says nothing."""
-    dialect = call.dialect
-    speaks = dialect.speaks(event)
-    items.spoke = items.spoke or speaks
+    says = call.dialect.says(event)
+    items.spoke = items.spoke or says == "answer"
     if ending:
         refuse_silence(call, event, items.spoke)
-    says = speaks or bool(ending) or dialect.thinks(event)
-    return says and text_of(event.get("type")) not in TOLD_AFTER
+    return bool(says or ending) and text_of(event.get("type")) not in TOLD_AFTER
 
 
 def lost_output(kind: Any, inside: Json, items: Items) -> bool:
