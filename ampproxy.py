@@ -3230,7 +3230,7 @@ def family_of(dialect: str, model: str) -> str:
         return "gemini/claude" if "claude" in name else "gemini/gemini"
     if dialect == "chat":
         return "chat/" + re.split(r"[-:.]", name)[0]
-    return {"anthropic": "anthropic/claude"}.get(dialect, "responses/gpt")
+    return "anthropic/claude" if dialect == "anthropic" else "responses/gpt"
 
 
 def seal_text(seal: Seal, dialect: str) -> str:
@@ -6961,9 +6961,8 @@ def check_origin(request: Request, config: Json, browser_path: bool) -> None:
     browses = browser_path and headers.get("Sec-Fetch-Mode") == "navigate"
     site = headers.get("Sec-Fetch-Site", "")
     keyed = bool(config["api-keys"])
-    told = (host[:300], origin[:300], site[:20])
-    reason = refuse_strangers(*told, browses, config["host"], keyed)
-    if reason:
+    shown = (host[:300], origin[:300], site[:20])
+    if reason := refuse_strangers(*shown, browses, config["host"], keyed):
         raise fault(403, reason)
 
 
@@ -7121,9 +7120,8 @@ def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
     if kind in ("", "identity"):
         return raw
     if kind not in ("gzip", "x-gzip", "deflate", "zstd"):
-        raise fault(
-            415, f"Content-Encoding {encoding[:40]!r} is not read here: gzip, deflate, zstd"
-        )
+        words = f"Content-Encoding {encoding[:40]!r} is not read here: gzip, deflate, zstd"
+        raise fault(415, words)
     try:
         plain = unpack_zstd(raw) if kind == "zstd" else inflated(raw)
     except (zlib.error, EOFError, ValueError):
@@ -7651,9 +7649,7 @@ class Delivery:
         self, upstream: Upstream, headers: Headers, first: bytes, rest: AsyncIterator[bytes]
     ) -> web.StreamResponse:
         """The whole stream.  What breaks it off is told to the client, and kept as `problem`."""
-        response = self.response
-        if response is None:
-            response = await self.start(upstream.status, upstream.reason, headers)
+        response = await self.start(upstream.status, upstream.reason, headers)
         if first:
             await self.write(response, first)
         try:
@@ -7665,8 +7661,7 @@ class Delivery:
                 self.moved = self.sent = self.loop.time()
         except ProxyError as error:
             self.problem = error.problem
-        if self.problem:
-            await self.end(response, self.problem)
+            await self.end(response, error.problem)
         return response
 
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
@@ -7801,20 +7796,14 @@ BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first letter
 NO_EVENTS = (b"{", b"[", b"<", b'"')  # JSON, or a page; a stream begins with a field or a colon
 
 
-async def begin_answer(
-    call: Call,
-    pieces: Pieces,
-    folds: bool,
-    settle: Callable[[], None],
-    wrapped: bool = False,
-    reader: Reader | None = None,
-) -> Answer:
+async def begin_answer(pieces: Pieces, folds: bool, wrapped: bool, reader: Reader | None) -> Answer:
     """Read until success is certain; ProxyError otherwise.
 
     What is a stream is seen from its first bytes: labels are wrong too often.  `folds`: the backend
-    only streams, and the client asked for one piece.  `settle` is called when the end may come.
-    `wrapped`: it comes in Code Assist's envelope.  `reader`: of another dialect than the client's.
+    only streams, and the client asked for one piece.  `wrapped`: it comes in Code Assist's
+    envelope.  `reader`: of another dialect than the client's.
     """
+    call, settle = pieces.delivery.call, pieces.delivery.settle
     first = b""
     async for data in pieces:
         first += data
@@ -7841,7 +7830,7 @@ async def begin_answer(
 # -- In one piece --
 
 
-async def whole_answer(call: Call, pieces: AsyncIterator[bytes], wrapped: bool = False) -> bytes:
+async def whole_answer(call: Call, pieces: AsyncIterator[bytes], wrapped: bool) -> bytes:
     """An answer in one piece, with the model's name that the client gave."""
     raw, answer = await read_answer(call, pieces, wrapped)
     inside = holder(answer)
@@ -7859,7 +7848,7 @@ async def read_answer(
         kept.append(data)
         size += len(data)
         if size > BODY_LIMIT:
-            raise fault(413, f"{call.provider} sent no whole answer within 64 MiB")
+            raise endless_answer(call)
     raw = b"".join(kept)
     try:
         answer = parse_object(raw)
@@ -7955,6 +7944,10 @@ def no_whole_answer(call: Call) -> ProxyError:
     return fault(502, f"{call.provider} sent no whole answer")
 
 
+def endless_answer(call: Call) -> ProxyError:
+    return fault(413, f"{call.provider} sent no whole answer within 64 MiB")
+
+
 def renamed(raw: bytes, answer: Json, inside: Json, call: Call) -> bytes | None:
     """JSON with the name that the client gave; None where it says no other.
 
@@ -7997,7 +7990,7 @@ class Items:
     def grow(self, call: Call, size: int) -> None:
         self.size += size
         if self.size > BODY_LIMIT:
-            raise fault(413, f"{call.provider} sent no whole answer within 64 MiB")
+            raise endless_answer(call)
 
 
 class Looked(NamedTuple):
@@ -8310,9 +8303,9 @@ async def refusal(
                 raw += data
                 if len(raw) > ERROR_LIMIT:
                     break
-    raw = raw.strip()
+    raw = raw.strip().removeprefix(b"[").removesuffix(b"]")  # Google's may be a list
     with suppress(ValueError):
-        answer = parse_object(raw.removeprefix(b"[").removesuffix(b"]"))  # Google's may be a list
+        answer = parse_object(raw)
     problem = failure(call, answer, upstream.status, now)
     if coding := unknown_coding(upstream):
         problem.message += f" in words packed as {coding}"
@@ -8334,7 +8327,7 @@ async def refusal(
             if matches(name[:100], REFUSAL_HEADERS):
                 problem.headers.add(name, value)
     if isinstance(answer.get("error"), dict) and not call.is_foreign:
-        problem.body = raw.removeprefix(b"[").removesuffix(b"]")  # the provider's own words
+        problem.body = raw  # the provider's own words
     return problem
 
 
@@ -8613,8 +8606,7 @@ class Forwarder:
             pieces = Pieces(upstream, delivery)
             wrapped = prepared.envelope is not None
             reader = prepared.new_reader() if prepared.new_reader else None
-            reading = (prepared.folds, delivery.settle, wrapped, reader)
-            answer = await begin_answer(call, pieces, *reading)
+            answer = await begin_answer(pieces, prepared.folds, wrapped, reader)
             if delivery.response and not answer.events:  # a comment has gone out
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
