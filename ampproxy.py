@@ -35,7 +35,7 @@ Anthropic Messages     ...
 Chat Completions       ... read and written: a request, the events of an answer, a whole one
 Responses              ...
 Gemini                 ...
-Dialects               the four of them: errors, ends, token counts, and the functions above
+Dialects               a row each: errors, marks, ends, and the functions above
 Provider rules         what a login's backend asks of a request, Google's envelope among it
 Who asks, and what     may this request be served, which model call is it, of which thread
 Who answers            suffixes and efforts, mappings, the ways to try, lists of models
@@ -184,8 +184,8 @@ class ProxyError(Exception):
         self.problem = problem
 
 
-def fault(status: int, message: str, retry_after: float = 0) -> ProxyError:
-    return ProxyError(Problem(status, message, retry_after))
+def fault(status: int, message: str) -> ProxyError:
+    return ProxyError(Problem(status, message))
 
 
 def explain(error: BaseException) -> str:
@@ -3072,7 +3072,8 @@ class Pool:
 #
 # What the four dialects have in common: an Ask is a request, a Reply an answer in the making.  Each
 # dialect reads its own words into them and writes them out again; so four readers and four writers
-# make sixteen pairs.  Nothing here knows a dialect.
+# make sixteen pairs.  What several of them need stands here, too: which names, seals and schemas
+# the providers take.
 #
 # A history is put right before it is written: results behind their calls, nothing empty, no id
 # twice.  What a provider makes for itself alone (a seal: Claude's signatures, OpenAI's encrypted
@@ -3415,16 +3416,12 @@ def paired(turns: list[Turn]) -> dict[int, ToolResult]:
     for index, call in enumerate(calls):
         own = dataclasses.replace(call, id=unused_id(call, index, used))
         result = found.get(id(call)) or early.pop(call.id, None) or INTERRUPTED
-        inner = [part for part in result.parts if not is_blank(part)]
+        inner = [p for p in result.parts if not isinstance(p, Text) or p.text.strip()]
         results[id(call)] = dataclasses.replace(result, id=own.id, parts=inner, call=own)
     return results
 
 
 INTERRUPTED = ToolResult("", [Text("The call was interrupted: it has no result.")], failed=True)
-
-
-def is_blank(part: Part) -> bool:
-    return isinstance(part, Text) and not part.text.strip()
 
 
 def unused_id(call: ToolCall, index: int, used: set[str]) -> str:
@@ -3537,12 +3534,12 @@ def data_url(media: Media) -> str:
 DATA_URL = re.compile(r"data:([^;,]{0,200})(?:;[^;,]{0,200}){0,9},")
 
 
-def media_from_url(kind: str, url: str, mime: str = "", name: str = "") -> Media:
+def media_from_url(kind: str, url: str, name: str = "") -> Media:
     """A picture, document or sound that a data URL holds, or an address names."""
     found = DATA_URL.match(url[:3000])
     if not found:
-        return Media(kind, mime, url=url, name=name)
-    return Media(kind, found[1] or mime, data=url[found.end() :], name=name)
+        return Media(kind, url=url, name=name)
+    return Media(kind, found[1], url[found.end() :], name=name)
 
 
 def cannot(what: str) -> ProxyError:
@@ -4115,8 +4112,8 @@ def data_event(value: Json) -> bytes:
 
 # == Anthropic Messages ============================================================================
 #
-# Five functions, the same as in the other three dialects: a request read and written, the events
-# of an answer read and written, and an answer in one piece.
+# The same five parts as in the other three dialects: a request read and written, the events of an
+# answer read and written, and an answer in one piece.
 #
 # Claude wants thoughts back with their signatures, results in front of a user's turn, at most four
 # cache marks, and max_tokens always (providers.md 1.3).
@@ -4132,6 +4129,7 @@ ANTHROPIC_STOPS = {
     "model_context_window_exceeded": "context",
 }
 BILLING_LINE = "x-anthropic-billing-header"  # Claude Code's own, for Anthropic alone (clients.md)
+ANTHROPIC_SAMPLING = ("temperature", "top_p", "top_k")
 MOST_MARKS = 4  # of the prompt cache, in one request
 EPHEMERAL = {"type": "ephemeral"}
 
@@ -4150,7 +4148,7 @@ def read_anthropic_request(body: Json) -> Ask:
         ask.turns.append(Turn(role if role in ("assistant", "system") else "user", parts))
     read_anthropic_tools(ask, body)
     ask.stops = [stop for stop in as_list(body.get("stop_sequences")) if isinstance(stop, str)]
-    ask.sampling = {k: body[k] for k in ("temperature", "top_p", "top_k") if k in body}
+    ask.sampling = {k: body[k] for k in ANTHROPIC_SAMPLING if k in body}
     output = as_dict(body.get("output_config"))
     wanted = as_dict(output.get("format")) or as_dict(body.get("output_format"))
     if wanted.get("type") == "json_schema":
@@ -4259,7 +4257,7 @@ def write_anthropic_request(ask: Ask, target: Target) -> Json:
     write_anthropic_tools(body, ask, target)
     if ask.stops:
         body["stop_sequences"] = ask.stops
-    body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p", "top_k")}
+    body |= {k: v for k, v in ask.sampling.items() if k in ANTHROPIC_SAMPLING}
     if "temperature" in body:
         body["temperature"] = min(1, number(body["temperature"]))
     if ask.schema:
@@ -4698,11 +4696,11 @@ def openai_file(file: Json) -> Media:
     """A document as both of OpenAI's dialects tell it."""
     name, data = text_of(file.get("filename")), text_of(file.get("file_data"))
     if file.get("file_url"):
-        return media_from_url("document", text_of(file["file_url"]), name=name)
+        return media_from_url("document", text_of(file["file_url"]), name)
     if not data:
         raise cannot("A file that was uploaded elsewhere")
     if data.startswith("data:"):
-        return media_from_url("document", data, name=name)
+        return media_from_url("document", data, name)
     return Media("document", "application/pdf", data, name=name)
 
 
@@ -5114,6 +5112,8 @@ RESPONSES_MAKER = "responses/gpt"
 SEARCH_TYPES = ("web_search", "web_search_preview", "web_search_preview_2025_03_11")
 UNKEPT = ("previous_response_id", "conversation", "prompt", "background")  # nothing is kept here
 RESPONSE_STOPS = {"max_output_tokens": "length", "content_filter": "refusal"}
+RESPONSE_REASONS = {**flip(RESPONSE_STOPS), "context": "max_output_tokens"}
+RESPONSE_SAMPLING = ("temperature", "top_p")
 
 
 def read_responses_request(body: Json) -> Ask:
@@ -5126,11 +5126,11 @@ def read_responses_request(body: Json) -> Ask:
     given = body.get("input")
     if isinstance(given, str):
         ask.turns.append(Turn("user", [Text(given)]))
-    read_responses_tools(ask, as_dicts(body.get("tools")), "")
+    read_responses_tools(ask, as_dicts(body.get("tools")))
     for item in as_dicts(given):
         read_responses_item(ask, item)
     read_openai_choice(ask, body.get("tool_choice"))
-    ask.sampling = {k: body[k] for k in ("temperature", "top_p") if body.get(k) is not None}
+    ask.sampling = {k: body[k] for k in RESPONSE_SAMPLING if body.get(k) is not None}
     if isinstance(body.get("parallel_tool_calls"), bool):
         ask.parallel = body["parallel_tool_calls"]
     text = as_dict(body.get("text"))
@@ -5159,7 +5159,7 @@ def read_responses_item(ask: Ask, item: Json) -> None:
             seal = read_seal(item.get("encrypted_content"), RESPONSES_MAKER)
             ask.turns.append(Turn("assistant", [Thought("\n\n".join(words), seal)]))
         case "additional_tools":
-            read_responses_tools(ask, as_dicts(item.get("tools")), "")
+            read_responses_tools(ask, as_dicts(item.get("tools")))
         case "compaction_trigger" | "compaction" | "compaction_summary" | "item_reference":
             raise cannot(f"An input item of type {kind}")
 
@@ -5195,7 +5195,7 @@ def responses_parts(content: Any) -> list[Part]:
     return parts
 
 
-def read_responses_tools(ask: Ask, tools: list[Json], namespace: str) -> None:
+def read_responses_tools(ask: Ask, tools: list[Json], namespace: str = "") -> None:
     for tool in tools:
         kind = text_of(tool.get("type")) or "function"
         name, about = text_of(tool.get("name")), text_of(tool.get("description"))
@@ -5227,7 +5227,7 @@ def write_responses_request(ask: Ask, target: Target) -> Json:
         body["max_output_tokens"] = max(16, ask.limit)  # less is a 400 there
     if ask.cache_key:
         body["prompt_cache_key"] = ask.cache_key
-    body |= {k: v for k, v in ask.sampling.items() if k in ("temperature", "top_p")}
+    body |= {k: v for k, v in ask.sampling.items() if k in RESPONSE_SAMPLING}
     write_responses_tools(body, ask, target)
     text: Json = {}
     if ask.verbosity:
@@ -5534,8 +5534,7 @@ def response_start(reply: Reply, status: str) -> Json:
 
 
 def write_responses_answer(reply: Reply) -> Json:
-    reasons = {"length": "max_output_tokens", "context": "max_output_tokens"}
-    reason = "content_filter" if reply.stop == "refusal" else reasons.get(reply.stop)
+    reason = RESPONSE_REASONS.get(reply.stop)
     answer = response_start(reply, "incomplete" if reason else "completed")
     if reason:
         answer["incomplete_details"] = {"reason": reason}
@@ -5666,6 +5665,7 @@ GEMINI_SAMPLING = {
     "presence_penalty": "presencePenalty",
     "frequency_penalty": "frequencyPenalty",
 }
+GEMINI_CHOICES = {"AUTO": "auto", "ANY": "any", "NONE": "none"}
 NO_SEAL = "skip_thought_signature_validator"  # Google's own word for a call that has none
 
 
@@ -5829,7 +5829,7 @@ def read_gemini_tools(ask: Ask, body: Json) -> None:
             ask.hosted["code_execution"] = {}
     choice = camel(as_dict(camel(as_dict(body.get("toolConfig"))).get("functionCallingConfig")))
     mode = text_of(choice.get("mode")).upper()
-    ask.choice = {"AUTO": "auto", "ANY": "any", "NONE": "none"}.get(mode, "")
+    ask.choice = GEMINI_CHOICES.get(mode, "")
     ask.allowed = [n for n in as_list(choice.get("allowedFunctionNames")) if isinstance(n, str)]
 
 
@@ -6009,8 +6009,7 @@ def write_gemini_tools(body: Json, ask: Ask, target: Target) -> None:
         return
     body["tools"] = tools
     forced = forced_tool(ask)
-    modes = {"any": "ANY", "none": "NONE", "auto": "AUTO"}
-    config: Json = {"mode": "ANY" if forced else modes.get(ask.choice, "")}
+    config: Json = {"mode": "ANY" if forced else flip(GEMINI_CHOICES).get(ask.choice, "")}
     if forced:
         config["allowedFunctionNames"] = [target.names.of(forced.name, forced.namespace)]
     if functions and config["mode"]:
@@ -6149,13 +6148,16 @@ class GeminiWriter(Reply):
 
 # == Dialects ======================================================================================
 #
-# The four ways to word a model call, as far as an answer in the client's own dialect needs it: what
-# errors look like, which events matter, where an answer ends, how tokens are counted.
+# The four ways to word a model call, a row each: what errors look like, which events matter, where
+# an answer ends, and what the four sections above have made.
 #
-# An event that has none of a dialect's `marks` passes unread.
+# In an answer that is in the client's own dialect an event that has none of the `marks` passes
+# unread; `says`, `ending` and `flaw` judge the others.  One that is translated has its Reader.
 #
-# To add a dialect, add a row here, its paths to MODEL_PATH and DIALECTS, what it calls an effort to
-# EFFORT_WORDS, effort_of and with_effort, and its verbs to the providers' paths and to VERBS.
+# To add a dialect, add a section above and a row here, who makes its seals to family_of, how many
+# stop sequences it takes to MOST_STOPS, its paths to MODEL_PATH and DIALECTS, what it calls an
+# effort to EFFORT_WORDS, effort_of and with_effort, the row to SPOKES, and its verbs to VERBS and
+# the providers' paths.
 
 
 @dataclass(frozen=True)
@@ -6392,7 +6394,8 @@ GEMINI = Dialect(
 # one: it shares what it does not change, and changes nothing in place, as the client's own body is
 # sent where nothing had to change, and is asked with again at another provider.
 #
-# To add a rule, write a function and name it in RULES.
+# To add a rule, write a function and name it in RULES; Code Assist's two kinds of login have
+# code_assist_rules, which need the model and the verb as well.
 
 IDENTITY = "You are Claude Code, Anthropic's official CLI for Claude."
 TOOL_USE_KEYS = {"type", "id", "name", "input", "cache_control", "caller"}
@@ -6490,7 +6493,7 @@ def without_sampling(body: Json, model: str, thinks: bool) -> Json:
     gone: set[str] = set()
     old = matches(model[:200], CLAUDE_SAMPLES)
     if thinks or (matches(model[:200], ("claude-*",)) and not old):
-        gone = {"temperature", "top_p", "top_k"} & body.keys()
+        gone = set(ANTHROPIC_SAMPLING) & body.keys()
     elif body.get("temperature") is not None and body.get("top_p") is not None:
         gone = {"top_p"}
     return without(body, *gone) if gone else body
@@ -6840,7 +6843,7 @@ def claude_budget(thinking: Json, provider: Provider) -> float:
         return 0
     if budget <= 0:  # -1: as much as it likes
         budget = BUDGETS.get(level, BUDGETS["medium"])
-    return max(1024, min(budget, provider.max_tokens - 1))
+    return max(LEAST_BUDGET, min(budget, provider.max_tokens - 1))
 
 
 def with_claudes_thoughts(content: Any) -> Any:
@@ -7521,8 +7524,9 @@ def dialect_of_list(request: Request) -> Dialect:
 # == Answers on their way ==========================================================================
 #
 # An answer is an async iterator of bytes that are ready for the client, made of small generators:
-# pieces from the upstream, runs of whole events, events looked at and put right.  Its first item
-# proves success.  Until then an error is the next account's chance; afterwards it ends the stream.
+# pieces from the upstream, runs of whole events, events looked at and put right, or read by a
+# Reader and written in another dialect.  Its first item proves success.  Until then an error is the
+# next account's chance; afterwards it ends the stream.
 #
 # A Delivery is the client's end of it.  It has one timer, however many pieces come: a comment goes
 # out when nothing did for a while, and what stands still for too long is broken off.
@@ -7881,9 +7885,9 @@ async def folded_contents(call: Call, events: AsyncIterator[bytes]) -> bytes:
     whole: Json = {}
     candidates: dict[int, Json] = {}
     parts: dict[int, list[Any]] = {}
-    items = Items()
+    seen = Seen()
     async for run in events:
-        items.grow(call, len(run))
+        seen.grow(call, len(run))
         for chunk in map(read_event, split_events(run)):
             whole |= chunk
             for candidate in as_dicts(chunk.get("candidates")):
@@ -7979,12 +7983,12 @@ async def without_envelope(runs: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield b"".join(events)
 
 
-class Items:
-    """The output items of a Responses answer by their index, and how much is kept in all."""
+class Seen:
+    """What the events of an answer have told so far, as far as that is needed at its end."""
 
     def __init__(self) -> None:
-        self.found: dict[int, Any] = {}
-        self.size = 0
+        self.items: dict[int, Any] = {}  # of a Responses answer, by their index
+        self.size = 0  # of what is kept
         self.spoke = False  # see Dialect.says
 
     def grow(self, call: Call, size: int) -> None:
@@ -8011,7 +8015,7 @@ async def checked_events(
     `told`: whatever comes, the client gets.
     """
     marks = call.dialect.marks
-    items = Items()
+    seen = Seen()
     held: list[bytes] = []
     ending = ""
     short_ends = False  # the first run begins with what names the model and counts the input
@@ -8024,7 +8028,7 @@ async def checked_events(
             for raw in split_events(run):
                 looked = Looked(raw)
                 if not told or is_notable(raw, marks, False):
-                    looked = look_at(call, raw, items, told)
+                    looked = look_at(call, raw, seen, told)
                 held.append(looked.raw)
                 told, ending = told or looked.tells, looked.ending or ending
                 if looked.renames:
@@ -8058,11 +8062,11 @@ def is_notable(run: bytes, marks: tuple[bytes, ...], short_ends: bool) -> bool:
     return False
 
 
-def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
+def look_at(call: Call, raw: bytes, seen: Seen, late: bool) -> Looked:
     """One event.  ProxyError for garbage or an error before the client has got anything."""
     data = event_data(raw).strip()
     if not late:
-        items.grow(call, len(raw))
+        seen.grow(call, len(raw))
     if data == b"[DONE]":
         return Looked(raw, "over")
     if not data:
@@ -8088,16 +8092,16 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     if b'"usage' in data:
         call.count(*call.dialect.usage(inside))
     ending = call.dialect.ending(event)
-    tells = proves(call, event, ending, items)
+    tells = proves(call, event, ending, seen)
     if kind == "response.output_item.done":
-        index = event.get("output_index", len(items.found))
+        index = event.get("output_index", len(seen.items))
         if type(index) is not int:
             raise no_whole_answer(call)
-        items.found[index] = event.get("item")
-        items.grow(call, len(raw))
+        seen.items[index] = event.get("item")
+        seen.grow(call, len(raw))
     new = renamed(data, event, inside, call)
-    if ending == "over" and lost_output(kind, inside, items):
-        inside["output"] = [item for _, item in sorted(items.found.items())]
+    if ending == "over" and lost_output(kind, inside, seen):
+        inside["output"] = [item for _, item in sorted(seen.items.items())]
         inside["model"] = call.model
         raw = with_data(raw, write_json(event))
     elif new:
@@ -8105,20 +8109,20 @@ def look_at(call: Call, raw: bytes, items: Items, late: bool) -> Looked:
     return Looked(raw, ending, tells, new is not None)
 
 
-def proves(call: Call, event: Json, ending: str, items: Items) -> bool:
+def proves(call: Call, event: Json, ending: str, seen: Seen) -> bool:
     """Whether the answer has begun with it.  ProxyError where it ends one that says nothing."""
     says = call.dialect.says(event)
-    items.spoke = items.spoke or says == "answer"
+    seen.spoke = seen.spoke or says == "answer"
     if ending:
-        refuse_silence(call, event, items.spoke)
+        refuse_silence(call, event, seen.spoke)
     return bool(says or ending) and text_of(event.get("type")) not in TOLD_AFTER
 
 
-def lost_output(kind: Any, inside: Json, items: Items) -> bool:
+def lost_output(kind: Any, inside: Json, seen: Seen) -> bool:
     """ChatGPT's backend leaves it out of its last event: it says [], null or nothing."""
     output = inside.get("output")
     nulled = output is None and kind in RESPONSE_ENDS[:2]
-    return not output and (bool(items.found) or nulled)
+    return not output and (bool(seen.items) or nulled)
 
 
 # -- From another dialect --
@@ -8807,14 +8811,11 @@ def translated_body(
     stops = ask.stops[MOST_STOPS[theirs.name] :]
     settings = {name: call.body[name] for name in REPEATED if call.body.get(name) is not None}
     tells_usage = bool(as_dict(call.body.get("stream_options")).get("include_usage"))
-    ours, asked_model, streams = call.dialect, call.model, call.streams
 
     def new_reader() -> Reader:
-        kind = ours.writer if streams else Reply
-        reply = kind(stops, asked_model, maker, names)
-        if ours is RESPONSES:
-            reply.repeated = settings
-        reply.tells_usage = tells_usage
+        kind = call.dialect.writer if call.streams else Reply
+        reply = kind(stops, call.model, maker, names)
+        reply.repeated, reply.tells_usage = settings, tells_usage
         return theirs.reader(reply)
 
     return body, new_reader
