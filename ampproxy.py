@@ -3207,6 +3207,11 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+def plain_parts(parts: list[Part]) -> list[Text | Media]:
+    """Those that the result of a call may have."""
+    return [part for part in parts if isinstance(part, Text | Media)]
+
+
 def words_of(parts: Iterable[Part], between: str = "\n") -> str:
     """The texts among the parts."""
     return between.join(part.text for part in parts if isinstance(part, Text))
@@ -4194,9 +4199,7 @@ def anthropic_part(block: Json) -> list[Part]:
             words = json_text(as_dict(block.get("input")))
             return [ToolCall(text_of(block.get("id")), text_of(block.get("name")), words)]
         case "tool_result":
-            inner = [
-                p for p in anthropic_parts(block.get("content")) if isinstance(p, Text | Media)
-            ]
+            inner = plain_parts(anthropic_parts(block.get("content")))
             failed = bool(block.get("is_error"))
             for part in inner:
                 cache, part.cache = part.cache or cache, None
@@ -4609,8 +4612,6 @@ def read_chat_request(body: Json) -> Ask:
     ask.stops = [s for s in (stop if isinstance(stop, list) else [stop]) if s and text_of(s)]
     ask.sampling = {k: body[k] for k in (*CHAT_SAMPLING, "top_k") if body.get(k) is not None}
     ask.verbosity = text_of(body.get("verbosity"))
-    if isinstance(body.get("parallel_tool_calls"), bool):
-        ask.parallel = body["parallel_tool_calls"]
     wanted = as_dict(body.get("response_format"))
     read_answer_schema(ask, text_of(wanted.get("type")), as_dict(wanted.get("json_schema")))
     for name, plain in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
@@ -4635,9 +4636,8 @@ def chat_turn(message: Json) -> Turn:
     if role in ("system", "developer"):
         return Turn("system", parts)
     if role in ("tool", "function"):
-        inner = [part for part in parts if isinstance(part, Text | Media)]
         id = text_of(message.get("tool_call_id")) or text_of(message.get("name"))
-        return Turn("user", [ToolResult(id, inner)])
+        return Turn("user", [ToolResult(id, plain_parts(parts))])
     if role != "assistant":
         return Turn("user", parts)
     thoughts = [part for part in chat_thoughts(message) if part.text or part.seal]
@@ -4723,15 +4723,17 @@ def read_chat_tools(ask: Ask, body: Json) -> None:
         ask.tools.append(read)
     if isinstance(body.get("web_search_options"), dict):
         ask.hosted["web_search"] = {}
-    read_openai_choice(ask, body.get("tool_choice") or body.get("function_call"))
+    read_openai_choice(ask, body, body.get("tool_choice") or body.get("function_call"))
 
 
 OPENAI_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 CHOICES_OF_OPENAI = flip(OPENAI_CHOICES)
 
 
-def read_openai_choice(ask: Ask, choice: Any) -> None:
+def read_openai_choice(ask: Ask, body: Json, choice: Any) -> None:
     """Of both of OpenAI's dialects: a word, one tool, or the tools that are allowed."""
+    if isinstance(body.get("parallel_tool_calls"), bool):
+        ask.parallel = body["parallel_tool_calls"]
     if isinstance(choice, str):
         ask.choice = OPENAI_CHOICES.get(choice, "")
         return
@@ -4868,7 +4870,7 @@ class ChatReader(Reader):
         super().__init__(reply)
         self.keys: dict[Any, Any] = {}  # index of a piece -> the key of its call
         self.early: dict[Any, str] = {}  # arguments that came before the name of their tool
-        self.latest: Any = 0  # the index of the call that was told last
+        self.latest_index: Any = 0  # of the call that was told last
         self.refused = False
 
     def read(self, event: Json) -> None:
@@ -4923,8 +4925,8 @@ class ChatReader(Reader):
         text = words if isinstance(words, str) else json_text(words) if words else ""
         index = piece.get("index")
         if index is None:  # of the call that was named last, if it is not a new one
-            index = self.latest if not name else len(self.reply.calls)
-        self.latest = index
+            index = self.latest_index if not name else len(self.reply.calls)
+        self.latest_index = index
         key = self.keys.get(index)
         known = self.reply.calls.get(key)
         again = known is not None and self.is_same(known, id, name)
@@ -5129,10 +5131,8 @@ def read_responses_request(body: Json) -> Ask:
     read_responses_tools(ask, as_dicts(body.get("tools")))
     for item in as_dicts(given):
         read_responses_item(ask, item)
-    read_openai_choice(ask, body.get("tool_choice"))
+    read_openai_choice(ask, body, body.get("tool_choice"))
     ask.sampling = {k: body[k] for k in RESPONSE_SAMPLING if body.get(k) is not None}
-    if isinstance(body.get("parallel_tool_calls"), bool):
-        ask.parallel = body["parallel_tool_calls"]
     text = as_dict(body.get("text"))
     ask.verbosity = text_of(text.get("verbosity"))
     wanted = as_dict(text.get("format"))
@@ -5151,8 +5151,7 @@ def read_responses_item(ask: Ask, item: Json) -> None:
         case "function_call" | "custom_tool_call" | "local_shell_call":
             ask.turns.append(Turn("assistant", [responses_call(item)]))
         case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
-            output = responses_parts(item.get("output"))
-            inner = [part for part in output if isinstance(part, Text | Media)]
+            inner = plain_parts(responses_parts(item.get("output")))
             ask.turns.append(Turn("user", [ToolResult(text_of(item.get("call_id")), inner)]))
         case "reasoning":
             words = [text_of(part.get("text")) for part in as_dicts(item.get("summary"))]
@@ -5344,7 +5343,7 @@ class ResponsesReader(Reader):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self.worded: set[Any] = set()  # outputs whose words came in pieces
-        self.part = 0  # of the summary that is being told
+        self.summary_part = 0  # that is being told
         self.refused = False
 
     def read(self, event: Json) -> None:
@@ -5377,9 +5376,10 @@ class ResponsesReader(Reader):
     def think(self, event: Json) -> None:
         """Several parts of a summary are one thought."""
         part = event.get("summary_index", 0)
-        if part != self.part and type(self.reply.latest) is Thought and not self.reply.latest.done:
+        new_part = part != self.summary_part
+        if new_part and type(self.reply.latest) is Thought and not self.reply.latest.done:
             self.reply.think("\n\n")
-        self.part = part
+        self.summary_part = part
         self.reply.think(text_of(event.get("delta")))
 
     def begin(self, key: Any, item: Json) -> None:
@@ -5401,7 +5401,7 @@ class ResponsesReader(Reader):
                 if key not in self.worded:
                     told = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
                     self.reply.think("\n\n".join(text_of(part.get("text")) for part in told))
-                self.part = 0
+                self.summary_part = 0
                 self.reply.seal(item.get("encrypted_content"))
             case "message":
                 for part in as_dicts(item.get("content")):
@@ -6241,18 +6241,18 @@ def anthropic_error_event(body: Json, last: bytes) -> bytes:
     return b"event: error\n" + data_event(body)
 
 
+NUMBERED_END = 1 << 16  # bytes at the end of a stream in which its last number is looked for
 SEQUENCE_NUMBER = re.compile(rb'"sequence_number": ?(\d{1,9})')
 
 
 def responses_error_event(body: Json, last: bytes) -> bytes:
     """Codex takes notice of no other (clients.md); numbers go on from those of `last`."""
     failed = {"object": "response", "status": "failed", **body, "output": []}
-    numbers = SEQUENCE_NUMBER.findall(last[-LONGEST_EVENT:])
+    numbers = SEQUENCE_NUMBER.findall(last[-NUMBERED_END:])
     number = max(map(int, numbers), default=-1) + 1
     return data_event({"type": "response.failed", "sequence_number": number, "response": failed})
 
 
-LONGEST_EVENT = 1 << 16  # bytes at the end of a stream in which a number is looked for
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
 
 
