@@ -7335,9 +7335,7 @@ def with_sampling(body: Json, dialect: str, model: str) -> Json:
         return {**body, "max_tokens": most} if type(given) is int and given > most else body
     if dialect == "gemini" or not matches(model[:200], OPENAI_THINKS) or "-chat" in model:
         return body
-    gone = {"temperature", "top_p", "presence_penalty", "frequency_penalty"} & body.keys()
-    if gone:
-        body = without(body, *gone)
+    body = without(body, "temperature", "top_p", "presence_penalty", "frequency_penalty")
     if dialect == "chat" and "max_tokens" in body:
         given = body["max_tokens"]
         body = without(body, "max_tokens")
@@ -8703,18 +8701,15 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
         body = own_body(call, way, provider)
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
-    only_streams = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
-    only_streams = only_streams or call.is_foreign
+    forced = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
+    only_streams = forced or call.is_foreign
     verb = STREAMING.get(verb, verb) if only_streams else verb
-    streams = call.streams or only_streams
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
     if provider.wraps:
         body = code_assist_rules(body, call.served_model, provider, verb)
-    gone = [name for name in NOT_ASKED.get(verb, ()) if name in body]
-    if gone:
-        body = without(body, *gone)
-    headers["Accept"] = "text/event-stream" if streams else "application/json"
+    body = without(body, *NOT_ASKED.get(verb, ()))
+    headers["Accept"] = "text/event-stream" if call.streams or only_streams else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
