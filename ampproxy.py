@@ -7094,7 +7094,7 @@ class Call:
             tokens["input_tokens"] = max(tokens["input_tokens"], read)
             tokens["output_tokens"] = max(tokens["output_tokens"], written)
 
-    def marks(self) -> dict[str, str]:
+    def proxy_headers(self) -> dict[str, str]:
         """The headers that say who answers."""
         told = {"route": self.route, "provider": self.provider, "model": self.served_model}
         return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in told.items() if v}
@@ -7539,8 +7539,6 @@ TOLD_AFTER = {  # events that say nothing yet: the answer may still become an er
 LONG_RUN, LAST_PART = 16384, 2048  # bytes; see Dialect.short_ends
 SETTLE_WAIT = 3  # seconds for usage, and the end, behind the reason why an answer ends
 LOOK_EVERY = 15  # seconds between looks whether a connection died silently; not for comments
-
-
 LIST_MARK = b",\r\n"  # before each element of a list but the first
 
 
@@ -7634,7 +7632,7 @@ class Delivery:
 
     async def write_comment(self) -> None:
         with suppress(ConnectionError, RuntimeError):  # the client has left, or all has been said
-            headers = Headers({"Content-Type": "text/event-stream", **self.call.marks()})
+            headers = Headers({"Content-Type": "text/event-stream", **self.call.proxy_headers()})
             response = await self.start(200, None, headers)
             await response.write(self.call.dialect.comment)
 
@@ -8282,15 +8280,7 @@ def own_error(call: Call, status: int, parts: Json, text: str) -> Json:
     return body
 
 
-REFUSAL_HEADERS = (
-    "request-id",
-    "content-type",
-    "x-should-retry",
-    "retry-after",
-    "anthropic-*",
-)
-
-
+REFUSAL_HEADERS = ("request-id", "content-type", "x-should-retry", "retry-after", "anthropic-*")
 ERROR_LIMIT, ERROR_WAIT = 1 << 20, 10  # bytes and seconds of an error's body that are read
 
 
@@ -8640,7 +8630,7 @@ def estimate(call: Call, way: Way) -> web.Response:
     size += sum(len(t.name + t.description) + len(write_json(t.schema)) for t in ask.tools)
     call.route, call.provider = way.route, way.rows[0].name
     call.served_model = way.rows[0].provider.served(way.model)
-    headers = {**call.marks(), "x-ampproxy-estimate": "true"}
+    headers = {**call.proxy_headers(), "x-ampproxy-estimate": "true"}
     counted = {ESTIMATES[call.verb]: max(1, -(-size // 4))}
     return web.json_response(counted, headers=headers)
 
@@ -8666,7 +8656,7 @@ async def deliver(
     """What has been proved to be an answer, to the client; packed, where it came so and is fine."""
     call = delivery.call
     headers = passing(upstream.headers, "content-length", "content-encoding", "set-cookie")
-    headers.update(call.marks())
+    headers.update(call.proxy_headers())
     if answer.events and call.lists:
         headers["Content-Type"] = "application/json; charset=UTF-8"
         first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
@@ -8736,8 +8726,6 @@ def own_body(call: Call, way: Way, provider: Provider) -> Json:
 
 
 SEAL_KEYS = ("signature", "data", "encrypted_content")  # of thoughts, in their dialects
-
-
 HISTORY_KEYS = ("messages", "input", "contents")  # of a body
 CONTENT_KEYS = ("content", "parts", "reasoning_details")  # of what stands in a history
 
@@ -9021,7 +9009,7 @@ class Ampcode:
             check_status(upstream)
             call.let_go()
             headers = passing(upstream.headers)
-            headers.update(call.marks())
+            headers.update(call.proxy_headers())
             streams = upstream.content_type == "text/event-stream"
             if not streams or "Content-Encoding" in headers:
                 delivery.keepalive = 0  # no comment in the middle of it
@@ -10031,7 +10019,7 @@ class Server:
         """The one exit for errors: in the client's dialect, or as Amp's clients know them."""
         headers = problem.headers
         if call:
-            headers.update(call.marks())
+            headers.update(call.proxy_headers())
             call.trouble = f"{call.trouble}; {problem.message}".removeprefix("; ")
         headers.setdefault("Content-Type", "application/json")
         wait = max(1, round(problem.retry_after)) if problem.retry_after else 0
