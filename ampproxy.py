@@ -400,18 +400,24 @@ MEMBERS, MEMBER_PIECE = 10_000, 16384  # of one body; bytes that are looked at t
 
 def unpack(raw: bytes, coding: str = "gzip") -> bytes | None:
     """None for what is not packed so, is not whole, or would be larger than BODY_LIMIT."""
+    with suppress(zlib.error, OverflowError):
+        return unpack_whole(raw, coding)
+    return None
+
+
+def unpack_whole(raw: bytes | bytearray, coding: str) -> bytes:
+    """zlib.error for what is not packed so, or not whole; OverflowError above BODY_LIMIT."""
     unpacker, plain, members = Unpacker(coding), bytearray(), 0
-    try:
-        for start in range(0, len(raw), MEMBER_PIECE):
-            unpacker.left += raw[start : start + MEMBER_PIECE]
-            while unpacker.left:
-                plain += unpacker.take(b"")
-                members += unpacker.stream is not None and unpacker.stream.eof
-                if len(plain) > BODY_LIMIT or members > MEMBERS:
-                    return None
-    except zlib.error:
-        return None
-    return bytes(plain) if unpacker.is_whole else None
+    for start in range(0, len(raw), MEMBER_PIECE):
+        unpacker.left += raw[start : start + MEMBER_PIECE]
+        while unpacker.left:
+            plain += unpacker.take(b"")
+            members += unpacker.stream is not None and unpacker.stream.eof
+            if len(plain) > BODY_LIMIT or members > MEMBERS:
+                raise OverflowError
+    if not unpacker.is_whole:
+        raise zlib.error
+    return bytes(plain)
 
 
 def accepts(header: str, coding: str) -> bool:
@@ -7126,21 +7132,15 @@ def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
         words = f"Content-Encoding {encoding[:40]!r} is not read here: gzip, deflate, zstd"
         raise fault(415, words)
     try:
-        plain = unpack_zstd(raw) if kind == "zstd" else inflated(raw)
+        # Some take gzip for `deflate`: the bytes say which it is.
+        told = "gzip" if raw[:2] == GZIP else "deflate"
+        plain = unpack_zstd(raw) if kind == "zstd" else unpack_whole(raw, told)
+    except OverflowError:
+        raise too_large() from None
     except (zlib.error, EOFError, ValueError):
         raise fault(400, f"The request body cannot be read: it is no {kind}") from None
     if len(plain) > BODY_LIMIT:
         raise too_large()
-    return plain
-
-
-def inflated(raw: bytes | bytearray) -> bytes:
-    """gzip, zlib, or bare deflate, which some take `deflate` for."""
-    bare_deflate = raw[:1] != b"\x1f" and (raw[:1] != b"\x78" or int.from_bytes(raw[:2]) % 31)
-    unpacker = zlib.decompressobj(-15 if bare_deflate else 47)
-    plain = unpacker.decompress(raw, BODY_LIMIT + 1)
-    if not unpacker.eof and len(plain) <= BODY_LIMIT:
-        raise EOFError
     return plain
 
 
