@@ -8162,14 +8162,20 @@ async def translated(
             raise
     finally:
         call.count(reply.usage.read, reply.usage.written)
+    refuse_nothing(call, reader)
+    reply.finish()
+    if reply.out:
+        yield b"".join(reply.out)
+
+
+def refuse_nothing(call: Call, reader: Reader) -> None:
+    """ProxyError 502 for an answer that has ended without any."""
+    reply = reader.reply
     if not reply.is_told and not reply.usage.written:
         raise no_whole_answer(call)
     if reader.must_speak and not reply.blocks and reply.stop in ("", "end"):
         words = f"{call.provider} sent an answer that says nothing"
         raise ProxyError(Problem(502, words, codes=frozenset({EMPTY_ANSWER.lower()})))
-    reply.finish()
-    if reply.out:
-        yield b"".join(reply.out)
 
 
 def read_run(call: Call, reader: Reader, run: bytes) -> None:
