@@ -1002,7 +1002,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def best_fit(name: str, patterns: Iterable[str]) -> str:
     """The longest of the patterns that fit; `*` for none."""
-    return max((p for p in patterns if matches(name[:200], (p,))), key=len, default="*")
+    return longest_fit(name[:200], tuple(patterns))
+
+
+@functools.lru_cache(1024)
+def longest_fit(name: str, patterns: tuple[str, ...]) -> str:
+    return max((p for p in patterns if matches(name, (p,))), key=len, default="*")
 
 
 def most_tokens(model: str) -> int:
@@ -3766,23 +3771,34 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
 NAME_TABLES = ("properties", "$defs", "definitions")  # whose keys are names, not words
 
 
-def closed_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
-    """The schema of an answer as Claude takes it: every object closed, no limits of figures."""
+LITERALS = ("enum", "const", "required")  # words whose values are no schemas
+
+
+def reworded(schema: Any, change: Callable[[Json], Json], depth: int = DEEPEST_SCHEMA) -> Any:
+    """A schema with each table in it changed, the inner ones first."""
     if isinstance(schema, list):
-        return [closed_schema(item, depth - 1) for item in schema]
+        return [reworded(item, change, depth - 1) for item in schema]
     if not isinstance(schema, dict) or depth < 0:
         return schema
-    closed: Json = {}
+    new: Json = {}
     for name, value in schema.items():
         if name in NAME_TABLES:
-            closed[name] = {k: closed_schema(v, depth - 1) for k, v in as_dict(value).items()}
-        elif name in ("enum", "const", "required"):
-            closed[name] = value
-        elif name not in NOT_IN_ANSWERS:
-            closed[name] = closed_schema(value, depth - 1)
-    if closed.get("type") == "object" or "properties" in closed:
-        closed["additionalProperties"] = False
-    return closed
+            new[name] = {k: reworded(v, change, depth - 1) for k, v in as_dict(value).items()}
+        else:
+            new[name] = value if name in LITERALS else reworded(value, change, depth - 1)
+    return change(new)
+
+
+def closed_schema(schema: Any) -> Any:
+    """The schema of an answer as Claude takes it: every object closed, no limits of figures."""
+    return reworded(schema, closed)
+
+
+def closed(schema: Json) -> Json:
+    schema = without(schema, *NOT_IN_ANSWERS)
+    if schema.get("type") == "object" or "properties" in schema:
+        schema["additionalProperties"] = False
+    return schema
 
 
 # Stop sequences that a provider of a dialect takes; what is more is watched for here.
@@ -5839,18 +5855,13 @@ def read_gemini_tools(ask: Ask, body: Json) -> None:
     ask.allowed = [n for n in as_list(choice.get("allowedFunctionNames")) if isinstance(n, str)]
 
 
-def plain_schema(schema: Any, depth: int = DEEPEST_SCHEMA) -> Any:
+def plain_schema(schema: Any) -> Any:
     """JSON Schema of Google's own form: types in capitals, `nullable`."""
-    if isinstance(schema, list):
-        return [plain_schema(item, depth - 1) for item in schema]
-    if not isinstance(schema, dict) or depth < 0:
-        return schema
-    plain: Json = {}
-    for name, value in schema.items():
-        if name in NAME_TABLES:
-            plain[name] = {k: plain_schema(v, depth - 1) for k, v in as_dict(value).items()}
-        elif name not in ("nullable", "propertyOrdering"):
-            plain[name] = plain_schema(value, depth - 1)
+    return reworded(schema, in_plain_words)
+
+
+def in_plain_words(schema: Json) -> Json:
+    plain = without(schema, "nullable", "propertyOrdering")
     kinds = plain.get("type")
     if isinstance(kinds, str):
         plain["type"] = kinds.lower()

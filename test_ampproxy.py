@@ -1339,6 +1339,20 @@ async def test_of_two_proxies_on_one_directory_the_late_one_adopts(tmp_path):
         assert {r.headers["Authorization"] for r in w.claude.requests} == {"Bearer sk-ant-oat-new"}
 
 
+async def outlives(nursery, delay):
+    """Whether a child of the nursery has ended within the delay; else it is killed."""
+    nursery.stdin.write("go\n")
+    nursery.stdin.flush()
+    child = int(await asyncio.to_thread(nursery.stdout.readline))
+    ended = asyncio.create_task(asyncio.to_thread(nursery.stdout.readline))
+    done, _ = await asyncio.wait([ended], timeout=delay)
+    if not done:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
+    assert await ended == "ended\n"
+    return bool(done)
+
+
 # A process that forks for each line it reads; the child refreshes the token and ends.
 NURSERY = """
 import asyncio, os, sys
@@ -1386,16 +1400,7 @@ async def test_a_kill_at_any_moment_of_a_refresh_leaves_a_good_file(tmp_path):
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
         async def one(delay):
-            nursery.stdin.write("go\n")
-            nursery.stdin.flush()
-            child = int(await asyncio.to_thread(nursery.stdout.readline))
-            ended = asyncio.create_task(asyncio.to_thread(nursery.stdout.readline))
-            done, _ = await asyncio.wait([ended], timeout=delay)
-            if not done:
-                with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child, signal.SIGKILL)
-            assert await ended == "ended\n"
-            return bool(done)
+            return await outlives(nursery, delay)
 
         try:
             began = time.monotonic()
@@ -6527,15 +6532,7 @@ async def test_a_google_login_killed_while_it_refreshes_keeps_a_good_file(tmp_pa
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
         async def one(delay):
-            nursery.stdin.write("go\n")
-            nursery.stdin.flush()
-            child = int(await asyncio.to_thread(nursery.stdout.readline))
-            ended = asyncio.create_task(asyncio.to_thread(nursery.stdout.readline))
-            done, _ = await asyncio.wait([ended], timeout=delay)
-            if not done:
-                with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child, signal.SIGKILL)
-            assert await ended == "ended\n"
+            await outlives(nursery, delay)
 
         try:
             began = time.monotonic()
