@@ -143,6 +143,7 @@ Headers = CIMultiDict[str]
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEVER = float("inf")
 BODY_LIMIT = 64 << 20  # bytes of a request, and of what is collected of an answer
+SPLICED = 1 << 15  # bytes: of what is more the parts that did not change are not written anew
 LARGE = 1 << 20  # bytes: what is more is copied as rarely as can be
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 
@@ -2813,6 +2814,8 @@ class Account:
 
     def wait(self, model: str, now: float) -> float:
         """Seconds until it may be asked for a model."""
+        if not self.rests:
+            return 0.0
         rests = self.resting(model)
         return max((max(rest.wakes, rest.probe_until) - now for rest in rests), default=0.0)
 
@@ -7345,6 +7348,8 @@ def unpack_zstd(raw: bytes | bytearray) -> bytes:
 
 async def read_body(request: Request) -> bytes | bytearray:
     """The whole body.  A large one is put where it will stay as it comes in."""
+    if request.content.is_eof() and request.content.total_bytes < LARGE:
+        return request.content.read_nowait()  # it came with the head
     length = request.content_length or 0
     large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
@@ -7744,12 +7749,14 @@ class Delivery:
         self.problem: Problem | None = None  # what broke the answer off after that
         self.keepalive = keepalive if call.streams and call.dialect.comment else 0
         self.idle = idle
+        self.settle_wait = 0.0  # for the upstream, once all has been said
         self.upstream: Upstream | None = None  # that is being read
         self.writing = False
         self.loop = asyncio.get_running_loop()
         self.moved = self.loop.time()  # when the last piece came or went
         self.sent = self.moved  # when the last piece or comment went
         self.last = b""  # what went last of a stream
+        self.is_over = False  # what is sent next is the end of it
         self.comments: set[asyncio.Task[None]] = set()
         self.timer = self.look_again()
 
@@ -7765,20 +7772,28 @@ class Delivery:
     # -- The timer --
 
     def look_again(self) -> asyncio.TimerHandle:
-        """When the next comment is due, or the end; then it turns out whether it still is."""
+        """When the next comment is due, or the end; then it turns out whether it still is.
+
+        Soon enough to see in time a silence that begins meanwhile.
+        """
         now = self.loop.time()
-        due = now + LOOK_EVERY
+        due = now + min(LOOK_EVERY, self.settle_wait or self.idle or LOOK_EVERY)
         if self.keepalive:
             due = min(due, self.sent + self.keepalive)
-        if self.idle and (self.upstream or self.writing):
-            due = min(due, self.moved + self.idle)
+        if self.patience and (self.upstream or self.writing):
+            due = min(due, self.moved + self.patience)
         return self.loop.call_at(max(due, now + 0.01), self.look)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that something may stand still; 0 is any time."""
+        return self.idle if self.writing else self.settle_wait or self.idle
 
     def look(self) -> None:
         """A comment, the end of what stands still, or nothing."""
         now = self.loop.time()
         silent = now - self.moved
-        stands_still = self.idle and silent >= self.idle
+        stands_still = self.patience and silent >= self.patience
         is_over = self.upstream and not self.writing and is_dead(self.upstream)
         if stands_still or is_over:
             self.break_off()
@@ -7793,14 +7808,19 @@ class Delivery:
     def watch(self, upstream: Upstream) -> None:
         """From now on its silence counts."""
         self.upstream, self.moved = upstream, self.loop.time()
-        self.timer.cancel()
-        self.timer = self.look_again()
 
-    def settle(self) -> None:
-        """All has been said: what still comes may take a moment, not the whole idle time."""
-        self.idle = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
-        self.timer.cancel()
-        self.timer = self.look_again()
+    def settle(self, is_over: bool) -> None:
+        """All has been said: what still comes may take a moment, not the whole idle time.
+
+        `is_over`: nothing does, what is sent next is the end.
+        """
+        if is_over:
+            self.is_over = not self.call.lists  # there the bracket is the end
+            return
+        if not self.settle_wait:
+            self.settle_wait = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
+            self.timer.cancel()
+            self.timer = self.look_again()
 
     def break_off(self) -> None:
         """Wake up who waits: for the client's socket, or for the upstream's next bytes."""
@@ -7833,12 +7853,8 @@ class Delivery:
         if first:
             await self.write(response, first)
         try:
-            async for data in rest:  # as in `write`, for each event
-                self.writing = True
-                await response.write(data)
-                self.last = data
-                self.writing = False
-                self.moved = self.sent = self.loop.time()
+            async for data in rest:
+                await self.write(response, data)
         except ProxyError as error:
             self.problem = error.problem
             await self.end(response, error.problem)
@@ -7846,7 +7862,10 @@ class Delivery:
 
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
         self.writing = True
-        await response.write(data)
+        if self.is_over and len(data) < LONG_RUN:
+            await response.write_eof(data)  # which waits for nobody, and is one packet
+        else:
+            await response.write(data)
         self.last = data
         self.writing = False
         self.moved = self.sent = self.loop.time()
@@ -8183,7 +8202,7 @@ class Looked(NamedTuple):
 
 
 async def checked_events(
-    call: Call, runs: AsyncIterator[bytes], settle: Callable[[], None], told: bool = False
+    call: Call, runs: AsyncIterator[bytes], settle: Callable[[bool], None], told: bool = False
 ) -> AsyncIterator[bytes]:
     """Runs of events, ready for the client; the first one has an event that proves success.
 
@@ -8211,13 +8230,13 @@ async def checked_events(
                     marks = call.dialect.marks + call.dialect.model_marks
                 if ending == "over":
                     break
+            if ending:
+                settle(ending == "over")
             if told:
                 yield b"".join(held)
                 held = []
             if ending == "over":
                 break
-            if ending:
-                settle()
     except ProxyError:
         if told and held:
             yield b"".join(held)
@@ -8309,7 +8328,7 @@ async def translated(
     reader: Reader,
     pieces: AsyncIterator[bytes],
     in_one_piece: bool,
-    settle: Callable[[], None],
+    settle: Callable[[bool], None],
     wrapped: bool = False,
 ) -> AsyncIterator[bytes]:
     """Runs of events in the client's dialect, as `checked_events` has them in its own.
@@ -8325,13 +8344,13 @@ async def translated(
             runs = whole_events(pieces)
             async for run in without_envelope(runs) if wrapped else runs:
                 read_run(call, reader, run)
-                if reply.is_told and reply.out:
-                    yield b"".join(reply.out)
-                    reply.out.clear()
                 if reader.over or reply.cut:
                     break
                 if reply.stop:
-                    settle()
+                    settle(False)
+                if reply.is_told and reply.out:
+                    yield b"".join(reply.out)
+                    reply.out.clear()
         whole = reader.over or reply.stop or (reader.may_just_end and reply.usage.written)
         if not whole:
             raise fault(502, "the stream stopped before its end")
@@ -8344,6 +8363,7 @@ async def translated(
         call.count(reply.usage.read, reply.usage.written)
     refuse_nothing(call, reader)
     reply.finish()
+    settle(True)
     if reply.out:
         yield b"".join(reply.out)
 
@@ -8891,8 +8911,7 @@ def own_body(call: Call, way: Way, provider: Provider) -> Json:
     """The client's body for a provider of its own dialect."""
     body = call.body
     mark = SEAL_MARK_64 if call.dialect is GEMINI else SEAL_MARK
-    # The beginning alone first: a search in megabytes for what hardly occurs.
-    if mark[:4].encode() in call.raw and mark.encode() in call.raw:
+    if mark.encode() in call.raw:
         body = without_our_seals(body)
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
@@ -9023,7 +9042,7 @@ def worded(call: Call, body: Json) -> list[Any]:
     if (body is call.body or body == call.body) and call.raw.count(b'"model"') < 2:
         return [call.raw]
     try:
-        if len(call.raw) > LARGE:
+        if len(call.raw) > SPLICED:
             return spliced(call.raw, call.body, body)
         return [write_json(body)]
     except ValueError as error:
@@ -9411,8 +9430,13 @@ class Ledger:
         key = (call.provider[:200], (call.served_model or call.model)[:200])
         if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
             return
-        counts = self.models.setdefault(key, Counter(requests=0, errors=0))
-        counts.update({"requests": 1, "errors": status >= 400, **call.tokens})
+        if key not in self.models:
+            self.models[key] = Counter(requests=0, errors=0)
+        counts = self.models[key]
+        counts["requests"] += 1
+        counts["errors"] += status >= 400
+        for name, figure in call.tokens.items():
+            counts[name] += figure
 
     def wake(self, name: str, provider: str = "") -> list[Account]:
         """End the rests of the accounts of that name by hand: those that there are."""
