@@ -1852,6 +1852,11 @@ class AnswerReader(ResponseHandler):
         if self.awaits_head and self.head_timer is None and self.transport:
             self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
 
+    def resume_reading(self, *args: Any) -> None:
+        """aiohttp asks for it with each piece; there is rarely anything to resume."""
+        if self._reading_paused:
+            super().resume_reading(*args)
+
     def feed_data(self, data: Any, size: int = 0) -> None:
         if data[0].code >= 200:
             self.head_came()
@@ -2219,6 +2224,11 @@ class Connection(web.RequestHandler):
         self.body.feed_eof()
         self.close()  # after the answer
         return True
+
+    def resume_reading(self, *args: Any) -> None:
+        """As AnswerReader's."""
+        if self._reading_paused:
+            super().resume_reading(*args)
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
@@ -3383,7 +3393,8 @@ class Usage:
     def update(self, **figures: Any) -> None:
         """Figures may come more than once, grow, or be null: the largest is right."""
         for name, figure in figures.items():
-            setattr(self, name, max(getattr(self, name), int(number(figure))))
+            if figure:
+                setattr(self, name, max(getattr(self, name), int(number(figure))))
 
 
 def text_of(value: Any) -> str:
@@ -7564,8 +7575,10 @@ class Chooser:
 
     def split(self, model: str) -> tuple[str, str]:
         """A model's name and its suffix; a name that the configuration writes has none."""
-        if any(model.lower() in row.provider.written for row in self.live.rows):
-            return model, ""
+        lower = model.lower()
+        for row in self.live.rows:
+            if lower in row.provider.written:
+                return model, ""
         return split_model(model)
 
     def ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
@@ -8552,20 +8565,25 @@ def hop_names(connection: str) -> frozenset[str]:
     return frozenset(name.strip().lower() for name in connection.split(","))
 
 
-@functools.lru_cache(1024)
-def is_hop_header(name: str) -> bool:
-    return matches(name, HOP_HEADERS)
-
-
 def passing(headers: Any, *dropped: str) -> Headers:
     """Headers that travel on: not the hop's own, not those that Connection names, nor `dropped`."""
-    kept = Headers()
-    named = hop_names(",".join(headers.getall("Connection", ()))[:1000])
+    kept, connection = Headers(), connection_of(headers)
     for name, value in headers.items():
-        lower = name.lower()
-        if lower not in named and lower not in dropped and not is_hop_header(lower[:100]):
+        if travels(name[:100], connection, dropped):
             kept.add(name, value)
     return kept
+
+
+@functools.lru_cache(4096)
+def travels(name: str, connection: str, dropped: tuple[str, ...]) -> bool:
+    lower = name.lower()
+    return not (lower in hop_names(connection) or lower in dropped or matches(lower, HOP_HEADERS))
+
+
+def connection_of(headers: Any) -> str:
+    """What Connection says, in one line and cut."""
+    given = headers.getall("Connection", None)
+    return ",".join(given)[:1000] if given else ""
 
 
 # == Forwarding ====================================================================================
@@ -9023,14 +9041,18 @@ def effort_within(effort: str, limit: int, takes: Thinking) -> str:
 
 def client_headers(given: Any, provider: Provider) -> Headers:
     """The provider's own, and those of the client that may travel on; the client's win."""
-    headers, seen = Headers(provider.headers), set()
-    named = hop_names(",".join(given.getall("Connection", ()))[:1000])
+    headers, seen, connection = Headers(provider.headers), set(), connection_of(given)
     for name, value in given.items():
-        lower = name.lower()[:100]
-        if matches(lower, provider.passes) and lower not in named and not is_hop_header(lower):
+        if reaches_provider(name[:100], connection, provider.passes):
+            lower = name.lower()
             headers[name] = f"{headers[name]},{value}" if lower in seen else value
             seen.add(lower)
     return headers
+
+
+@functools.lru_cache(4096)
+def reaches_provider(name: str, connection: str, passes: tuple[str, ...]) -> bool:
+    return travels(name, connection, ()) and matches(name.lower(), passes)
 
 
 def worded(call: Call, body: Json) -> list[Any]:
