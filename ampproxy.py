@@ -1852,10 +1852,10 @@ class AnswerReader(ResponseHandler):
         if self.awaits_head and self.head_timer is None and self.transport:
             self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
 
-    def resume_reading(self, *args: Any) -> None:
+    def resume_reading(self, *args: Any, **how: Any) -> None:
         """aiohttp asks for it with each piece; there is rarely anything to resume."""
         if self._reading_paused:
-            super().resume_reading(*args)
+            super().resume_reading(*args, **how)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
         if data[0].code >= 200:
@@ -2225,10 +2225,10 @@ class Connection(web.RequestHandler):
         self.close()  # after the answer
         return True
 
-    def resume_reading(self, *args: Any) -> None:
+    def resume_reading(self, *args: Any, **how: Any) -> None:
         """As AnswerReader's."""
         if self._reading_paused:
-            super().resume_reading(*args)
+            super().resume_reading(*args, **how)
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
