@@ -7866,8 +7866,16 @@ class Delivery:
         if first:
             await self.write(response, first)
         try:
-            async for data in rest:
-                await self.write(response, data)
+            write = response.write
+            async for data in rest:  # as in `write`, for each event
+                if self.is_over:
+                    await self.write(response, data)
+                    continue
+                self.writing = True
+                await write(data)
+                self.last = data
+                self.writing = False
+                self.moved = self.sent = self.loop.time()
         except ProxyError as error:
             self.problem = error.problem
             await self.end(response, error.problem)
@@ -7950,26 +7958,31 @@ class Pieces:
             data, self.unread = self.unread, b""
             return data
         try:
-            data = await self.next_unpacked() if self.unpacker else await self.next_piece()
+            if self.unpacker:
+                data = await self.next_unpacked()
+            elif self.began:
+                data = await self.content.readany()
+                self.delivery.moved = self.delivery.loop.time()
+            else:
+                data = await self.first_piece()
         except (RuntimeError, *NET_ERRORS) as error:
             raise fault(502, f"the upstream broke off: {net_words(error)}") from None
         if not data:
             raise StopAsyncIteration
         return data
 
-    async def next_piece(self) -> bytes:
-        """b"" at the end."""
+    async def first_piece(self) -> bytes:
+        """b"" for an answer without a body."""
         if self.unknown:
             raise fault(502, f"the upstream packed its answer as {self.unknown}")
         data = await self.content.readany()
-        if not self.began:
-            while data == GZIP[:1] and (more := await self.content.readany()):
-                data += more
-            self.began = True
-            if data.startswith(GZIP):
-                self.unpacker = Unpacker("gzip")
-                self.take(data)
-                return await self.next_unpacked()
+        while data == GZIP[:1] and (more := await self.content.readany()):
+            data += more
+        self.began = True
+        if data.startswith(GZIP):
+            self.unpacker = Unpacker("gzip")
+            self.take(data)
+            return await self.next_unpacked()
         self.delivery.moved = self.delivery.loop.time()
         return data
 
