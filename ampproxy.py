@@ -1741,6 +1741,10 @@ class Redirected(ValueError):
     """Of a WebSocket's handshake."""
 
 
+class BrokenHeader(ValueError):
+    """It would begin another one."""
+
+
 async def refuse_redirect(*_: object) -> None:
     """For WebSockets: aiohttp has no switch for them, and would follow with all our keys."""
     raise Redirected
@@ -1748,6 +1752,7 @@ async def refuse_redirect(*_: object) -> None:
 
 NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (Redirected, "it redirects"),
+    (BrokenHeader, "a header for it, perhaps the token, holds a line break"),
     (TimeoutError, "it does not answer in time"),
     (aiohttp.ServerDisconnectedError, "it hung up without an answer"),
     (aiohttp.ClientConnectorCertificateError, "its certificate is not trusted"),
@@ -1930,25 +1935,35 @@ class LeanAnswer:
         """The last byte is here: another call may have the connection, if it took all of ours."""
         if not self.connection:
             return
-        transport = self.connection.transport
-        if transport and not transport.get_write_buffer_size():
-            self.connection.release()
-            self.connection = None
+        if has_unsent(self.connection):
+            cut(self.connection)
         else:
-            self.close()
+            self.connection.release()
+        self.connection = None
 
     def close(self) -> None:
         if self.connection:
-            self.connection.close()
+            cut(self.connection)
             self.connection = None
             self.content.set_exception(aiohttp.ClientConnectionError("closed"))
+
+
+def has_unsent(connection: aiohttp.connector.Connection) -> bool:
+    return bool(connection.transport and connection.transport.get_write_buffer_size())
+
+
+def cut(connection: aiohttp.connector.Connection) -> None:
+    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer."""
+    if has_unsent(connection) and connection.transport:
+        connection.transport.abort()
+    connection.close()
 
 
 Upstream = aiohttp.ClientResponse | LeanAnswer
 
 
 def request_head(url: URL, headers: Headers) -> bytes:
-    """ValueError for a line break in a header, which would begin another one."""
+    """BrokenHeader for a line break, or a NUL, in a header."""
     lines = [f"POST {url.raw_path_qs} HTTP/1.1"]
     if "Host" not in headers:
         lines.append(f"Host: {url.host_port_subcomponent}")
@@ -1956,7 +1971,7 @@ def request_head(url: URL, headers: Headers) -> bytes:
     head = "\r\n".join(lines)
     breaks = len(lines) - 1
     if head.count("\r") != breaks or head.count("\n") != breaks or "\0" in head:
-        raise ValueError("a header holds a line break")
+        raise BrokenHeader
     return head.encode() + b"\r\n\r\n"
 
 
@@ -2116,7 +2131,7 @@ class Net:
             message, content = await answer_head(protocol, idle)
             return LeanAnswer(connection, message, content)
         except BaseException:
-            connection.close()
+            cut(connection)
             raise
 
     def origin(self, url: URL) -> aiohttp.ClientRequest:

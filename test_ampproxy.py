@@ -3572,6 +3572,214 @@ async def test_what_may_have_been_done_is_not_done_again(tmp_path, method, end):
         assert {body for _, body in w.raw.requests} == {body or b""}, "no body is cut"
 
 
+# -- The lean way: model calls over the connector alone --
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 3],
+)
+@in_loop
+async def test_what_comes_before_the_answer_is_none(tmp_path, before):
+    async with raw_world(tmp_path, [before + GOOD[0]]) as w:
+        for _ in range(2):
+            assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert (w.raw.connections, len(w.raw.requests)) == (1, 2)
+
+
+@in_loop
+async def test_a_connection_is_used_again(tmp_path):
+    async with raw_world(tmp_path, [plain(json.dumps(message()).encode())]) as w:
+        for _ in range(30):
+            assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert (w.raw.connections, len(w.raw.requests)) == (1, 30)
+        answers = await asyncio.gather(*(w.ask("/v1/messages", ASK) for _ in range(30)))
+        assert {answer.status for answer in answers} == {200}
+        assert w.raw.connections <= 30
+        assert not w.server.net.connector._acquired
+
+
+@in_loop
+async def test_the_head_that_an_upstream_gets(tmp_path):
+    """Each header once, the length of the body, and nothing of the hop."""
+    async with raw_world(tmp_path, GOOD) as w:
+        headers = {"Expect": "100-continue", "TE": "trailers", "Anthropic-Version": "2023-06-01"}
+        assert (await w.ask("/v1/messages?beta=true", STREAM, headers=headers)).status == 200
+        (head, body), lines = w.raw.requests[0], w.raw.requests[0][0].decode().split("\r\n")
+        assert lines[:2] == ["POST /v1/messages?beta=true HTTP/1.1", f"Host: {w.raw.url[7:]}"]
+        names = [line.partition(":")[0].lower() for line in lines[1:-2]]
+        assert len(set(names)) == len(names)
+        assert not {"expect", "te", "transfer-encoding", "connection"} & set(names)
+        assert f"\r\ncontent-length: {len(body)}\r\n" in head.decode().lower()
+
+
+@pytest.mark.parametrize(("retries", "status"), [(1, 502), (2, 502), (3, 200)])
+@pytest.mark.parametrize("end", ["close", "reset"])
+@in_loop
+async def test_a_kept_connection_that_dies_under_a_call(tmp_path, end, retries, status):
+    """What may have been sent is asked again as often as request-retry says, and no more."""
+    async with raw_world(tmp_path, GOOD, [end], [end], GOOD, **{"request-retry": retries}) as w:
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+        assert (await w.ask("/v1/messages", STREAM)).status == status
+        assert len(w.raw.requests) == 1 + retries
+
+
+class EarlyUpstream(asyncio.Protocol):
+    """Says something after the head, and reads no more of the body for a while."""
+
+    def __init__(self, seen, says):
+        self.seen, self.says = seen, says
+
+    def connection_made(self, transport):
+        self.transport, self.size, self.paused = transport, 0, asyncio.Event()
+        self.gone = asyncio.Event()
+        self.seen.append(self)
+
+    def data_received(self, data):
+        self.size += len(data)
+        if not self.paused.is_set():
+            self.paused.set()
+            self.transport.pause_reading()
+            self.transport.write(self.says)
+
+    def connection_lost(self, error):
+        self.gone.set()
+
+
+@asynccontextmanager
+async def early_world(folder, says):
+    seen, loop = [], asyncio.get_running_loop()
+    server = await loop.create_server(lambda: EarlyUpstream(seen, says), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with world(folder, claude={"base-url": url}) as w:
+        yield w, seen
+    server.close()
+
+
+LONG_PROMPT = {**STREAM, "messages": [{"role": "user", "content": "x" * 20_000_000}]}
+
+
+@in_loop
+async def test_an_answer_before_the_end_of_the_prompt(tmp_path):
+    """It reaches the client; the connection, on which a part of the prompt is, no other call."""
+    async with early_world(tmp_path, b"".join(GOOD)) as (w, seen):
+        for count in (1, 2, 3):
+            assert (await w.ask("/v1/messages", LONG_PROMPT)).bytes == WHOLE
+            assert len(seen) == count
+        assert not w.server.net.connector._acquired
+        assert not w.server.net.connector._conns
+        for upstream in seen:
+            upstream.transport.resume_reading()
+            await upstream.gone.wait()
+            assert upstream.size < 20_000_000, "the rest is not sent"
+
+
+@pytest.mark.parametrize("says", [b"", CHUNKED + chunk(FIRST)])
+@in_loop
+async def test_who_leaves_while_the_prompt_goes_up(tmp_path, says):
+    """Nobody pays for the rest of it."""
+    async with early_world(tmp_path, says) as (w, seen):
+        asked = asyncio.create_task(w.ask("/v1/messages", LONG_PROMPT))
+        while not seen:
+            await asyncio.sleep(0)
+        await seen[0].paused.wait()
+        asked.cancel()
+        while w.server.net.connector._acquired:
+            await asyncio.sleep(0)
+        seen[0].transport.resume_reading()
+        await seen[0].gone.wait()
+        assert seen[0].size < 20_000_000
+
+
+@pytest.mark.parametrize("token", ["a\nX-Evil: 1", "a\r\n\r\nGET /", "a\0b"])
+@in_loop
+async def test_no_token_begins_another_header(tmp_path, token):
+    async with world(tmp_path) as w:
+        w.server.pool.accounts[w.tokens[0]].token["access_token"] = token
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["type"]) == (502, "api_error")
+        assert "line break" in body["error"]["message"]
+        assert token not in json.dumps(body)
+        assert w.claude.requests == []
+
+
+TEST_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg8xTI39dFeg9/++h2
+lxzJmcyV3DwRblsGlYCeeZ2kn3ehRANCAARA85TAggfanAoYZ1TXzlsFJa+5doG+
+4oABm6rE4T4u4wdF1BP41ErtkJ7LdT1lJBmwWTqR/Pf3AObOqlCv5ckM
+-----END PRIVATE KEY-----
+"""
+TEST_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUZSlkcXAcjk8FIU/raONsK1yrplUwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyOTEwNTk1OFoYDzIxMjYxMTA1
+MTA1OTU4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARA85TAggfanAoYZ1TXzlsFJa+5doG+4oABm6rE4T4u4wdF1BP41Ert
+kJ7LdT1lJBmwWTqR/Pf3AObOqlCv5ckMo28wbTAdBgNVHQ4EFgQU722MGEPOit0j
+Ckp8BZ55QDOKUWEwHwYDVR0jBBgwFoAU722MGEPOit0jCkp8BZ55QDOKUWEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgXxHB7/BSe//AY7tWFomRZc47ZDN5uE8NpyJI75sDiXwCIH4L
+59PaSI/UQzTpBEWKhoZmPEhybtTg9uyvUNHAZ/ZJ
+-----END CERTIFICATE-----
+"""  # for localhost and 127.0.0.1, of this test alone
+
+
+@in_loop
+async def test_model_calls_over_tls(tmp_path):
+    """A certificate that nobody vouches for is refused; one that is trusted serves, and is kept."""
+    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
+        (tmp_path / name).write_text(text)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    raw = RawUpstream(GOOD)
+    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=context)
+    url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async with world(tmp_path, claude={"base-url": url}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", STREAM)
+        assert (status, "certificate is not trusted" in body["error"]["message"]) == (502, True)
+        assert raw.requests == []
+        trusting = ssl.create_default_context(cadata=TEST_CERTIFICATE)
+        w.server.net.connector._ssl = trusting
+        w.server.net.origins.clear()
+        w.clock.now += 1000
+        for _ in range(3):
+            assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert len(raw.requests) == 3
+    server.close()
+
+
+@in_loop
+async def test_two_thousand_leavers_leave_no_connection_behind(tmp_path):
+    """At every moment of a call: while it connects, asks, waits for the head, reads, and at its end."""
+    steps = 0
+
+    async def slow(request):
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            for part in events():
+                await asyncio.sleep(0)
+                await response.write(part)
+        return response
+
+    async with world(tmp_path) as w:
+        w.claude.usual = slow
+        while steps < 2000:
+            asked = [asyncio.create_task(w.ask("/v1/messages", STREAM)) for _ in range(50)]
+            for task in asked:
+                for _ in range(steps % 37):
+                    await asyncio.sleep(0)
+                task.cancel()
+                steps += 1
+            await asyncio.gather(*asked, return_exceptions=True)
+        account = w.server.pool.accounts[w.tokens[0]]
+        while account.in_flight or w.server.net.connector._acquired:
+            await asyncio.sleep(0)
+        assert (account.rests, account.counts["errors"]) == ({}, 0)
+        assert sum(map(len, w.server.net.connector._conns.values())) <= 50
+        assert len(asyncio.all_tasks()) <= 101  # one a kept connection, of the two servers
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+
+
 class Leaving:
     """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
 
