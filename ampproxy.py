@@ -1692,19 +1692,15 @@ SOURCES = (
 )
 
 
-def access_token_of(token: Json) -> str:
-    return str(token.get("access_token") or as_dict(token.get("token")).get("access_token") or "")
-
-
 def ends_at(token: Json) -> float:
     """When its access token expires; 0 where nobody said."""
-    return parse_time(token.get("expired") or as_dict(token.get("token")).get("expiry"))
+    return parse_time(token.get("expired"))
 
 
 def read_source(source: Program, path: Path) -> Json:
     """Another program's login as a token of ours; {} where the file holds none.  May raise."""
-    token = source.read(parse_object(read_file(path)), path)
-    return token if access_token_of(token) else {}
+    token = flat(source.read(parse_object(read_file(path)), path))
+    return token if token.get("access_token") else {}
 
 
 def newer_at_source(token: Json) -> Json:

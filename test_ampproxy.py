@@ -14526,6 +14526,25 @@ def test_import_takes_what_is_newer_and_leaves_logins_of_our_own(tmp_path, monke
     )
 
 
+def test_a_newer_token_of_gemini_cli_is_taken(tmp_path, monkeypatch, capsys):
+    """Its tokens stand in a table of their own, in the copy as well."""
+    now = time.time()
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(now))
+    assert run("import", "gemini", "--yes") == 0
+    path = tmp_path / "auth/gemini-gina@example.com.json"
+    newer = foreign_files(now + 9000)[".gemini/oauth_creds.json"].replace("ya29.g", "ya29.new")
+    (home / ".gemini/oauth_creds.json").write_text(newer)
+    pool = ampproxy.Pool(ampproxy.Live(tmp_path / "config.yaml"))
+    login = next(one for one in pool.scan() if isinstance(one, ampproxy.Login))
+    assert login.access_token == "ya29.g"
+    pool.adopt(login)
+    assert (login.access_token, login.expires > now) == ("ya29.new", True)
+    assert json.loads(path.read_text())["token"]["access_token"] == "ya29.new"
+    capsys.readouterr()
+    assert run("import", "gemini") == 0
+    assert "copied already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("files", "words"), [
     ({}, "no login of another program was found; looked at "), ({".codex/auth.json": '{"OPENAI_API_KEY": "sk-secret-key", "tokens": null}'}, "Codex CLI: no login is in it"),
     ({".claude/.credentials.json": '{"claudeAiOauth": {"accessToken": "t", "expiresAt": "x"}}'}, "claude from-claude, expiry unknown; can be copied"),
