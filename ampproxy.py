@@ -11373,11 +11373,10 @@ async def check(live: Live, args: Json) -> None:
     """Print the configuration in effect, what each account serves, and who answers Amp."""
     if not live.config["proxy-url"]:
         environment_proxies()
-    Pool(live).scan()  # says which token files are none
+    pool = Pool(live)
+    pool.scan()  # says which token files are none
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
-    pool = Pool(live)
-    pool.scan()
     chooser = Chooser(live, pool)
     comments = ["", "Accounts and keys, and the models that each serves (* is anything):", ""]
     comments += [*model_lines(chooser), "", "Amp, as far as its clients call models (to May 2026):"]
@@ -11457,7 +11456,13 @@ def parse(argv: list[str] | None) -> Json:
     for name, made in [("serve", parser), *commands.choices.items()]:
         for argument, more in (ARGUMENTS[""] | ARGUMENTS.get(name, {})).items():
             made.add_argument(argument, **more)
-    args = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    args = vars(found)
+    # Older Pythons leave a word behind an option over, as in `logout claude --config F me`.
+    if len(unknown) == 1 and not unknown[0].startswith("-") and args.get("account", "") is None:
+        args["account"] = unknown.pop()
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not 0 <= args.get("port", 0) <= 65535:
         parser.error("argument --port: a port is a number from 0 to 65535")
     return args

@@ -13339,7 +13339,21 @@ def test_accounts_and_logout(tmp_path, capsys):
     assert "broken.json" in shown.err
     assert ampproxy.main(["logout", "claude", *config]) == 1
     assert "a@example.com, b@example.com" in capsys.readouterr().err
-    assert ampproxy.main(["logout", "anthropic", "a@example.com", *config]) == 0
+    assert ampproxy.main(["check", *config]) == 0
+    assert capsys.readouterr().err.count("broken.json") == 1, "said once"
+    orders = (
+        ["logout", "anthropic", *config, "nobody"],
+        ["logout", *config, "claude", "nobody"],
+        ["logout", "claude", "nobody", *config],
+    )
+    for args in orders:
+        assert ampproxy.main(args) == 1
+        assert "no such account among: a@example.com" in capsys.readouterr().err
+    for args in (["a@example.com", "b@example.com"], [*config, "--to", "me"], ["a", *config, "b"]):
+        with pytest.raises(SystemExit, match="2"):
+            ampproxy.main(["logout", "claude", *args])
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert ampproxy.main(["logout", "anthropic", *config, "a@example.com"]) == 0
     assert [p.name for p in sorted(auth.iterdir())] == ["broken.json", "claude-b@example.com.json"]
 
 
