@@ -8941,6 +8941,15 @@ FLAG = re.compile(
     rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
+AMP_UNREACHABLE = "amp_upstream_proxy_error"  # Amp's clients know it from CLIProxyAPI
+
+
+def unreachable_error(dialect: Dialect, problem: Problem) -> Json:
+    """The same for a model call: an error of its dialect, in which that is the type or code."""
+    body = dialect.error(problem.status, problem.message)
+    key = {"anthropic": "type", "gemini": "status"}.get(dialect.name, "code")
+    body["error"][key] = AMP_UNREACHABLE
+    return body
 
 
 class Ampcode:
@@ -9018,7 +9027,11 @@ class Ampcode:
             headers.popall("Content-Encoding")
             headers["Content-Length"] = str(len(call.raw))
         url = self.address(request)
-        upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
+        try:
+            upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
+        except ProxyError as error:
+            error.problem.body = write_json(unreachable_error(call.dialect, error.problem))
+            raise
         over = False
         try:
             check_status(upstream)
@@ -9882,8 +9895,22 @@ PROBES = {  # answered without a key (clients.md)
 TIDY_AFTER = 0.5  # seconds after a large body that memory is given back
 
 
-# Paths of the SDKs that are no model call: none of them is ampcode.com's.
 NOT_AMPS = re.compile(r"/(v1|v1beta1?|embeddings|images|audio|completions)(/|$)")
+
+
+def is_not_amps(raw_path: str) -> bool:
+    """Whether a path is one of the SDKs: beside the model calls none of these is ampcode.com's."""
+    return NOT_AMPS.match(re.sub("/+", "/", unquote(raw_path))) is not None
+
+
+def dialect_of_sdk(request: Request) -> Dialect | None:
+    """Of an SDK that asks for no model call, but for models, say; None: it is no path of theirs."""
+    path = request.rel_url.raw_path
+    if request.method == "GET" and LISTING.fullmatch(path):
+        return dialect_of_list(request)
+    if not is_not_amps(path):
+        return None
+    return ANTHROPIC if "/messages" in path else dialect_of_list(request)
 
 
 class Server:
@@ -9981,9 +10008,11 @@ class Server:
             self.check_place(request)
         listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
         if listing:
-            return self.models(request, unquote(listing["id"] or ""))
-        if NOT_AMPS.match(re.sub("/+", "/", unquote(path))):
-            return self.nowhere(request, path)
+            wanted = unquote(listing["id"] or "")
+            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
+        if is_not_amps(path):  # a prompt never goes to ampcode.com by accident
+            words = f"there is no {method} {path[:100]} here"
+            raise ProxyError(Problem(404, words, headers=Headers({"x-ampproxy-route": "none"})))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         if method == "POST" and path == "/status/wake":
@@ -9994,21 +10023,6 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
-
-    def nowhere(self, request: Request, path: str) -> web.Response:
-        """A 404 in the dialect: a prompt never goes to ampcode.com by accident."""
-        dialect = ANTHROPIC if "/messages" in path else dialect_of_list(request)
-        body = dialect.error(404, f"there is no {request.method} {path[:100]} here")
-        return web.json_response(body, status=404, headers={"x-ampproxy-route": "none"})
-
-    def models(self, request: Request, wanted: str) -> web.Response:
-        """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
-        try:
-            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
-        except ProxyError as error:
-            problem = error.problem
-            body = dialect_of_list(request).error(problem.status, problem.message)
-            return web.json_response(body, status=problem.status)
 
     def check_place(self, request: Request) -> None:
         local = self.live.config["ampcode"]["restrict-management-to-localhost"]
@@ -10042,15 +10056,17 @@ class Server:
             headers["Retry-After"] = str(wait)
         if wait > 30:  # SDKs would sleep it out without a word (clients.md)
             headers["x-should-retry"] = "false"
-        body = self.error_body(call, problem)
+        body = self.error_body(request, call, problem)
         return web.Response(status=problem.status, body=body, headers=headers)
 
-    def error_body(self, call: Call | None, problem: Problem) -> bytes:
-        if call is None and problem.status == 502:
-            return write_json({"error": "amp_upstream_proxy_error", "message": problem.message})
-        if call is None:
-            return write_json({"error": problem.message})
-        return worded_error(call, problem, self.clock.time())
+    def error_body(self, request: Request, call: Call | None, problem: Problem) -> bytes:
+        if call:
+            return worded_error(call, problem, self.clock.time())
+        if dialect := dialect_of_sdk(request):
+            return write_json(dialect.error(problem.status, problem.message))
+        if problem.status == 502:
+            return write_json({"error": AMP_UNREACHABLE, "message": problem.message})
+        return write_json({"error": problem.message})
 
     # -- The process --
 

@@ -2739,6 +2739,23 @@ async def test_ampcode_down_and_dying(tmp_path):
         assert body["message"]
 
 
+@pytest.mark.parametrize(("path", "key"), [
+    ("/api/provider/anthropic/v1/messages", "type"), ("/api/provider/openai/v1/responses", "code"),
+    ("/api/provider/openai/v1/chat/completions", "code"),
+    ("/api/provider/google/v1beta/models/other:generateContent", "status"),
+])  # fmt: skip
+@in_loop
+async def test_ampcode_out_of_reach_is_named_in_every_dialect(tmp_path, path, key):
+    async with world(tmp_path, ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"}) as w:
+        status, body, headers = await w.ask_json(path, {"model": "other"})
+        assert (status, headers["x-ampproxy-route"]) == (502, "amp")
+        assert body["error"][key] == "amp_upstream_proxy_error"
+        assert "cannot be reached" in body["error"]["message"]
+        streamed = path.replace(":generate", ":streamGenerate")
+        status, body, _ = await w.ask_json(streamed, {"model": "other", "stream": True})
+        assert (status, body["error"][key]) == (502, "amp_upstream_proxy_error")
+
+
 KEY_CASES = [  # config, AMP_API_KEY, secrets file, client's headers -> headers that arrive
     ({}, "", {}, {"x-api-key": "own"}, ("", "own")),
     ({}, "", {}, {"Authorization": "Bearer own"}, ("Bearer own", "")),
@@ -3030,6 +3047,34 @@ async def test_keys_in_five_places(tmp_path, place, path):
         else:
             assert body == {"error": "Missing API key"}
         assert not [r for r in w.amp.requests if "s3cret" in str(r.headers) + r.raw_path]
+
+
+SDK_ASKS = [  # path, headers -> the dialect of a refusal
+    ("/v1/models", {}, "openai"), ("/models", {}, "openai"), ("/v1/models/gpt-5.5", {}, "openai"),
+    ("/api/provider/openai/v1/models", {}, "openai"), ("/v1/embeddings", {}, "openai"),
+    ("/v1/models", {"anthropic-version": "2023-06-01"}, "anthropic"), ("/v1/messages/batches", {}, "anthropic"),
+    ("/v1beta/models", {}, "gemini"), ("/v1beta/models/x", {}, "gemini"), ("/v1/models", {"x-goog-api-key": ""}, "gemini"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "headers", "dialect"), SDK_ASKS)
+@in_loop
+async def test_sdks_are_refused_in_their_dialect(tmp_path, path, headers, dialect):
+    """Also where they ask for no model call."""
+    words = "Missing API key"
+    errors = {
+        "openai": {"type": "authentication_error", "code": "authentication_error"},
+        "anthropic": {"type": "authentication_error"},
+        "gemini": {"code": 401, "status": "UNAUTHENTICATED"},
+    }
+    async with world(tmp_path, **{"api-keys": ["s3cret"]}) as w:
+        status, body, _ = await w.ask_json(path, method="GET", headers=headers)
+        assert (status, body["error"]) == (401, {"message": words, **errors[dialect]})
+        assert ("type" in body) == (dialect == "anthropic")
+    async with world(tmp_path) as w:
+        foreign = {**headers, "Host": "evil.example"}
+        status, body, _ = await w.ask_json(path, method="GET", headers=foreign)
+        assert (status, "not an address" in body["error"]["message"]) == (403, True)
 
 
 HOSTS = [  # Host header -> fine without keys
