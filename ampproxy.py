@@ -437,9 +437,13 @@ def give_back_memory() -> None:
 
 # -- What may be shown to a person --
 
+# sk- and rt_ also stand inside words (task-force, part_number) and count at a word's beginning alone.
+# That may be behind an escape, whose last letter belongs to no word: %3dsk-, %253dsk-, \nsk-, ...
+ESCAPES = (r"%..", r"%25..", r"\\[a-z]", r"\\x..", r"\\u....")
+WORD_START = "|".join([r"(?<![a-z])", *(f"(?<={escape})" for escape in ESCAPES)])
 SECRET = re.compile(
     r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
-    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_|1//0|GOCSPX)[\w.~+/=-]{8,}"
+    rf"|(?:(?:{WORD_START})(?:sk-|rt_)|sgamp_|ya29|AIza|eyJ|1//0|GOCSPX)[\w.~+/=-]{{8,}}"
     r"|(?<=Bearer )\S+"
 )
 WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"

@@ -3230,6 +3230,29 @@ async def test_nothing_secret_in_the_log(tmp_path, capfd):
         assert "\nFAKE LINE" not in log
 
 
+HARMLESS = [
+    "/srv/cart_service/config.yaml is taken up", "/home/me/task-management/config.yaml", "no space on disk-image-volume",
+    "part_number_12345678", "flask-application: import_settings", "sort_order_by_name",
+]  # fmt: skip
+BEFORE_SECRETS = [
+    "", "key ", "key=", "key:", '"', "'", "(", "/", "-", "_", ".", "9", "Z", "\t", "%3D", "%3d", "%253D", "%253d",
+    "\\n", "\\t", "\\x3d", "\\u003d", "Bearer ",
+]  # fmt: skip
+WHOLE_SECRETS = [
+    "sk-ant-oat01-topsecret", "rt_topsecret01", "sgamp_user_topsecret", "ya29.topsecret", "AIzatopsecret",
+    "eyJtopsecret.eyJx.y", "1//0topsecret", "GOCSPX-topsecret",
+]  # fmt: skip
+
+
+def test_the_log_masks_secrets_and_leaves_words():
+    for text in HARMLESS:
+        assert ampproxy.redact(text) == text
+    for before in BEFORE_SECRETS:
+        for secret in WHOLE_SECRETS:
+            text = ampproxy.redact(f"it said {before}{secret}, twice: {before}{secret}")
+            assert "topsecret" not in text, (before, secret)
+
+
 # == Bad input =====================================================================================
 
 DEEP = b'{"model": "claude-opus-4-6", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
