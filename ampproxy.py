@@ -437,7 +437,7 @@ def give_back_memory() -> None:
 
 # -- What may be shown to a person --
 
-# sk- and rt_ also stand inside words (task-force, part_number) and count at a word's beginning alone.
+# sk- and rt_ stand inside words, too (task-force, part_number): they count at a word's beginning.
 # That may be behind an escape, whose last letter belongs to no word: %3dsk-, %253dsk-, \nsk-, ...
 ESCAPES = (r"%..", r"%25..", r"\\[a-z]", r"\\x..", r"\\u....")
 WORD_START = "|".join([r"(?<![a-z])", *(f"(?<={escape})" for escape in ESCAPES)])
@@ -3196,6 +3196,8 @@ class Ask:
     schema_strict: bool = False
     verbosity: str = ""
     cache_key: str = ""
+    # The turns put right, by the maker whose thoughts stay: see history_of.
+    histories: dict[str, list[Turn]] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass
@@ -3352,6 +3354,13 @@ class Target:
 # -- Histories, put right --
 
 
+def history_of(ask: Ask, maker: str) -> list[Turn]:
+    """The turns of a request, put right once for each maker; nobody may change them."""
+    if maker not in ask.histories:
+        ask.histories[maker] = repaired(ask.turns, maker)
+    return ask.histories[maker]
+
+
 def repaired(turns: list[Turn], maker: str = "") -> list[Turn]:
     """A history as every provider takes it; the given one stays as it is.
 
@@ -3460,7 +3469,7 @@ def split_off_system(
     """
     system: list[Text] = []
     turns: list[Turn] = []
-    for turn in repaired(ask.turns, maker):
+    for turn in history_of(ask, maker):
         if turn.role == "system" and not (in_place and turns):
             system += [part for part in turn.parts if isinstance(part, Text)]
         else:
@@ -3482,7 +3491,7 @@ def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
     budgets thinks before every call; others think when they like, so one thought will do.
     """
     steps = 0
-    for turn in reversed(repaired(ask.turns, maker)):
+    for turn in reversed(history_of(ask, maker)):
         if turn.role == "assistant":
             steps += 1
             if any(isinstance(part, Thought) for part in turn.parts):
@@ -5912,9 +5921,22 @@ def gemini_parts(turn: Turn, target: Target) -> list[Json]:
         for part in others
     ]
     parts += with_seals(others, written)
-    calls = [part for part in written if "functionCall" in part]
-    if calls and wants_seals(target.model):
-        calls[0].setdefault("thoughtSignature", NO_SEAL)
+    return with_call_sealed(parts) if wants_seals(target.model) else parts
+
+
+def wants_seals(model: str) -> bool:
+    """Gemini 3 does, on the first call of each step (providers.md 5.3)."""
+    return "gemini" in model and not re.search(r"gemini-[12]", model)
+
+
+def with_call_sealed(parts: list[Any]) -> list[Any]:
+    """The parts of a turn, with Google's own word where its first call has no seal."""
+    for index, part in enumerate(parts):
+        if isinstance(part, dict) and "functionCall" in part:
+            if part.get("thoughtSignature"):
+                return parts
+            sealed = {**part, "thoughtSignature": NO_SEAL}
+            return [*parts[:index], sealed, *parts[index + 1 :]]
     return parts
 
 
@@ -5966,10 +5988,6 @@ def gemini_part(part: Part) -> Json:
             told = {"id": part.id, "name": part.name, "args": arguments_of(part)}
             return {"functionCall": told}
     raise TypeError(part)  # results stand elsewhere
-
-
-def wants_seals(model: str) -> bool:
-    return "gemini" in model and not re.search(r"gemini-[12]", model)
 
 
 def gemini_call(call: ToolCall, target: Target) -> Json:
@@ -6734,7 +6752,7 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
     if model.startswith("claude-"):
         body = google_claude_rules(body, provider)
     elif wants_seals(model) and isinstance(body.get("contents"), list):
-        body = {**body, "contents": with_signatures(body["contents"])}
+        body = {**body, "contents": with_calls_sealed(body["contents"])}
     return antigravity_rules(body, model) if provider.envelope else body
 
 
@@ -6809,21 +6827,15 @@ def turn_start(contents: list[Any]) -> int:
     return 0
 
 
-def with_signatures(contents: list[Any]) -> list[Any]:
-    """Gemini 3 wants one on the first call of each step of the current turn (providers.md 5.3)."""
+def with_calls_sealed(contents: list[Any]) -> list[Any]:
+    """For a client of Gemini's own: each step of the current turn, as gemini_parts does it."""
     start = turn_start(contents)
-    return contents[:start] + [with_signature(content) for content in contents[start:]]
-
-
-def with_signature(content: Any) -> Any:
-    parts = as_list(as_dict(content).get("parts"))
-    for index, part in enumerate(parts):
-        if isinstance(part, dict) and "functionCall" in part:
-            if part.get("thoughtSignature"):
-                return content
-            signed = {**part, "thoughtSignature": NO_SEAL}
-            return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
-    return content
+    sealed = []
+    for content in contents[start:]:
+        parts = as_dict(content).get("parts")
+        new = with_call_sealed(parts) if isinstance(parts, list) else parts
+        sealed.append(content if new is parts else {**content, "parts": new})
+    return contents[:start] + sealed
 
 
 def google_claude_rules(body: Json, provider: Provider) -> Json:
@@ -6879,7 +6891,10 @@ def with_claudes_thoughts(content: Any) -> Any:
 
 
 def lost_thoughts(contents: list[Any]) -> bool:
-    """Whether the current turn has a call without the thoughts that led to it."""
+    """Whether the current turn has a call without the thoughts that led to it.
+
+    Of a Gemini client's own bytes; is_cut_off judges what is translated.
+    """
     for content in contents[turn_start(contents) :]:
         parts = parts_of(content)
         calls = any("functionCall" in part for part in parts)
