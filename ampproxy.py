@@ -10701,6 +10701,16 @@ def amp_settings() -> Path:
     return other if other.is_file() and not path.exists() else path
 
 
+def amp_line(url: str) -> str:
+    """For the start: what Amp's settings must say, and whether they do."""
+    found = Json()
+    with suppress(OSError, ValueError):
+        found = read_json_text(read_file(amp_settings()).decode())
+    there = text_of(found.get("amp.url")).rstrip("/") == url
+    hint = "is in its settings" if there else "in its settings; `ampproxy.py setup amp` does it"
+    return f'Amp       "amp.url": "{url}"  {hint}'
+
+
 def amp_edits(target: Destination) -> list[Edit]:
     edits = [fixed(amp_settings(), JSON_FORMAT, {("amp.url",): target.url})]
     key = target.amp_key if target.key == "any" else target.key
@@ -11116,9 +11126,7 @@ async def serve(live: Live, args: Json) -> None:
         log.info("ampproxy %s: %s", __version__, address)
         for line in standing(live, server.pool):
             log.info("%s", line)
-        log.info(
-            'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
-        )
+        log.info("%s", amp_line(address))
         server.ledger.warn_of_no_account()
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()

@@ -13706,6 +13706,20 @@ async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_pat
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(("text", "there"), [
+    (None, False), ("", False), ("{", False), ("[]", False), ('{"amp.url": 5}', False),
+    ('{"amp.url": "http://127.0.0.1:8318"}', False), ('{"amp.url": "http://127.0.0.1:8317"}', True),
+    ('{\n  // mine\n  "amp.url": "http://127.0.0.1:8317/",\n}', True),
+])  # fmt: skip
+def test_the_start_says_whether_amp_points_here(tmp_path, monkeypatch, text, there):
+    monkeypatch.setenv("AMP_SETTINGS_FILE", str(tmp_path / "settings.json"))
+    if text is not None:
+        (tmp_path / "settings.json").write_text(text)
+    told = ampproxy.amp_line("http://127.0.0.1:8317")
+    assert '"amp.url": "http://127.0.0.1:8317"' in told
+    assert ("setup amp" in told) != there
+
+
 @pytest.mark.parametrize(
     ("fallback", "words"),
     [("always", "bills it"), ("never", "no model call can be answered")],
