@@ -1260,8 +1260,8 @@ class ConfigFile:
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-            reason = getattr(error, "problem", None) or explain(error)
-            raise Failure(f"{place}: cannot be read: {reason}") from error
+            reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
+            raise Failure(f"{place}: cannot be read: {reason or explain(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
         raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
@@ -9416,7 +9416,7 @@ async def ask_proxy(live: Live, path: str = "/status", body: Json | None = None)
             raw = await answer.read()
     except NET_ERRORS as error:
         raise Failure(
-            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+            f"no proxy to ask at {url} ({net_words(error)}): start it, or say its --config"
         ) from error
     try:
         told = parse_object(raw)
@@ -11153,9 +11153,11 @@ async def logout(live: Live, args: Json) -> None:
     kind, account = NAMES[args["provider"]], args["account"]
     there = [a for a in Pool(live).scan() if isinstance(a, Login) and a.kind == kind]
     wanted = [a for a in there if account in (None, a.label, a.path.name, a.path.stem)]
+    if not there:
+        raise Failure(f"no such account: there is no {kind} login in {live.auth_dir}")
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
-        names = ", ".join(a.label for a in there) or "none"
+        names = ", ".join(a.label for a in there)
         raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
@@ -11301,14 +11303,26 @@ def set_up(target: Destination, name: str, undo: bool) -> None:
     lines, writes = plan(client, edits)
     for edit, text, new in writes:
         edit.write(text, new)
-    say("\n".join(lines) if lines else f"{client.title} is set up already; nothing was changed")
+    say("\n".join(lines) if lines else f"{as_it_is(client, edits)}; nothing was changed")
     if writes:
         say(f"Done. `ampproxy.py setup {name} --undo` brings back what was there before.")
     if name == "amp" and len(edits) == 1:
         say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
     if not target.models(""):
         say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+    if not has_steps(edits):
+        say(f"Next: ampproxy.py setup {name}, once more.")
+        return
     say(f"Next: ampproxy.py, and then {client.program} in another terminal.")
+
+
+def has_steps(edits: list[Edit]) -> bool:
+    """Whether there is anything to write; droid gets an entry for each model that is served."""
+    return any(edit.steps({}) for edit in edits)
+
+
+def as_it_is(client: Client, edits: list[Edit]) -> str:
+    return f"{client.title} {'is set up already' if has_steps(edits) else 'needs models first'}"
 
 
 def survey(target: Destination) -> None:
@@ -11324,7 +11338,7 @@ def survey(target: Destination) -> None:
         except Failure as error:
             say(f"{client.title}: {error}")
             continue
-        say("\n".join(lines) if lines else f"{client.title}: set up already")
+        say("\n".join(lines) if lines else as_it_is(client, edits))
         ready += [name] if lines else []
     if ready:
         say(f"Nothing was changed. Next: ampproxy.py setup {'|'.join(ready)}")
@@ -11338,7 +11352,7 @@ async def accounts(live: Live, args: Json) -> None:
     for account in found:
         left = (account.expires - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        place = account.path if isinstance(account, Login) else account.label
+        place = account.path if isinstance(account, Login) else live.path
         state = account.state(0)
         say(line.format(account.kind, account.label, account.plan or "-", ends, state, place))
     if not found:
@@ -11407,7 +11421,10 @@ async def route(live: Live, args: Json) -> None:
     verb = VERBS.get(args["dialect"], "")
     chooser = Chooser(live, pool)
     ways, notes = chooser.ways(*chooser.split(args["model"]), verb)
-    chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
+    chosen = []
+    for way in ways:
+        name = f"{way.rows[0].provider.served(way.model)} {way.effort}".rstrip()
+        chosen.append(f"{way.route}: {way.rows[0].name} as {name}")
     nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
     say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))
 
@@ -11438,7 +11455,9 @@ async def check(live: Live, args: Json) -> None:
 NEWER_AMP = "Clients of July 2026 and newer run all models on Amp's servers: Amp bills those."
 
 
-SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
+SECRET_KEYS = re.compile(
+    r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-|user-agent$|originator$)"
+)
 
 
 def masked(value: Any, key: str = "") -> Any:
@@ -11457,6 +11476,7 @@ COMMANDS = {
     command.__name__.rstrip("_"): command
     for command in (serve, login, logout, accounts, status, route, check, setup, import_)
 }
+PROVIDER_WORD = {"metavar": "PROVIDER", "help": "claude, codex, gemini or antigravity"}
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
     "serve": {
@@ -11465,20 +11485,31 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "--debug": {"action": "store_true", "help": "say more in the log"},
     },
     "login": {
-        "provider": {"nargs": "?", "choices": NAMES, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": NAMES, "default": None},
         "--no-browser": {"action": "store_true", "help": "print the address only"},
     },
-    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "logout": {
+        "provider": {**PROVIDER_WORD, "choices": NAMES},
+        "account": {
+            "nargs": "?",
+            "default": None,
+            "metavar": "ACCOUNT",
+            "help": "which of several",
+        },
+    },
     "setup": {
-        "client": {"nargs": "?", "choices": CLIENTS, "default": None},
+        "client": {"nargs": "?", "choices": CLIENTS, "default": None, "help": "else: all, to look"},
         "--url": {"help": "the proxy's address, where it is not the configuration's"},
         "--undo": {"action": "store_true", "help": "bring back what was there before"},
     },
     "import": {
-        "provider": {"nargs": "?", "choices": IMPORTABLE, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": IMPORTABLE, "default": None},
         "--yes": {"action": "store_true", "help": "copy without asking"},
     },
-    "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
+    "route": {
+        "model": {"metavar": "MODEL", "help": "as a client names it"},
+        "--dialect": {"choices": VERBS, "default": "", "help": "of the client; else any"},
+    },
     "status": {
         "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
         "--watch": {"action": "store_true", "help": "again every two seconds; Ctrl-C ends it"},

@@ -8684,6 +8684,9 @@ def test_route_says_who_would_serve_and_why(tmp_path, capsys):
     assert decision == "So nobody here; fallback: always"
     file.write_text(file.read_text().replace("ampcode:", "ampcode:\n  fallback: never"))
     assert lines("claude-opus-4-7")[-1] == "So nobody here; fallback: never"
+    google_file(tmp_path, "antigravity")
+    asked = lines("gemini-3-pro-preview")[-1]
+    assert asked == "So local: antigravity as gemini-3-pro-high", "what is asked for there"
 
 
 # == Translation: the neutral form =================================================================
@@ -13360,9 +13363,13 @@ async def test_anthropic_sdk(tmp_path, base):
 @pytest.mark.parametrize(("args", "status", "words"), [
     (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
     (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "usage"), (["login", "nobody"], 2, "invalid choice"),
-    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid"),
+    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "PROVIDER"), (["--port", "x"], 2, "invalid"),
     (["login"], 2, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
     (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 2, "--port"),
+    (["--config", "no.yaml"], 1, "no.yaml: cannot be read: No such file or directory\n"),
+    (["logout", "codex"], 1, "there is no codex login in "), (["setup", "droid"], 0, "needs models first"),
+    (["setup", "droid"], 0, "Next: ampproxy.py setup droid, once more."), (["check"], 0, "originator: codex_cli_rs"),
+    (["login", "--help"], 0, "PROVIDER       claude, codex, gemini or antigravity"),
 ])  # fmt: skip
 @in_loop
 async def test_commands(tmp_path, args, status, words):
