@@ -13725,6 +13725,8 @@ def test_the_start_says_whether_amp_points_here(tmp_path, monkeypatch, text, the
     told = ampproxy.amp_line("http://127.0.0.1:8317")
     assert '"amp.url": "http://127.0.0.1:8317"' in told
     assert ("setup amp" in told) != there
+    told = ampproxy.amp_line("http://127.0.0.1:8317", by_hand=True)
+    assert ("`ampproxy.py setup amp --url http://127.0.0.1:8317`" in told) != there
 
 
 @pytest.mark.parametrize(
