@@ -51,6 +51,9 @@ Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
 Left out on purpose: TLS, a database, imitation of the official clients.
+
+Where a comment names providers.md, clients.md, amp-client.md, peers.md or design.md, its fact comes
+from there: notes about the world outside, which are no part of this repository.
 """
 
 from __future__ import annotations
@@ -8965,6 +8968,14 @@ def secrets_file() -> Path:
     return folder_of("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
 
 
+def stored_keys() -> Json:
+    """What that file says; {} where it cannot be read."""
+    try:
+        return parse_object(read_file(secrets_file()))
+    except (OSError, ValueError):
+        return {}
+
+
 def stored_key(stored: Json, base: str) -> str:
     """Amp's own key for an address, from that file."""
     found = stored.get(f"apiKey@{base}/") or stored.get(f"apiKey@{base}") or ""
@@ -9006,9 +9017,7 @@ class Ampcode:
         """The key that Amp itself keeps for this address; its lack is remembered, too."""
         now, base = self.clock.monotonic(), self.base()
         if self.secrets_until <= now:
-            self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
-            with suppress(OSError, ValueError):
-                self.secrets = parse_object(secrets_file().read_bytes())
+            self.secrets, self.secrets_until = stored_keys(), now + 5 * MINUTE
         return stored_key(self.secrets, base)
 
     def upstream_key(self, key: str) -> str:
@@ -9237,12 +9246,11 @@ ROUTE_WORDS = {
     "none": "NO_PROVIDER",
 }
 ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
-PAID_MODELS = 100  # names of models that are counted
-NO_ACCOUNT = {  # whether ampcode.com may be asked -> what is said where there is no account
-    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
-    False: "NO LOGIN AND NO KEY: no model call can be answered."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
+COUNTED_MODELS = 100  # names of models that are counted apart, in all and of paid calls
+FIRST_LOGIN = "ampproxy.py login claude (or codex)"  # for who has no account
+NO_ACCOUNT = {  # whether ampcode.com may be asked -> what the log says where there is none
+    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it.",
+    False: "NO LOGIN AND NO KEY: no model call can be answered.",
 }
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
@@ -9264,7 +9272,7 @@ class Ledger:
         """A call that has ended; 499 when the client left."""
         self.routes[call.route] += 1
         model = call.model[:200]
-        known = model in self.paid or len(self.paid) < PAID_MODELS
+        known = model in self.paid or len(self.paid) < COUNTED_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
         self.count_model(call, status)
@@ -9295,7 +9303,7 @@ class Ledger:
 
     def count_model(self, call: Call, status: int) -> None:
         key = (call.provider[:200], (call.served_model or call.model)[:200])
-        if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
+        if call.route == "none" or (key not in self.models and len(self.models) >= COUNTED_MODELS):
             return
         counts = self.models.setdefault(key, Counter(requests=0, errors=0))
         counts.update({"requests": 1, "errors": status >= 400, **call.tokens})
@@ -9318,7 +9326,7 @@ class Ledger:
             return
         self.warn_at = self.clock.monotonic() + HOUR
         pays = self.pool.live.config["ampcode"]["fallback"] != "never"
-        log.warning("%s", NO_ACCOUNT[pays])
+        log.warning("%s To use a plan of yours: %s", NO_ACCOUNT[pays], FIRST_LOGIN)
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -9351,7 +9359,7 @@ class Ledger:
             words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
             lines.append(f"PAID: {words}, not your logins")
         if not self.pool.accounts:
-            lines.append("No login and no key: run ampproxy.py login claude (or codex)")
+            lines.append(f"No login and no key: run {FIRST_LOGIN}")
         return lines
 
     def report_model(self, provider: str, model: str) -> Json:
@@ -11290,12 +11298,10 @@ async def confirmed(question: str) -> bool:
 
 async def setup(live: Live, args: Json) -> None:
     """Point a client's own settings to the proxy; without a client: say what that would change."""
-    pool, stored, config = Pool(live), Json(), live.config
+    pool, config = Pool(live), live.config
     pool.scan()
-    with suppress(OSError, ValueError):
-        stored = parse_object(read_file(secrets_file()))
     upstream = str(config["ampcode"]["upstream-url"]).rstrip("/")
-    amp_key = stored_key(stored, upstream) or str(config["ampcode"]["upstream-api-key"])
+    amp_key = stored_key(stored_keys(), upstream) or str(config["ampcode"]["upstream-api-key"])
     url = str(args.get("url") or live.address()).rstrip("/")
     if not is_address(url):
         raise Misuse(f"--url {url!r} is no address that begins with http:// or https://")
@@ -11327,7 +11333,7 @@ def set_up(target: Destination, name: str, undo: bool) -> None:
     if name == "amp" and len(edits) == 1:
         say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
     if not target.models(""):
-        say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+        say(f"No account serves anything yet. First: {FIRST_LOGIN}")
     if not has_steps(edits):
         say(f"Next: ampproxy.py setup {name}, once more.")
         return
@@ -11374,7 +11380,7 @@ async def accounts(live: Live, args: Json) -> None:
         state = account.state(0)
         say(line.format(account.kind, account.label, account.plan or "-", ends, state, place))
     if not found:
-        say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
+        say(f"No accounts in {live.auth_dir} yet. Next: {FIRST_LOGIN}")
 
 
 async def status(live: Live, args: Json) -> None:

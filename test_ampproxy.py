@@ -2808,6 +2808,10 @@ async def test_the_secrets_file_is_read_every_five_minutes(tmp_path):
         assert await arrives() == "one"
         w.clock.now += 301
         assert await arrives() is None
+        two = json.dumps({f"apiKey@{w.amp.url}": "two"}).encode()
+        secrets.write_bytes(b"\xef\xbb\xbf" + two)
+        w.clock.now += 301
+        assert await arrives() == "two", "as some editors on Windows save it"
 
 
 @in_loop
@@ -12166,11 +12170,11 @@ async def test_tables_by_model_names_are_bounded(tmp_path, monkeypatch):
         assert "claude-199" in account.rests
     (tmp_path / "other").mkdir()
     async with world(tmp_path / "other", tokens=()) as w:
-        for number in range(ampproxy.PAID_MODELS + 50):
+        for number in range(ampproxy.COUNTED_MODELS + 50):
             await w.ask(PATH, {**ASK, "model": f"claude-{number}"})
         report = (await w.ask_json("/status", method="GET"))[1]
-        assert len(report["paid"]) == ampproxy.PAID_MODELS
-        assert report["routes"]["amp"] == ampproxy.PAID_MODELS + 50
+        assert len(report["paid"]) == ampproxy.COUNTED_MODELS
+        assert report["routes"]["amp"] == ampproxy.COUNTED_MODELS + 50
 
 
 def anthropic_counts(*usages):
@@ -13803,10 +13807,10 @@ async def test_the_report_counts_models_and_says_what_is_paid(tmp_path):
 @in_loop
 async def test_names_of_models_are_counted_up_to_a_bound(tmp_path):
     async with world(tmp_path) as w:
-        for number in range(ampproxy.PAID_MODELS + 5):
+        for number in range(ampproxy.COUNTED_MODELS + 5):
             await w.ask(PATH, {**ASK, "model": f"grok-{number}"})
-        assert len(w.server.ledger.models) == ampproxy.PAID_MODELS
-        assert w.server.ledger.routes["amp"] == ampproxy.PAID_MODELS + 5
+        assert len(w.server.ledger.models) == ampproxy.COUNTED_MODELS
+        assert w.server.ledger.routes["amp"] == ampproxy.COUNTED_MODELS + 5
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
