@@ -2575,7 +2575,8 @@ async def test_a_fallback_that_is_down_or_dies(tmp_path):
         assert error_in((await w.ask(PATH, STREAM)).bytes)["type"] == "api_error"
         w.reload(ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"})
         status, body, headers = await w.ask_json(PATH, ASK)
-        assert (status, body["type"], body["error"]["type"]) == (502, "error", "api_error")
+        told = (status, body["type"], body["error"]["type"])
+        assert told == (502, "error", "amp_upstream_proxy_error")
         assert headers["x-ampproxy-route"] == "amp"
 
 
