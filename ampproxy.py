@@ -6913,7 +6913,8 @@ def with_claudes_thoughts(content: Any) -> Any:
 def lost_thoughts(contents: list[Any]) -> bool:
     """Whether the current turn has a call without the thoughts that led to it.
 
-    Of a Gemini client's own bytes; is_cut_off judges what is translated.
+    Every step of it counts, and the request may be a Gemini client's own.  is_cut_off asks less:
+    of the last step of what is translated for any Claude.
     """
     for content in contents[turn_start(contents) :]:
         parts = parts_of(content)
