@@ -51,6 +51,9 @@ Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
 Left out on purpose: TLS, a database, imitation of the official clients.
+
+Where a comment names providers.md, clients.md, amp-client.md, peers.md or design.md, its fact comes
+from there: notes about the world outside, which are no part of this repository.
 """
 
 from __future__ import annotations
@@ -146,7 +149,7 @@ __version__ = "0.1.0"
 
 # == Common ground =================================================================================
 #
-# Errors, JSON, numbers and times, files, and what may be shown to a person.
+# Errors, JSON, numbers and times, files, packed bodies, what may be shown to a person, and the log.
 #
 # There are two errors.  A Failure is one sentence for the person at the terminal.  A ProxyError is
 # for a client and carries a Problem: what went wrong as plain data.  Only a Problem is ever kept;
@@ -214,10 +217,10 @@ def explain(error: BaseException) -> str:
 
 
 def finite(digits: str) -> float:
-    number = float(digits)
-    if abs(number) == float("inf"):
+    value = float(digits)
+    if abs(value) == float("inf"):
         raise ValueError(f"{digits[:20]} is too large a number")
-    return number
+    return value
 
 
 def no_constant(name: str) -> NoReturn:
@@ -357,6 +360,8 @@ def http_delay(value: str, now: float) -> float:
         return max(0, number(value))
 
 
+# -- Files --
+
 FILE_LIMIT = 4 << 20  # bytes of a file that a person or a program wrote for us
 
 
@@ -374,10 +379,12 @@ def read_file(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def folder(variable: str, usual: str) -> Path:
+def folder_of(variable: str, usual: str) -> Path:
     """Where an environment variable says that something is kept, else the usual place."""
     return Path(os.environ.get(variable) or usual).expanduser()
 
+
+# -- Packed bodies, and memory --
 
 GZIP = b"\x1f\x8b"  # how it begins
 CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # that can be unpacked here; zlib's wbits
@@ -406,9 +413,9 @@ class Unpacker:
         if self.stream is None or ended:
             raw = self.bits == 15 and self.left[0] & 15 != 8  # deflate without zlib's head
             self.stream = zlib.decompressobj(-15 if raw else self.bits)
-        plain: bytes = self.stream.decompress(self.left, LARGE)
+        piece: bytes = self.stream.decompress(self.left, LARGE)
         self.left = self.stream.unconsumed_tail or self.stream.unused_data
-        return plain
+        return piece
 
 
 MEMBERS, MEMBER_PIECE = 10_000, 16384  # of one body; bytes that are looked at together
@@ -423,17 +430,17 @@ def unpack(raw: bytes, coding: str = "gzip") -> bytes | None:
 
 def unpack_whole(raw: bytes | bytearray, coding: str) -> bytes:
     """zlib.error for what is not packed so, or not whole; OverflowError above BODY_LIMIT."""
-    unpacker, plain, members = Unpacker(coding), bytearray(), 0
+    unpacker, whole, members = Unpacker(coding), bytearray(), 0
     for start in range(0, len(raw), MEMBER_PIECE):
         unpacker.left += raw[start : start + MEMBER_PIECE]
         while unpacker.left:
-            plain += unpacker.take(b"")
+            whole += unpacker.take(b"")
             members += unpacker.stream is not None and unpacker.stream.eof
-            if len(plain) > BODY_LIMIT or members > MEMBERS:
+            if len(whole) > BODY_LIMIT or members > MEMBERS:
                 raise OverflowError
     if not unpacker.is_whole:
         raise zlib.error
-    return bytes(plain)
+    return bytes(whole)
 
 
 def accepts(header: str, coding: str) -> bool:
@@ -451,20 +458,25 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# -- What may be shown to a person --
-
-SECRET = re.compile(
-    r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
-    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_|1//0|GOCSPX)[\w.~+/=-]{8,}"
-    r"|(?<=Bearer )\S+"
-)
-WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
-HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
+# -- Secrets, and what may be shown to a person --
 
 
 def equal(one: str, other: str) -> bool:
     """In a time that does not tell how much of them is alike."""
     return secrets.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
+
+
+# sk- and rt_ stand inside words, too (task-force, part_number): they count at a word's beginning.
+# That may be behind an escape, whose last letter belongs to no word: %3dsk-, %253dsk-, \nsk-, ...
+ESCAPES = (r"%..", r"%25..", r"\\[a-z]", r"\\x..", r"\\u....")
+WORD_START = "|".join([r"(?<![a-z])", *(f"(?<={escape})" for escape in ESCAPES)])
+SECRET = re.compile(
+    r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
+    rf"|(?:(?:{WORD_START})(?:sk-|rt_)|sgamp_|ya29|AIza|eyJ|1//0|GOCSPX)[\w.~+/=-]{{8,}}"
+    r"|(?<=Bearer )\S+"
+)
+WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
+HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
 
 
 def mask(secret: str) -> str:
@@ -525,6 +537,8 @@ def paint_for(stream: Any) -> Paint:
     return coloured
 
 
+# -- The log --
+
 LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red"}
 
 
@@ -566,8 +580,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 def log_to(path: Path) -> LogFile:
     try:
-        for folder in (path.parent.parent, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (path.parent.parent, path.parent):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return LogFile(path, maxBytes=LOG_SIZE, backupCount=LOG_FILES)
     except OSError as error:
         raise Failure(f"the log cannot be written to {path}: {explain(error)}") from error
@@ -614,9 +628,8 @@ class Provider:
     base_url: str = ""  # with or without the version part of the paths
     more_hosts: tuple[str, ...] = ()  # asked in turn where that one fails; not with one's own
     paths: dict[str, str] = field(default_factory=dict)  # verb of a call -> path; none: no calls
-    models: tuple[
-        Any, ...
-    ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
+    # Names, patterns, {name, alias}; clients are shown the names alone.
+    models: tuple[Any, ...] = ()
     excluded_models: tuple[str, ...] = ()
     only_streams: tuple[str, ...] = ()  # patterns of models that give no answer in one piece
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
@@ -634,7 +647,6 @@ class Provider:
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
     wraps: bool = False  # in Code Assist's envelope, which names a project (providers.md 3)
     envelope: dict[str, str] = field(default_factory=dict)  # what else it says
-
     proxy_url: str = ""  # the way out to it; "direct": none; "": that of all
 
     # -- How one signs in --
@@ -677,7 +689,7 @@ class Provider:
     @functools.cached_property
     def written(self) -> dict[str, str]:
         """The same in lower case, without what is a pattern."""
-        return {n.lower(): own for n, own in self.names.items() if not set(n) & set("*?[")}
+        return {name.lower(): own for name, own in self.names.items() if not is_pattern(name)}
 
     def served(self, model: str) -> str:
         """What is asked for there, for a name in any case of letters."""
@@ -741,10 +753,8 @@ MOST_TOKENS = {  # that a model writes (providers.md 1.7); of several patterns t
     "claude-[23]*": 4096,
     "*": 32000,
 }
-CLAUDE_SAMPLES = (
-    "claude-[23]*",
-    "claude-*-4-[0-6]*",
-)  # later ones refuse temperature, top_p, top_k
+# Of Claude's models these take temperature, top_p and top_k; later ones refuse them.
+CLAUDE_SAMPLES = ("claude-[23]*", "claude-*-4-[0-6]*")
 # OpenAI's that think refuse them, too, and want another word for max_tokens in Chat.
 OPENAI_THINKS = ("gpt-[5-9]*", "o[1-9]*", "codex-*")
 
@@ -1005,6 +1015,10 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
 }
 
 
+def is_pattern(name: str) -> bool:
+    return bool(set(name) & set("*?["))
+
+
 @functools.lru_cache(256)
 def any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("(?i)" + "|".join(map(fnmatch.translate, patterns)))
@@ -1039,11 +1053,11 @@ class Thinking(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def read_thinking(told: str) -> Thinking:
+def read_thinking(line: str) -> Thinking:
     """Of a line of THINKING."""
-    levels = [word for word in told.split() if word in BUDGETS]
-    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
-    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in told.split())
+    levels = [word for word in line.split() if word in BUDGETS]
+    limits = [int(digits) for digits in re.findall(r"\d{1,9}", line)]
+    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in line.split())
 
 
 def thinking_of(table: dict[str, str], model: str) -> Thinking:
@@ -1101,7 +1115,7 @@ def switch_key(default: bool) -> Value:
 def whole_key(default: int, low: int, high: int) -> Value:
     return Value(
         default,
-        f"a whole number from {low} to {high:g}",
+        f"a whole number from {low} to {high}",
         lambda value: type(value) is int and low <= value <= high,
     )
 
@@ -1109,7 +1123,7 @@ def whole_key(default: int, low: int, high: int) -> Value:
 def amount_key(default: float) -> Value:
     return Value(
         default,
-        "a number from 0 to 1e+09",
+        "a number from 0 to 1000000000",
         lambda value: type(value) in (int, float) and 0 <= value <= 1e9,
     )
 
@@ -1272,8 +1286,8 @@ class ConfigFile:
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-            reason = getattr(error, "problem", None) or explain(error)
-            raise Failure(f"{place}: cannot be read: {reason}") from error
+            reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
+            raise Failure(f"{place}: cannot be read: {reason or explain(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
         raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
@@ -1354,9 +1368,9 @@ def find_config(given: str | None) -> Path | None:
     if given:
         return Path(given).expanduser()
     own = Path("~/.config/ampproxy").expanduser()
-    for folder in (Path.cwd(), Path(__file__).resolve().parent, own):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+    for directory in (Path.cwd(), Path(__file__).resolve().parent, own):
+        if (directory / "config.yaml").is_file():
+            return directory / "config.yaml"
     return None
 
 
@@ -1563,11 +1577,11 @@ async def alone_with(path: Path) -> AsyncIterator[None]:
         with suppress(ImportError, OSError):
             fcntl: Any = importlib.import_module("fcntl")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            number = os.open(lock_of(path), flags, 0o600)
-            stack.callback(os.close, number)
+            descriptor = os.open(lock_of(path), flags, 0o600)
+            stack.callback(os.close, descriptor)
             while True:
                 try:
-                    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     await asyncio.sleep(LOCK_LOOK)
@@ -1599,12 +1613,12 @@ def jwt_payload(token: Any) -> Json:
 
 def claims(token: Json) -> Json:
     """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
-    told = jwt_payload(token.get("id_token"))
-    auth = as_dict(told.get("https://api.openai.com/auth"))
+    payload = jwt_payload(token.get("id_token"))
+    auth = as_dict(payload.get("https://api.openai.com/auth"))
     found = {
         "account_id": auth.get("chatgpt_account_id"),
         "plan": auth.get("chatgpt_plan_type"),
-        "email": auth.get("email") or told.get("email"),
+        "email": auth.get("email") or payload.get("email"),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -1621,10 +1635,11 @@ def token_name(kind: str, email: str) -> str:
 #
 # To add a program, write its reader and name it in SOURCES.
 
+# What is taken from there when it is newer.
 REFRESHED = ("access_token", "refresh_token", "id_token", "expired", "last_refresh", "token")
 
 
-def told_in(path: Path, *keys: str) -> str:
+def text_in(path: Path, *keys: str) -> str:
     """A text in a JSON file; "" for none."""
     try:
         value: Any = parse_object(read_file(path))
@@ -1639,10 +1654,10 @@ def of_milliseconds(value: Any) -> str:
     return rfc3339(number(value // 1000)) if isinstance(value, (int, float)) else ""
 
 
-def read_claude_code(told: Json, path: Path) -> Json:
-    found = as_dict(told.get("claudeAiOauth"))
+def read_claude_code(stored: Json, path: Path) -> Json:
+    found = as_dict(stored.get("claudeAiOauth"))
     places = (path.with_name(".claude.json"), path.parent.parent / ".claude.json")
-    emails = [told_in(place, "oauthAccount", "emailAddress") for place in places]
+    emails = [text_in(place, "oauthAccount", "emailAddress") for place in places]
     return {
         "type": "claude",
         "email": next(filter(None, emails), ""),
@@ -1653,8 +1668,8 @@ def read_claude_code(told: Json, path: Path) -> Json:
     }
 
 
-def read_codex_cli(told: Json, path: Path) -> Json:
-    found = as_dict(told.get("tokens"))
+def read_codex_cli(stored: Json, path: Path) -> Json:
+    found = as_dict(stored.get("tokens"))
     ends = number(jwt_payload(found.get("access_token")).get("exp"))
     return {
         "type": "codex",
@@ -1664,27 +1679,27 @@ def read_codex_cli(told: Json, path: Path) -> Json:
         "id_token": found.get("id_token") or "",
         "account_id": found.get("account_id") or "",
         "expired": rfc3339(ends) if ends else "",
-        "last_refresh": told.get("last_refresh") or "",
+        "last_refresh": stored.get("last_refresh") or "",
     }
 
 
-def read_gemini_cli(told: Json, path: Path) -> Json:
+def read_gemini_cli(stored: Json, path: Path) -> Json:
     """In CLIProxyAPI's form, which has the token in a table of its own."""
-    ends = of_milliseconds(told.get("expiry_date"))
+    ends = of_milliseconds(stored.get("expiry_date"))
     names = ("access_token", "refresh_token", "token_type", "scope")
-    token = {name: told[name] for name in names if name in told}
-    active = told_in(path.with_name("google_accounts.json"), "active")
-    email = jwt_payload(told.get("id_token")).get("email") or active
+    token = {name: stored[name] for name in names if name in stored}
+    active = text_in(path.with_name("google_accounts.json"), "active")
+    email = jwt_payload(stored.get("id_token")).get("email") or active
     return {"type": "gemini", "email": email, "token": {**token, "expiry": ends}}
 
 
-def read_cliproxyapi(told: Json, path: Path) -> Json:
-    return told if str(told.get("type")) in LOGINS else {}
+def read_cliproxyapi(stored: Json, path: Path) -> Json:
+    return stored if str(stored.get("type")) in LOGINS else {}
 
 
 @dataclass(frozen=True)
 class Program:
-    program: str
+    name: str
     folder: Callable[[], Path]
     pattern: str  # of its files there
     read: Callable[[Json, Path], Json]
@@ -1693,34 +1708,32 @@ class Program:
 SOURCES = (
     Program(
         "Claude Code",
-        lambda: folder("CLAUDE_CONFIG_DIR", "~/.claude"),
+        lambda: folder_of("CLAUDE_CONFIG_DIR", "~/.claude"),
         ".credentials.json",
         read_claude_code,
     ),
-    Program("Codex CLI", lambda: folder("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
+    Program("Codex CLI", lambda: folder_of("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
     Program(
         "Gemini CLI",
-        lambda: folder("", "~/.gemini"),
+        lambda: folder_of("", "~/.gemini"),
         "oauth_creds.json",
         read_gemini_cli,
     ),
-    Program("CLIProxyAPI", lambda: folder("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi),
+    Program(
+        "CLIProxyAPI", lambda: folder_of("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi
+    ),
 )
-
-
-def access_token_of(token: Json) -> str:
-    return str(token.get("access_token") or as_dict(token.get("token")).get("access_token") or "")
 
 
 def ends_at(token: Json) -> float:
     """When its access token expires; 0 where nobody said."""
-    return parse_time(token.get("expired") or as_dict(token.get("token")).get("expiry"))
+    return parse_time(token.get("expired"))
 
 
 def read_source(source: Program, path: Path) -> Json:
     """Another program's login as a token of ours; {} where the file holds none.  May raise."""
-    token = source.read(parse_object(read_file(path)), path)
-    return token if access_token_of(token) else {}
+    token = flat(source.read(parse_object(read_file(path)), path))
+    return token if token.get("access_token") else {}
 
 
 def newer_at_source(token: Json) -> Json:
@@ -1728,7 +1741,7 @@ def newer_at_source(token: Json) -> Json:
     origin = as_dict(token.get("source"))
     found = Json()
     for source in SOURCES:
-        if source.program == origin.get("program"):
+        if source.name == origin.get("program"):
             with suppress(OSError, ValueError):
                 found = read_source(source, Path(str(origin.get("file"))))
     same_owner = found.get("email") in ("", None, token.get("email"))
@@ -2373,8 +2386,8 @@ FATAL_WORDS = ("log in again", "sign in again", "logging in again", "signing in 
 def pkce() -> tuple[str, str]:
     """Verifier and challenge."""
     verifier = secrets.token_urlsafe(64)
-    digest = hashlib.sha256(verifier.encode()).digest()
-    return verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    hashed = hashlib.sha256(verifier.encode()).digest()
+    return verifier, base64.urlsafe_b64encode(hashed).rstrip(b"=").decode()
 
 
 def read_callback(line: str) -> dict[str, str]:
@@ -2518,34 +2531,39 @@ async def await_callback(
 
 async def grant_of_device(net: Net, provider: Provider) -> Json:
     """Of a code that is typed in on another device; {} where there is none to be had."""
-    status, told = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
-    code = told.get("user_code") or told.get("usercode")  # both occur (providers.md 2.1)
+    status, answer = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
+    code = answer.get("user_code") or answer.get("usercode")  # both occur (providers.md 2.1)
     if status != 200 or not isinstance(code, str):
-        say(f"There is no code for another device ({status}: {error_text(told)}).")
+        say(f"There is no code for another device ({status}: {error_text(answer)}).")
         return {}
     say(f"Or open {provider.device_page_url} on any device, and type in the code {code}\n")
-    asked = {"device_auth_id": told.get("device_auth_id"), "user_code": code}
-    pause = max(0.1, number(told.get("interval")) or DEVICE_PAUSE)
+    asked = {"device_auth_id": answer.get("device_auth_id"), "user_code": code}
+    pause = max(0.1, number(answer.get("interval")) or DEVICE_PAUSE)
     while True:
         await asyncio.sleep(pause)
-        status, told = await ask_device(net, provider, "token", asked)
-        if status == 200 and isinstance(told.get("authorization_code"), str):
+        status, answer = await ask_device(net, provider, "token", asked)
+        if status == 200 and isinstance(answer.get("authorization_code"), str):
             return {
                 "grant_type": "authorization_code",
-                "code": told["authorization_code"],
+                "code": answer["authorization_code"],
                 "redirect_uri": provider.device_callback_url,
-                "code_verifier": str(told.get("code_verifier")),
+                "code_verifier": str(answer.get("code_verifier")),
             }
         # 403 and 404: nobody has typed it in yet.
         if status not in (403, 404, 408, 429) and status < 500:
-            say(f"The code for another device has ended ({status}: {error_text(told)}).")
+            say(f"The code for another device has ended ({status}: {error_text(answer)}).")
             return {}
 
 
 async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
     url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
+    return await post_json(net, url, headers, body, provider.proxy_url)
+
+
+async def post_json(net: Net, url: str, headers: Json, body: Json, proxy: str) -> tuple[int, Json]:
+    """Status and answer; a 502 with the reason where none comes."""
     try:
-        return await net.ask_json("POST", url, headers, write_json(body), provider.proxy_url)
+        return await net.ask_json("POST", url, headers, write_json(body), proxy)
     except (ProxyError, *NET_ERRORS) as error:
         words = explain(error) if isinstance(error, ProxyError) else net_words(error)
         return 502, {"error": words}
@@ -2660,11 +2678,7 @@ async def ask_code_assist(
     problem = Problem(502, "it has no host")
     for host in hosts:
         url, headers = joined(host, path), {**provider.headers, **own}
-        try:
-            status, answer = await net.ask_json("POST", url, headers, write_json(body), proxy)
-        except (ProxyError, *NET_ERRORS) as error:
-            words = explain(error) if isinstance(error, ProxyError) else net_words(error)
-            status, answer = 502, {"error": words}
+        status, answer = await post_json(net, url, headers, body, proxy)
         if status == 200 and "error" not in answer:
             return answer
         words = f"{provider.name} names no project, it answered {status}: {error_text(answer)}"
@@ -3408,6 +3422,8 @@ class Ask:
     schema_strict: bool = False
     verbosity: str = ""
     cache_key: str = ""
+    # The turns put right, by the maker whose thoughts stay: see history_of.
+    histories: dict[str, list[Turn]] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass
@@ -3443,8 +3459,8 @@ def words_of(parts: Iterable[Part], between: str = "\n") -> str:
 
 def digest(*texts: str) -> str:
     """For ids that are made up: the same each time for the same history."""
-    joined = "\0".join(texts).encode(errors="replace")
-    return hashlib.sha256(joined).hexdigest()[:24]
+    text = "\0".join(texts).encode(errors="replace")
+    return hashlib.sha256(text).hexdigest()[:24]
 
 
 # -- Seals on their way through foreign clients --
@@ -3488,7 +3504,7 @@ def read_seal(value: Any, own: str) -> Seal | None:
     return Seal(maker, data.removesuffix(":::"), flag == "redacted")
 
 
-# -- Tools: arguments, names --
+# -- Arguments of calls; names and ids as a provider wants them --
 
 
 def arguments_of(call: ToolCall) -> Json:
@@ -3563,6 +3579,13 @@ class Target:
 
 
 # -- Histories, put right --
+
+
+def history_of(ask: Ask, maker: str) -> list[Turn]:
+    """The turns of a request, put right once for each maker; nobody may change them."""
+    if maker not in ask.histories:
+        ask.histories[maker] = repaired(ask.turns, maker)
+    return ask.histories[maker]
 
 
 def repaired(turns: list[Turn], maker: str = "") -> list[Turn]:
@@ -3673,7 +3696,7 @@ def split_off_system(
     """
     system: list[Text] = []
     turns: list[Turn] = []
-    for turn in repaired(ask.turns, maker):
+    for turn in history_of(ask, maker):
         if turn.role == "system" and not (in_place and turns):
             system += [part for part in turn.parts if isinstance(part, Text)]
         else:
@@ -3695,7 +3718,7 @@ def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
     budgets thinks before every call; others think when they like, so one thought will do.
     """
     steps = 0
-    for turn in reversed(repaired(ask.turns, maker)):
+    for turn in reversed(history_of(ask, maker)):
         if turn.role == "assistant":
             steps += 1
             if any(isinstance(part, Thought) for part in turn.parts):
@@ -3705,6 +3728,9 @@ def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
         elif not any(isinstance(part, ToolResult) for part in turn.parts):
             break
     return steps > 0
+
+
+# -- Which tools may be called, and free-text tools as functions --
 
 
 def usable_tools(ask: Ask) -> list[Tool]:
@@ -3747,13 +3773,16 @@ def described(tool: Tool) -> Tool:
 def bare_text(words: str) -> str:
     """The text of a free-text tool out of the function that stood for it."""
     try:
-        told = parse_object(words.encode())
+        found = parse_object(words.encode())
     except ValueError:
         return words
-    texts = [value for value in told.values() if isinstance(value, str)]
-    if isinstance(told.get("input"), str):
-        return str(told["input"])
+    texts = [value for value in found.values() if isinstance(value, str)]
+    if isinstance(found.get("input"), str):
+        return str(found["input"])
     return texts[0] if len(texts) == 1 else words
+
+
+# -- Pictures, documents, sound; and what has no words elsewhere --
 
 
 def data_url(media: Media) -> str:
@@ -3776,7 +3805,7 @@ def cannot(what: str) -> ProxyError:
     return fault(400, f"{what} cannot be translated for the provider that serves this model")
 
 
-# -- JSON Schemas, as providers take them --
+# -- JSON Schemas, as Google, Claude and OpenAI take them --
 
 # The words of Google's Schema that all of its backends take: Antigravity refuses limits of texts
 # and of objects (providers.md 5.1).
@@ -3973,8 +4002,8 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
         return depth >= 0
     properties = as_dict(schema.get("properties"))
     if schema.get("type") == "object" or properties:
-        closed = schema.get("additionalProperties") is False
-        if not closed or set(properties) != set(map(str, as_list(schema.get("required")))):
+        is_closed = schema.get("additionalProperties") is False
+        if not is_closed or set(properties) != set(map(str, as_list(schema.get("required")))):
             return False
     inner = without(schema, *NAME_TABLES).values()
     tables = [list(as_dict(schema.get(name)).values()) for name in NAME_TABLES]
@@ -3982,8 +4011,6 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
 
 
 NAME_TABLES = ("properties", "$defs", "definitions")  # whose keys are names, not words
-
-
 LITERALS = ("enum", "const", "required")  # words whose values are no schemas
 
 
@@ -4263,7 +4290,7 @@ class Reader:
         raise NotImplementedError
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
+    def count(found: Usage, event: Json) -> None:
         """The tokens that an event, or an answer, tells of."""
         raise NotImplementedError
 
@@ -4625,9 +4652,9 @@ class AnthropicReader(Reader):
             case "content_block_stop":
                 self.end(event.get("index"))
             case "message_start":
-                told = as_dict(event.get("message"))
-                self.reply.name(told.get("id"))
-                self.count(self.reply.usage, told)
+                message = as_dict(event.get("message"))
+                self.reply.name(message.get("id"))
+                self.count(self.reply.usage, message)
             case "message_delta":
                 self.count(self.reply.usage, event)
                 self.stop(as_dict(event.get("delta")))
@@ -4665,13 +4692,15 @@ class AnthropicReader(Reader):
     def end(self, index: Any) -> None:
         self.reply.call_done(index, self.whole_inputs.pop(index, ""))
 
-    def cite(self, told: Json) -> None:
-        title = text_of(told.get("title")) or text_of(told.get("document_title"))
-        self.reply.cite(Source(text_of(told.get("url")), title, text_of(told.get("cited_text"))))
+    def cite(self, citation: Json) -> None:
+        title = text_of(citation.get("title")) or text_of(citation.get("document_title"))
+        self.reply.cite(
+            Source(text_of(citation.get("url")), title, text_of(citation.get("cited_text")))
+        )
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         cached = usage.get("cache_read_input_tokens")
         made = usage.get("cache_creation_input_tokens")
         found.update(
@@ -4681,10 +4710,10 @@ class AnthropicReader(Reader):
             written=usage.get("output_tokens"),
         )
 
-    def stop(self, told: Json) -> None:
-        if reason := text_of(told.get("stop_reason")):
+    def stop(self, ending: Json) -> None:
+        if reason := text_of(ending.get("stop_reason")):
             stop = ANTHROPIC_STOPS.get(reason, "end")
-            self.reply.stopped(stop, text_of(told.get("stop_sequence")))
+            self.reply.stopped(stop, text_of(ending.get("stop_sequence")))
 
     def read_whole(self, answer: Json) -> None:
         self.reply.name(answer.get("id"))
@@ -4849,8 +4878,8 @@ def read_chat_request(body: Json) -> Ask:
     ask.verbosity = text_of(body.get("verbosity"))
     wanted = as_dict(body.get("response_format"))
     read_answer_schema(ask, text_of(wanted.get("type")), as_dict(wanted.get("json_schema")))
-    for name, plain in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
-        if body.get(name) not in (None, plain):
+    for name, usual in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
+        if body.get(name) not in (None, usual):
             raise cannot(f"{name}: {str(body[name])[:50]}")
     return ask
 
@@ -4897,10 +4926,10 @@ def chat_thoughts(message: Json) -> list[Thought]:
 
 def chat_call(call: Json) -> ToolCall:
     custom, function = as_dict(call.get("custom")), as_dict(call.get("function"))
-    told = custom or function
-    words = told.get("input") if custom else told.get("arguments")
+    inner = custom or function
+    words = inner.get("input") if custom else inner.get("arguments")
     text = words if isinstance(words, str) else json_text(as_dict(words))
-    return ToolCall(text_of(call.get("id")), text_of(told.get("name")), text, free=bool(custom))
+    return ToolCall(text_of(call.get("id")), text_of(inner.get("name")), text, free=bool(custom))
 
 
 def chat_parts(content: Any) -> list[Part]:
@@ -4941,16 +4970,16 @@ def openai_file(file: Json) -> Media:
 
 def read_chat_tools(ask: Ask, body: Json) -> None:
     for tool in as_dicts(body.get("tools")):
-        told = as_dict(tool.get("function")) or as_dict(tool.get("custom"))
-        if not told:
+        inner = as_dict(tool.get("function")) or as_dict(tool.get("custom"))
+        if not inner:
             log.debug("the tool %s is left out: it is hosted", text_of(tool.get("type"))[:100])
             continue
-        read = Tool(text_of(told.get("name")), text_of(told.get("description")))
-        read.schema, read.strict = as_dict(told.get("parameters")), bool(told.get("strict"))
-        read.cache = tool.get("cache_control") or told.get("cache_control")
+        read = Tool(text_of(inner.get("name")), text_of(inner.get("description")))
+        read.schema, read.strict = as_dict(inner.get("parameters")), bool(inner.get("strict"))
+        read.cache = tool.get("cache_control") or inner.get("cache_control")
         if "custom" in tool:
             read.free = True
-            read.grammar = as_dict(as_dict(told.get("format")).get("grammar"))
+            read.grammar = as_dict(as_dict(inner.get("format")).get("grammar"))
         ask.tools.append(read)
     for function in as_dicts(body.get("functions")):
         read = Tool(text_of(function.get("name")), text_of(function.get("description")))
@@ -4972,17 +5001,17 @@ def read_openai_choice(ask: Ask, body: Json, choice: Any) -> None:
     if isinstance(choice, str):
         ask.choice = OPENAI_CHOICES.get(choice, "")
         return
-    told = as_dict(choice)
-    some = as_dict(told.get("allowed_tools")) or (told if "tools" in told else {})
+    asked = as_dict(choice)
+    some = as_dict(asked.get("allowed_tools")) or (asked if "tools" in asked else {})
     if some:
         ask.choice = OPENAI_CHOICES.get(text_of(some.get("mode")), "auto")
         ask.allowed = [openai_tool_name(tool) for tool in as_dicts(some.get("tools"))]
-    elif name := openai_tool_name(told):
+    elif name := openai_tool_name(asked):
         ask.choice, ask.allowed = "tool", [name]
 
 
-def openai_tool_name(told: Json) -> str:
-    inner = as_dict(told.get("function")) or as_dict(told.get("custom")) or told
+def openai_tool_name(tool: Json) -> str:
+    inner = as_dict(tool.get("function")) or as_dict(tool.get("custom")) or tool
     return text_of(inner.get("name"))
 
 
@@ -5149,14 +5178,14 @@ class ChatReader(Reader):
         for image in as_dicts(delta.get("images")):
             reply.show(media_from_url("image", text_of(as_dict(image.get("image_url")).get("url"))))
         for note in as_dicts(delta.get("annotations")):
-            told = as_dict(note.get("url_citation"))
-            reply.cite(Source(text_of(told.get("url")), text_of(told.get("title"))))
+            citation = as_dict(note.get("url_citation"))
+            reply.cite(Source(text_of(citation.get("url")), text_of(citation.get("title"))))
 
     def piece(self, piece: Json) -> None:
         """Of a call.  A new id begins a new one, even where a provider counts them all as 0."""
-        told = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
-        id, name = text_of(piece.get("id")), text_of(told.get("name"))
-        words = told.get("arguments") or told.get("input")
+        function = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
+        id, name = text_of(piece.get("id")), text_of(function.get("name"))
+        words = function.get("arguments") or function.get("input")
         text = words if isinstance(words, str) else json_text(words) if words else ""
         index = piece.get("index")
         if index is None:  # of the call that was named last, if it is not a new one
@@ -5180,8 +5209,8 @@ class ChatReader(Reader):
         return self.reply.names.meant(name).name == known.name
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         prompt = as_dict(usage.get("prompt_tokens_details"))
         answer = as_dict(usage.get("completion_tokens_details"))
         found.update(
@@ -5222,8 +5251,8 @@ def chat_answer_call(call: ToolCall) -> Json:
 def chat_seal(thought: Thought, index: int) -> Json:
     """`index`: of the thought; SDKs put together what has the same one."""
     data = seal_text(thought.seal, "chat") if thought.seal else ""
-    told = {"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": index}
-    return {**told, "text": thought.text}
+    detail = {"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": index}
+    return {**detail, "text": thought.text}
 
 
 def openai_citation(source: Source) -> Json:
@@ -5308,8 +5337,8 @@ class ChatWriter(Reply):
         elif block.free:
             return
         else:
-            told = (self.call_index, text)
-            delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % told
+            values = (self.call_index, text)
+            delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % values
         if isinstance(block, Thought):
             if self.apart:
                 self.put({"reasoning_content": "\n\n"})
@@ -5443,8 +5472,8 @@ def read_responses_tools(ask: Ask, tools: list[Json], namespace: str = "") -> No
             ask.tools.append(Tool(name, about, {}, namespace, free=True, grammar=grammar))
         elif kind in SEARCH_TYPES:
             domains = as_dict(tool.get("filters")).get("allowed_domains")
-            told = {"allowed_domains": domains, "user_location": tool.get("user_location")}
-            ask.hosted["web_search"] = {key: value for key, value in told.items() if value}
+            options = {"allowed_domains": domains, "user_location": tool.get("user_location")}
+            ask.hosted["web_search"] = {key: value for key, value in options.items() if value}
         elif kind == "code_interpreter":
             ask.hosted["code_execution"] = {}
         else:
@@ -5549,7 +5578,7 @@ def write_responses_tools(body: Json, ask: Ask, target: Target) -> None:
             written["parameters"] = object_schema(tool.schema)
             written["strict"] = tool.strict  # what is not named is strict there
         tools.append(written)
-    hosted = [hosted_for_openai(name, told) for name, told in free_hosted(ask).items()]
+    hosted = [hosted_for_openai(name, options) for name, options in free_hosted(ask).items()]
     tools += [tool for tool in hosted if tool["type"] in target.hosted]
     if not tools:
         return
@@ -5634,8 +5663,8 @@ class ResponsesReader(Reader):
                 self.reply.call_done(key, text_of(whole))
             case "reasoning":
                 if key not in self.worded:
-                    told = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
-                    self.reply.think("\n\n".join(text_of(part.get("text")) for part in told))
+                    parts = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
+                    self.reply.think("\n\n".join(text_of(part.get("text")) for part in parts))
                 self.summary_part = 0
                 self.reply.seal(item.get("encrypted_content"))
             case "message":
@@ -5668,8 +5697,8 @@ class ResponsesReader(Reader):
         self.over = True
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         found.update(
             read=usage.get("input_tokens"),
             cached=as_dict(usage.get("input_tokens_details")).get("cached_tokens"),
@@ -5794,9 +5823,9 @@ class ResponsesWriter(Reply):
     }
 
     def put(self, kind: str, **fields: Any) -> None:
-        told = {"type": "response." + kind, "sequence_number": self.number, **fields}
+        event = {"type": "response." + kind, "sequence_number": self.number, **fields}
         self.number += 1
-        self.out.append(b"event: response.%b\n" % kind.encode() + data_event(told))
+        self.out.append(b"event: response.%b\n" % kind.encode() + data_event(event))
 
     def place(self, **more: Any) -> Json:
         return {"item_id": self.item_id, "output_index": self.index, **more}
@@ -5813,8 +5842,8 @@ class ResponsesWriter(Reply):
         item = responses_item_of(block, self.item_id, done=False)
         self.put("output_item.added", output_index=self.index, item=item)
         kind, counter = self.DELTAS.get(type(block), ("", ""))
-        told = self.place(**({counter: 0} if counter else {}))
-        start = json_text({"type": "response." + kind, **told}).removesuffix("}")
+        place = self.place(**({counter: 0} if counter else {}))
+        start = json_text({"type": "response." + kind, **place}).removesuffix("}")
         self.head = f"event: response.{kind}\ndata: {start}".encode()
         if isinstance(block, Text):
             part = output_text(Text())
@@ -5827,32 +5856,32 @@ class ResponsesWriter(Reply):
             self.part_is_open = True
             part = {"type": "summary_text", "text": ""}
             self.put("reasoning_summary_part.added", **self.place(summary_index=0, part=part))
-        told = (self.head, self.number, write_json(words))
+        values = (self.head, self.number, write_json(words))
         self.number += 1
-        self.out.append(b'%b,"sequence_number":%d,"delta":%b}\n\n' % told)
+        self.out.append(b'%b,"sequence_number":%d,"delta":%b}\n\n' % values)
 
     def cited(self, block: Text, source: Source) -> None:
-        told = self.place(content_index=0, annotation_index=len(block.sources) - 1)
-        self.put("output_text.annotation.added", **told, annotation=response_note(source))
+        place = self.place(content_index=0, annotation_index=len(block.sources) - 1)
+        self.put("output_text.annotation.added", **place, annotation=response_note(source))
 
     def closed(self, block: Block) -> None:
         match block:
             case Text():
-                told = self.place(content_index=0)
-                self.put("output_text.done", **told, text=block.text, logprobs=[])
-                self.put("content_part.done", **told, part=output_text(block))
+                place = self.place(content_index=0)
+                self.put("output_text.done", **place, text=block.text, logprobs=[])
+                self.put("content_part.done", **place, part=output_text(block))
             case Thought() if self.part_is_open:
                 self.part_is_open = False
-                told = self.place(summary_index=0)
-                self.put("reasoning_summary_text.done", **told, text=block.text)
+                place = self.place(summary_index=0)
+                self.put("reasoning_summary_text.done", **place, text=block.text)
                 part = {"type": "summary_text", "text": block.text}
-                self.put("reasoning_summary_part.done", **told, part=part)
+                self.put("reasoning_summary_part.done", **place, part=part)
             case ToolCall(free=True):
                 self.put("custom_tool_call_input.delta", **self.place(delta=block.text))
                 self.put("custom_tool_call_input.done", **self.place(input=block.text))
             case ToolCall():
-                told = self.place(name=block.name, arguments=block.text or "{}")
-                self.put("function_call_arguments.done", **told)
+                place = self.place(name=block.name, arguments=block.text or "{}")
+                self.put("function_call_arguments.done", **place)
         item = responses_item_of(block, self.item_id)
         self.put("output_item.done", output_index=self.index, item=item)
 
@@ -5920,13 +5949,13 @@ def read_gemini_request(body: Json) -> Ask:
     body = camel(as_dict(body.get("generateContentRequest")) or body)
     settings = camel(as_dict(body.get("generationConfig")))
     ask = Ask(limit=int(number(settings.get("maxOutputTokens"))))
-    told = body.get("systemInstruction")
-    system = told if isinstance(told, (str, list)) else as_dict(told).get("parts")
-    ask.turns.append(Turn("system", GeminiHistory().parts(system, 0)))
+    given = body.get("systemInstruction")
+    system = given if isinstance(given, (str, list)) else as_dict(given).get("parts")
+    ask.turns.append(Turn("system", GeminiHistory().parts(system)))
     history = GeminiHistory()
-    for index, content in enumerate(gemini_contents(body.get("contents"))):
+    for content in gemini_contents(body.get("contents")):
         role = {"model": "assistant", "system": "system"}.get(text_of(content.get("role")), "user")
-        parts = history.parts(content.get("parts"), index)
+        parts = history.parts(content.get("parts"))
         if role == "assistant":
             put_answered(ask.turns, parts)
         else:
@@ -5955,16 +5984,16 @@ def put_answered(turns: list[Turn], parts: list[Part]) -> None:
     """What a model said comes back in the pieces of its stream, maybe each as a turn."""
     if turns[-1].role != "assistant":
         turns.append(Turn("assistant", []))
-    told = turns[-1].parts
+    earlier = turns[-1].parts
     for part in parts:
-        last = told[-1] if told else None
+        last = earlier[-1] if earlier else None
         if isinstance(part, Text) and isinstance(last, Text):
             last.text += part.text
         elif isinstance(part, Thought) and isinstance(last, Thought) and last.seal is None:
             last.text += part.text
             last.seal = part.seal
         else:
-            told.append(part)
+            earlier.append(part)
 
 
 def gemini_contents(contents: Any) -> list[Json]:
@@ -5980,7 +6009,7 @@ class GeminiHistory:
         self.open: list[tuple[str, str]] = []  # (name, id) of calls that wait for a result
         self.calls = 0
 
-    def parts(self, given: Any, turn: int) -> list[Part]:
+    def parts(self, given: Any) -> list[Part]:
         if isinstance(given, str):
             return [Text(given)]
         parts: list[Part] = []
@@ -6008,26 +6037,26 @@ class GeminiHistory:
             return Thought(text_of(part.get("text")))
         return Text(text_of(part.get("text"))) if "text" in part else None
 
-    def call(self, told: Json) -> ToolCall:
-        name, words = text_of(told.get("name")), json_text(as_dict(told.get("args")))
+    def call(self, call: Json) -> ToolCall:
+        name, words = text_of(call.get("name")), json_text(as_dict(call.get("args")))
         self.calls += 1
-        id = text_of(told.get("id")) or "call_" + digest(name, words, str(self.calls))
+        id = text_of(call.get("id")) or "call_" + digest(name, words, str(self.calls))
         self.open.append((name, id))
         return ToolCall(id, name, words)
 
-    def result(self, told: Json) -> ToolResult:
+    def result(self, answer: Json) -> ToolResult:
         """The id of a call by its name, the oldest first, where the client gives none."""
-        name, id = text_of(told.get("name")), text_of(told.get("id"))
+        name, id = text_of(answer.get("name")), text_of(answer.get("id"))
         waiting = [pair for pair in self.open if (pair[1] == id if id else pair[0] == name)]
         if waiting:
             self.open.remove(waiting[0])
             id = waiting[0][1]
-        response = as_dict(told.get("response"))
+        response = as_dict(answer.get("response"))
         failed = "error" in response and len(response) == 1
         only = response.get("error") if failed else response.get("output", response.get("result"))
         lone = only if len(response) == 1 and isinstance(only, str) else json_text(response)
         parts: list[Text | Media] = [Text(lone)]
-        for part in map(camel, as_dicts(told.get("parts"))):
+        for part in map(camel, as_dicts(answer.get("parts"))):
             data = as_dict(part.get("inlineData")) or as_dict(part.get("fileData"))
             parts.append(gemini_media(camel(data)))
         return ToolResult(id or "call_" + digest(name), parts, failed)
@@ -6042,11 +6071,11 @@ def put_seal(parts: list[Part], seal: Seal) -> None:
         parts.append(Thought("", seal))
 
 
-def gemini_media(told: Json) -> Media:
-    mime = text_of(told.get("mimeType"))
+def gemini_media(source: Json) -> Media:
+    mime = text_of(source.get("mimeType"))
     family = mime.partition("/")[0]
     kind = family if family in ("image", "audio", "video") else "document"
-    url, data = text_of(told.get("fileUri")), text_of(told.get("data"))
+    url, data = text_of(source.get("fileUri")), text_of(source.get("data"))
     if url and not url.startswith(("http://", "https://")):
         raise cannot("A file that was uploaded elsewhere")
     return Media(kind, mime, data.replace("-", "+").replace("_", "/"), url)
@@ -6054,9 +6083,9 @@ def gemini_media(told: Json) -> Media:
 
 def read_gemini_tools(ask: Ask, body: Json) -> None:
     for tool in map(camel, as_dicts(body.get("tools"))):
-        for told in map(camel, as_dicts(tool.get("functionDeclarations"))):
-            schema = told.get("parametersJsonSchema") or told.get("parameters")
-            name, about = text_of(told.get("name")), text_of(told.get("description"))
+        for declared in map(camel, as_dicts(tool.get("functionDeclarations"))):
+            schema = declared.get("parametersJsonSchema") or declared.get("parameters")
+            name, about = text_of(declared.get("name")), text_of(declared.get("description"))
             ask.tools.append(Tool(name, about, plain_schema(as_dict(schema))))
         if "googleSearch" in tool or "googleSearchRetrieval" in tool:
             ask.hosted["web_search"] = {}
@@ -6074,22 +6103,20 @@ def plain_schema(schema: Any) -> Any:
 
 
 def in_plain_words(schema: Json) -> Json:
-    plain = without(schema, "nullable", "propertyOrdering")
-    kinds = plain.get("type")
-    if isinstance(kinds, str):
-        plain["type"] = kinds.lower()
+    kept = without(schema, "nullable", "propertyOrdering")
+    types = kept.get("type")
+    if isinstance(types, str):
+        kept["type"] = types.lower()
         if schema.get("nullable") is True:
-            plain["type"] = [kinds.lower(), "null"]
-    elif isinstance(kinds, list):
-        plain["type"] = [kind.lower() for kind in kinds if isinstance(kind, str)]
-    for name in INT64_WORDS & plain.keys():  # Google writes such figures as texts
-        plain[name] = int(number(plain[name]))
-    return plain
+            kept["type"] = [types.lower(), "null"]
+    elif isinstance(types, list):
+        kept["type"] = [kind.lower() for kind in types if isinstance(kind, str)]
+    for name in INT64_WORDS & kept.keys():  # Google writes such figures as texts
+        kept[name] = int(number(kept[name]))
+    return kept
 
 
-INT64_WORDS = {
-    *("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"),
-}
+INT64_WORDS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 
 
 def write_gemini_request(ask: Ask, target: Target) -> Json:
@@ -6125,9 +6152,22 @@ def gemini_parts(turn: Turn, target: Target) -> list[Json]:
         for part in others
     ]
     parts += with_seals(others, written)
-    calls = [part for part in written if "functionCall" in part]
-    if calls and wants_seals(target.model):
-        calls[0].setdefault("thoughtSignature", NO_SEAL)
+    return with_call_sealed(parts) if wants_seals(target.model) else parts
+
+
+def wants_seals(model: str) -> bool:
+    """Gemini 3 does, on the first call of each step (providers.md 5.3)."""
+    return "gemini" in model and not re.search(r"gemini-[12]", model)
+
+
+def with_call_sealed(parts: list[Any]) -> list[Any]:
+    """The parts of a turn, with Google's own word where its first call has no seal."""
+    for index, part in enumerate(parts):
+        if isinstance(part, dict) and "functionCall" in part:
+            if part.get("thoughtSignature"):
+                return parts
+            sealed = {**part, "thoughtSignature": NO_SEAL}
+            return [*parts[:index], sealed, *parts[index + 1 :]]
     return parts
 
 
@@ -6147,23 +6187,23 @@ def sealed_calls(parts: list[Part]) -> list[Part]:
 
 def with_seals(parts: Iterable[Part], written: Iterable[Json]) -> list[Json]:
     """The written parts; a seal goes from its thought to the part behind it."""
-    told: list[Json] = []
+    sealed: list[Json] = []
     seal = ""
     for part, words in zip(parts, written, strict=True):
         if not isinstance(part, Thought):
             if seal:
                 words["thoughtSignature"] = seal
             seal = ""
-            told.append(words)
+            sealed.append(words)
             continue
         if seal:
-            told.append({"text": "", "thoughtSignature": seal})
+            sealed.append({"text": "", "thoughtSignature": seal})
         seal = seal_text(part.seal, "gemini") if part.seal else ""
         if part.text:
-            told.append(words)
+            sealed.append(words)
     if seal:
-        told.append({"text": "", "thoughtSignature": seal})
-    return told
+        sealed.append({"text": "", "thoughtSignature": seal})
+    return sealed
 
 
 def gemini_part(part: Part) -> Json:
@@ -6176,20 +6216,16 @@ def gemini_part(part: Part) -> Json:
         case Media():
             return gemini_data(part)
         case ToolCall():
-            told = {"id": part.id, "name": part.name, "args": arguments_of(part)}
-            return {"functionCall": told}
+            call = {"id": part.id, "name": part.name, "args": arguments_of(part)}
+            return {"functionCall": call}
     raise TypeError(part)  # results stand elsewhere
 
 
-def wants_seals(model: str) -> bool:
-    return "gemini" in model and not re.search(r"gemini-[12]", model)
-
-
 def gemini_call(call: ToolCall, target: Target) -> Json:
-    told: Json = {"name": target.names.of(call.name, call.namespace), "args": arguments_of(call)}
+    written: Json = {"name": target.names.of(call.name, call.namespace), "args": arguments_of(call)}
     if target.maker == "gemini/claude":  # Antigravity hands it to Claude, who pairs by ids
-        told["id"] = fitted(call.id, WORD_NAME)
-    return {"functionCall": told}
+        written["id"] = fitted(call.id, WORD_NAME)
+    return {"functionCall": written}
 
 
 def gemini_response(result: ToolResult, target: Target) -> Json:
@@ -6200,10 +6236,10 @@ def gemini_response(result: ToolResult, target: Target) -> Json:
         with suppress(ValueError):
             response = parse_object(words.encode())
     call = result.call or ToolCall("", "")
-    told: Json = {"name": target.names.of(call.name, call.namespace), "response": response}
+    written: Json = {"name": target.names.of(call.name, call.namespace), "response": response}
     if target.maker == "gemini/claude":
-        told["id"] = fitted(result.id, WORD_NAME)
-    return told
+        written["id"] = fitted(result.id, WORD_NAME)
+    return written
 
 
 MIME_TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
@@ -6275,10 +6311,10 @@ class GeminiReader(Reader):
         if words:
             reply.say(text_of(words))
         elif isinstance(part.get("functionCall"), dict):
-            told = part["functionCall"]
+            call = part["functionCall"]
             key = len(reply.blocks)
-            reply.call(key, text_of(told.get("id")), text_of(told.get("name")))
-            reply.call_done(key, json_text(as_dict(told.get("args"))))
+            reply.call(key, text_of(call.get("id")), text_of(call.get("name")))
+            reply.call_done(key, json_text(as_dict(call.get("args"))))
         elif isinstance(part.get("inlineData"), dict):
             reply.show(gemini_media(part["inlineData"]))
 
@@ -6292,8 +6328,8 @@ class GeminiReader(Reader):
             self.reply.stopped(GEMINI_STOPS.get(reason, "end"))
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usageMetadata"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usageMetadata"))
         prompt, tools = usage.get("promptTokenCount"), usage.get("toolUsePromptTokenCount")
         thoughts = number(usage.get("thoughtsTokenCount"))
         found.update(
@@ -6309,13 +6345,13 @@ class GeminiReader(Reader):
 
 
 def gemini_usage_of(usage: Usage) -> Json:
-    told = {
+    counts = {
         "promptTokenCount": usage.read,
         "candidatesTokenCount": max(0, usage.written - usage.thought),
         "totalTokenCount": usage.read + usage.written,
     }
     more = {"cachedContentTokenCount": usage.cached, "thoughtsTokenCount": usage.thought}
-    return told | {name: figure for name, figure in more.items() if figure}
+    return counts | {name: figure for name, figure in more.items() if figure}
 
 
 def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
@@ -6413,10 +6449,10 @@ class Dialect:
     says: Callable[[Json], str] = lambda event: "answer"  # some of it, "thought", or ""
     flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
 
-    def usage(self, told: Json) -> tuple[int, int]:
+    def usage(self, event: Json) -> tuple[int, int]:
         """Input and output tokens, of what `holder` finds."""
         found = Usage()
-        self.reader.count(found, told)
+        self.reader.count(found, event)
         return found.read, found.written
 
 
@@ -6446,21 +6482,21 @@ for code in reversed(KINDS):  # invalid_request_error is a 400, not a 413
 STATUSES |= OTHER_CODES
 
 
-def kinds(status: int) -> tuple[str, str, str]:
+def error_kinds(status: int) -> tuple[str, str, str]:
     return KINDS.get(status, KINDS[400 if status < 500 else 500])
 
 
 def anthropic_error(status: int, message: str) -> Json:
-    return {"type": "error", "error": {"type": kinds(status)[0], "message": message}}
+    return {"type": "error", "error": {"type": error_kinds(status)[0], "message": message}}
 
 
 def openai_error(status: int, message: str) -> Json:
-    kind = kinds(status)[1]
+    kind = error_kinds(status)[1]
     return {"error": {"message": message, "type": kind, "code": kind}}
 
 
 def gemini_error(status: int, message: str) -> Json:
-    return {"error": {"code": status, "message": message, "status": kinds(status)[2]}}
+    return {"error": {"code": status, "message": message, "status": error_kinds(status)[2]}}
 
 
 def plain_error_event(body: Json, last: bytes) -> bytes:
@@ -6479,8 +6515,10 @@ def responses_error_event(body: Json, last: bytes) -> bytes:
     """Codex takes notice of no other (clients.md); numbers go on from those of `last`."""
     failed = {"object": "response", "status": "failed", **body, "output": []}
     numbers = SEQUENCE_NUMBER.findall(last[-NUMBERED_END:])
-    number = max(map(int, numbers), default=-1) + 1
-    return data_event({"type": "response.failed", "sequence_number": number, "response": failed})
+    next_number = max(map(int, numbers), default=-1) + 1
+    return data_event(
+        {"type": "response.failed", "sequence_number": next_number, "response": failed}
+    )
 
 
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -6621,8 +6659,8 @@ GEMINI = Dialect(
 # == Provider rules ================================================================================
 #
 # What a login's backend asks of a request (providers.md 1.3, 2.3).  A rule takes a body and returns
-# one: it shares what it does not change, and changes nothing in place, as the client's own body is
-# sent where nothing had to change, and is asked with again at another provider.
+# one.  It changes nothing in place: the next provider is asked with the same body.  What it leaves
+# alone it shares: a body that is still the client's own is sent as the bytes that came.
 #
 # To add a rule, write a function and name it in RULES; Code Assist's two kinds of login have
 # code_assist_rules, which need the model and the verb as well.
@@ -6866,9 +6904,9 @@ def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
         wrong_tier = name == "service_tier" and value != "priority"
         if not wrong_tier and not matches(name[:100], provider.drops):
             kept[name] = value
-    told, items = split_system(body.get("input"))
-    told.insert(0, body.get("instructions"))
-    words = "\n\n".join(text for text in told if text and isinstance(text, str))
+    system, items = split_system(body.get("input"))
+    system.insert(0, body.get("instructions"))
+    words = "\n\n".join(text for text in system if text and isinstance(text, str))
     kept |= {
         "input": items,
         "instructions": words,  # must be there; nothing is made up (clients.md, Responses Lite)
@@ -6885,7 +6923,7 @@ def split_system(given: Any) -> tuple[list[Any], list[Any]]:
     if not isinstance(given, list):
         part = {"type": "input_text", "text": str(given or "")}
         return [], [{"role": "user", "content": [part]}]
-    told: list[Any] = []
+    system: list[Any] = []
     items: list[Any] = []
     for item in given:
         if not isinstance(item, dict):
@@ -6893,10 +6931,10 @@ def split_system(given: Any) -> tuple[list[Any], list[Any]]:
         elif item.get("role") == "system":
             content = item.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
-            told += [part.get("text") for part in as_dicts(parts)]
+            system += [part.get("text") for part in as_dicts(parts)]
         elif is_readable(item):
             items.append(readable(item))
-    return told, items
+    return system, items
 
 
 def is_readable(item: Json) -> bool:
@@ -6947,7 +6985,7 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
     if model.startswith("claude-"):
         body = google_claude_rules(body, provider)
     elif wants_seals(model) and isinstance(body.get("contents"), list):
-        body = {**body, "contents": with_signatures(body["contents"])}
+        body = {**body, "contents": with_calls_sealed(body["contents"])}
     return antigravity_rules(body, model) if provider.envelope else body
 
 
@@ -6957,9 +6995,9 @@ def in_camel_case(value: Any, places: Json) -> Any:
     Only the places of CAMEL_PLACES: what is in a tool's arguments or a schema is not ours to name.
     """
     if isinstance(value, list):
-        worded = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
-        same = all(new is old for new, old in zip(worded, value, strict=True))
-        return value if same else worded
+        items = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else items
     if not isinstance(value, dict):
         return value
     found = camel(value)
@@ -7022,21 +7060,15 @@ def turn_start(contents: list[Any]) -> int:
     return 0
 
 
-def with_signatures(contents: list[Any]) -> list[Any]:
-    """Gemini 3 wants one on the first call of each step of the current turn (providers.md 5.3)."""
+def with_calls_sealed(contents: list[Any]) -> list[Any]:
+    """For a client of Gemini's own: each step of the current turn, as gemini_parts does it."""
     start = turn_start(contents)
-    return contents[:start] + [with_signature(content) for content in contents[start:]]
-
-
-def with_signature(content: Any) -> Any:
-    parts = as_list(as_dict(content).get("parts"))
-    for index, part in enumerate(parts):
-        if isinstance(part, dict) and "functionCall" in part:
-            if part.get("thoughtSignature"):
-                return content
-            signed = {**part, "thoughtSignature": NO_SEAL}
-            return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
-    return content
+    sealed = []
+    for content in contents[start:]:
+        parts = as_dict(content).get("parts")
+        new = with_call_sealed(parts) if isinstance(parts, list) else parts
+        sealed.append(content if new is parts else {**content, "parts": new})
+    return contents[:start] + sealed
 
 
 def google_claude_rules(body: Json, provider: Provider) -> Json:
@@ -7092,7 +7124,11 @@ def with_claudes_thoughts(content: Any) -> Any:
 
 
 def lost_thoughts(contents: list[Any]) -> bool:
-    """Whether the current turn has a call without the thoughts that led to it."""
+    """Whether the current turn has a call without the thoughts that led to it.
+
+    Every step of it counts, and the request may be a Gemini client's own.  is_cut_off asks less:
+    of the last step of what is translated for any Claude.
+    """
     for content in contents[turn_start(contents) :]:
         parts = parts_of(content)
         calls = any("functionCall" in part for part in parts)
@@ -7326,8 +7362,8 @@ class Call:
 
     def proxy_headers(self) -> dict[str, str]:
         """The headers that say who answers."""
-        told = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in told.items() if v}
+        values = {"route": self.route, "provider": self.provider, "model": self.served_model}
+        return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in values.items() if v}
 
 
 @functools.lru_cache(1024)
@@ -7357,15 +7393,15 @@ def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
         raise fault(415, words)
     try:
         # Some take gzip for `deflate`: the bytes say which it is.
-        told = "gzip" if raw[:2] == GZIP else "deflate"
-        plain = unpack_zstd(raw) if kind == "zstd" else unpack_whole(raw, told)
+        coding = "gzip" if raw[:2] == GZIP else "deflate"
+        whole = unpack_zstd(raw) if kind == "zstd" else unpack_whole(raw, coding)
     except OverflowError:
         raise too_large() from None
     except (zlib.error, EOFError, ValueError):
         raise fault(400, f"The request body cannot be read: it is no {kind}") from None
-    if len(plain) > BODY_LIMIT:
+    if len(whole) > BODY_LIMIT:
         raise too_large()
-    return plain
+    return whole
 
 
 def unpack_zstd(raw: bytes | bytearray) -> bytes:
@@ -7674,7 +7710,7 @@ class Chooser:
         """The names that the present accounts serve, and who does; patterns are no names."""
         pairs = []
         for row in self.live.rows:
-            pairs += [(name, name) for name in row.provider.names if not set(name) & set("*?[")]
+            pairs += [(name, name) for name in row.provider.names if not is_pattern(name)]
         for rule in self.live.config["ampcode"]["model-mappings"]:
             if not rule["regex"]:
                 pairs += [(rule["from"], self.split(target)[0]) for target in rule["to"]]
@@ -9174,12 +9210,20 @@ def quota_of(headers: Any) -> list[Window]:
 
 def secrets_file() -> Path:
     """Where Amp keeps its keys, one an address."""
-    return folder("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
+    return folder_of("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
 
 
-def stored_key(secrets: Json, base: str) -> str:
+def stored_keys() -> Json:
+    """What that file says; {} where it cannot be read."""
+    try:
+        return parse_object(read_file(secrets_file()))
+    except (OSError, ValueError):
+        return {}
+
+
+def stored_key(stored: Json, base: str) -> str:
     """Amp's own key for an address, from that file."""
-    found = secrets.get(f"apiKey@{base}/") or secrets.get(f"apiKey@{base}") or ""
+    found = stored.get(f"apiKey@{base}/") or stored.get(f"apiKey@{base}") or ""
     return str(found).strip()
 
 
@@ -9189,6 +9233,15 @@ FLAG = re.compile(
     rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
+AMP_UNREACHABLE = "amp_upstream_proxy_error"  # Amp's clients know it from CLIProxyAPI
+
+
+def unreachable_error(dialect: Dialect, problem: Problem) -> Json:
+    """The same for a model call: an error of its dialect, in which that is the type or code."""
+    body = dialect.error(problem.status, problem.message)
+    key = {"anthropic": "type", "gemini": "status"}.get(dialect.name, "code")
+    body["error"][key] = AMP_UNREACHABLE
+    return body
 
 
 class Ampcode:
@@ -9209,9 +9262,7 @@ class Ampcode:
         """The key that Amp itself keeps for this address; its lack is remembered, too."""
         now, base = self.clock.monotonic(), self.base()
         if self.secrets_until <= now:
-            self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
-            with suppress(OSError, ValueError):
-                self.secrets = parse_object(secrets_file().read_bytes())
+            self.secrets, self.secrets_until = stored_keys(), now + 5 * MINUTE
         return stored_key(self.secrets, base)
 
     def upstream_key(self, key: str) -> str:
@@ -9265,7 +9316,11 @@ class Ampcode:
         if call.was_packed:
             headers.popall("Content-Encoding")
         url = self.address(request)
-        upstream = await self.net.post(url, headers, [call.raw], idle)
+        try:
+            upstream = await self.net.post(url, headers, [call.raw], idle)
+        except ProxyError as error:
+            error.problem.body = write_json(unreachable_error(call.dialect, error.problem))
+            raise
         over = False
         try:
             check_status(upstream)
@@ -9435,12 +9490,11 @@ ROUTE_WORDS = {
     "none": "NO_PROVIDER",
 }
 ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
-PAID_MODELS = 100  # names of models that are counted
-NO_ACCOUNT = {  # whether ampcode.com may be asked -> what is said where there is no account
-    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
-    False: "NO LOGIN AND NO KEY: no model call can be answered."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
+COUNTED_MODELS = 100  # names of models that are counted apart, in all and of paid calls
+FIRST_LOGIN = "ampproxy.py login claude (or codex)"  # for who has no account
+NO_ACCOUNT = {  # whether ampcode.com may be asked -> what the log says where there is none
+    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it.",
+    False: "NO LOGIN AND NO KEY: no model call can be answered.",
 }
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
@@ -9462,7 +9516,7 @@ class Ledger:
         """A call that has ended; 499 when the client left."""
         self.routes[call.route] += 1
         model = call.model[:200]
-        known = model in self.paid or len(self.paid) < PAID_MODELS
+        known = model in self.paid or len(self.paid) < COUNTED_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
         self.count_model(call, status)
@@ -9488,12 +9542,12 @@ class Ledger:
             who = f"{who} as {call.served_model[:100]}"
         trouble = f" {call.trouble}" if call.trouble else ""
         line = "%-14s %d %6.1fs %-28s %s%s"
-        told = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
-        log.log(level, line, *told, extra={"colour": ROUTE_COLOURS[call.route]})
+        values = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
+        log.log(level, line, *values, extra={"colour": ROUTE_COLOURS[call.route]})
 
     def count_model(self, call: Call, status: int) -> None:
         key = (call.provider[:200], (call.served_model or call.model)[:200])
-        if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
+        if call.route == "none" or (key not in self.models and len(self.models) >= COUNTED_MODELS):
             return
         if key not in self.models:
             self.models[key] = Counter(requests=0, errors=0)
@@ -9521,7 +9575,7 @@ class Ledger:
             return
         self.warn_at = self.clock.monotonic() + HOUR
         pays = self.pool.live.config["ampcode"]["fallback"] != "never"
-        log.warning("%s", NO_ACCOUNT[pays])
+        log.warning("%s To use a plan of yours: %s", NO_ACCOUNT[pays], FIRST_LOGIN)
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -9543,19 +9597,19 @@ class Ledger:
 
     def notices(self) -> list[str]:
         """What costs money, or will."""
-        told = []
+        lines = []
         if calls := self.routes["amp"]:
             names = ", ".join(f"{name} ({n})" for name, n in self.paid.most_common(5))
             words = (
                 f"PAID: ampcode.com was asked {calls} time{'s' * (calls > 1)} and may charge for it"
             )
-            told.append(f"{words}: {names}" if names else words)
+            lines.append(f"{words}: {names}" if names else words)
         if self.server_side:
             words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
-            told.append(f"PAID: {words}, not your logins")
+            lines.append(f"PAID: {words}, not your logins")
         if not self.pool.accounts:
-            told.append("No login and no key: run ampproxy.py login claude (or codex)")
-        return told
+            lines.append(f"No login and no key: run {FIRST_LOGIN}")
+        return lines
 
     def report_model(self, provider: str, model: str) -> Json:
         return {"provider": provider, "model": model, **self.models[provider, model]}
@@ -9601,13 +9655,13 @@ def standing(live: Live, pool: Pool) -> list[str]:
         (account.row.name, type(account)) for account in pool.of(live.rows) if account.row
     )
     words = {Login: "login", ApiKey: "key"}
-    told = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
+    present = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
     rules = live.config["ampcode"]["model-mappings"]
     mapped = [f"{rule['from']} > {' or '.join(rule['to'])}" for rule in rules]
     more = f", and {len(mapped) - 5} more" if len(mapped) > 5 else ""
     return [
         f"config    {live.path or 'none found: the defaults'}",
-        f"accounts  {', '.join(told) or 'none'}",
+        f"accounts  {', '.join(present) or 'none'}",
         f"mapped    {', '.join(mapped[:5]) or 'nothing'}{more}",
         f"paid      {PAID_WORDS[live.config['ampcode']['fallback']]}",
     ]
@@ -9636,15 +9690,15 @@ async def ask_proxy(live: Live, path: str = "/status", body: Json | None = None)
             raw = await answer.read()
     except NET_ERRORS as error:
         raise Failure(
-            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+            f"no proxy to ask at {url} ({net_words(error)}): start it, or say its --config"
         ) from error
     try:
-        told = parse_object(raw)
+        report = parse_object(raw)
     except ValueError:
         raise Failure(f"what answers at {url} is no ampproxy: see --config") from None
     if answer.status != 200:
-        raise Failure(f"{url} answered {answer.status}: {error_text(told)}")
-    return told
+        raise Failure(f"{url} answered {answer.status}: {error_text(report)}")
+    return report
 
 
 # -- A table for the terminal --
@@ -9716,10 +9770,10 @@ def account_lines(sheet: Sheet, account: Json) -> list[str]:
     for quota in account["quota"]:
         used = quota["used_percent"]
         ends = quota["resets_in_seconds"]
-        told = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
+        words = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
         colour = "red" if used >= NEARLY_SPENT else "cyan"
         window = f"{indent}{quota['window']:<10.10} "
-        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (told, "")))
+        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (words, "")))
     calls = f"calls {account['requests']:,}, failed {account['errors']:,}; "
     tokens = f"tokens in {account['input_tokens']:,}, out {account['output_tokens']:,}"
     lines.append(sheet.line((indent + calls + tokens, "dim")))
@@ -9733,9 +9787,9 @@ def request_line(sheet: Sheet, request: Json) -> str:
     who = f"{request['provider']} {request['account']}".strip()
     if request["route"] == "mapped":
         who += f" as {request['served_model']}"
-    rest = "red" if request["route"] == "amp" else ""
+    tail = "red" if request["route"] == "amp" else ""
     word = f"{SHORT_ROUTES[request['route']]:<7}"
-    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, rest))
+    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, tail))
 
 
 def model_line(sheet: Sheet, model: Json) -> str:
@@ -9956,9 +10010,9 @@ function bar(account, quota) {
 
 function button(account) {
   const id = encodeURIComponent(`wake ${account.provider} ${account.account}`);
-  const told = {type: "button", id, "data-provider": account.provider,
+  const about = {type: "button", id, "data-provider": account.provider,
                 "data-account": account.account, "aria-label": `Try ${account.account} again now`};
-  return make("p", {}, make("button", told, "Try again now"));
+  return make("p", {}, make("button", about, "Try again now"));
 }
 
 function card(account) {
@@ -10026,17 +10080,18 @@ function requestTable(requests) {
   }));
 }
 
-function show(told) {
+function show(report) {
   find("ask").hidden = true;
   find("all").hidden = false;
-  put("about", `${told.version}, up ${span(told.uptime_seconds)}, fallback: ${told.fallback}`);
-  const words = told.notices.join(". ");
+  const up = `${report.version}, up ${span(report.uptime_seconds)}`;
+  put("about", `${up}, fallback: ${report.fallback}`);
+  const words = report.notices.join(". ");
   find("paid").hidden = !words;
   put("paid", words);
-  put("calls", ...Object.keys(ROUTES).map(route => figure(route, told.routes[route])));
-  put("accounts", ...told.accounts.map(card));
-  put("models", modelTable(told.models));
-  put("requests", requestTable(told.requests));
+  put("calls", ...Object.keys(ROUTES).map(route => figure(route, report.routes[route])));
+  put("accounts", ...report.accounts.map(card));
+  put("models", modelTable(report.models));
+  put("requests", requestTable(report.requests));
 }
 
 function askForKey() {
@@ -10103,8 +10158,8 @@ def page_headers() -> dict[str, str]:
     """Only the page's own script and style run, and no other page may frame it."""
     hashes = []
     for part in re.findall("<(?:style|script)>(.*?)</", PAGE, re.S):
-        digest = hashlib.sha256(part.encode()).digest()
-        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+        hashed = hashlib.sha256(part.encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(hashed).decode()}'")
     style, script = hashes
     policy = (
         f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self';"
@@ -10129,13 +10184,23 @@ PROBES = {  # answered without a key (clients.md)
     "HEAD /": 200,
     "HEAD /api/hello": 404,
 }
-
-
 TIDY_AFTER = 0.5  # seconds after a large body that memory is given back
-
-
-# Paths of the SDKs that are no model call: none of them is ampcode.com's.
 NOT_AMPS = re.compile(r"/(v1|v1beta1?|embeddings|images|audio|completions)(/|$)")
+
+
+def is_not_amps(raw_path: str) -> bool:
+    """Whether a path is one of the SDKs: beside the model calls none of these is ampcode.com's."""
+    return NOT_AMPS.match(re.sub("/+", "/", unquote(raw_path))) is not None
+
+
+def dialect_of_sdk(request: Request) -> Dialect | None:
+    """Of an SDK that asks for no model call, but for models, say; None: it is no path of theirs."""
+    path = request.rel_url.raw_path
+    if request.method == "GET" and LISTING.fullmatch(path):
+        return dialect_of_list(request)
+    if not is_not_amps(path):
+        return None
+    return ANTHROPIC if "/messages" in path else dialect_of_list(request)
 
 
 class Server:
@@ -10146,7 +10211,7 @@ class Server:
         self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
         self.ledger = Ledger(self.pool)
         self.tidying: asyncio.TimerHandle | None = None
-        self.told = ""  # the last error of a tick: it is said once
+        self.trouble_told = ""  # the last error of a tick: it is said once
 
     # -- One request --
 
@@ -10233,9 +10298,11 @@ class Server:
             self.check_place(request)
         listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
         if listing:
-            return self.models(request, unquote(listing["id"] or ""))
-        if NOT_AMPS.match(re.sub("/+", "/", unquote(path))):
-            return self.nowhere(request, path)
+            wanted = unquote(listing["id"] or "")
+            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
+        if is_not_amps(path):  # a prompt never goes to ampcode.com by accident
+            words = f"there is no {method} {path[:100]} here"
+            raise ProxyError(Problem(404, words, headers=Headers({"x-ampproxy-route": "none"})))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         if method == "POST" and path == "/status/wake":
@@ -10246,21 +10313,6 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
-
-    def nowhere(self, request: Request, path: str) -> web.Response:
-        """A 404 in the dialect: a prompt never goes to ampcode.com by accident."""
-        dialect = ANTHROPIC if "/messages" in path else dialect_of_list(request)
-        body = dialect.error(404, f"there is no {request.method} {path[:100]} here")
-        return web.json_response(body, status=404, headers={"x-ampproxy-route": "none"})
-
-    def models(self, request: Request, wanted: str) -> web.Response:
-        """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
-        try:
-            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
-        except ProxyError as error:
-            problem = error.problem
-            body = dialect_of_list(request).error(problem.status, problem.message)
-            return web.json_response(body, status=problem.status)
 
     def check_place(self, request: Request) -> None:
         local = self.live.config["ampcode"]["restrict-management-to-localhost"]
@@ -10294,15 +10346,17 @@ class Server:
             headers["Retry-After"] = str(wait)
         if wait > 30:  # SDKs would sleep it out without a word (clients.md)
             headers["x-should-retry"] = "false"
-        body = self.error_body(call, problem)
+        body = self.error_body(request, call, problem)
         return web.Response(status=problem.status, body=body, headers=headers)
 
-    def error_body(self, call: Call | None, problem: Problem) -> bytes:
-        if call is None and problem.status == 502:
-            return write_json({"error": "amp_upstream_proxy_error", "message": problem.message})
-        if call is None:
-            return write_json({"error": problem.message})
-        return worded_error(call, problem, self.clock.time())
+    def error_body(self, request: Request, call: Call | None, problem: Problem) -> bytes:
+        if call:
+            return worded_error(call, problem, self.clock.time())
+        if dialect := dialect_of_sdk(request):
+            return write_json(dialect.error(problem.status, problem.message))
+        if problem.status == 502:
+            return write_json({"error": AMP_UNREACHABLE, "message": problem.message})
+        return write_json({"error": problem.message})
 
     # -- The process --
 
@@ -10317,12 +10371,12 @@ class Server:
                 set_up_log(self.live.config["debug"], self.live.warnings, self.live.log_file)
             self.pool.scan()
             self.pool.refresh_ahead()
-            self.told = ""
+            self.trouble_told = ""
         except Exception as error:  # whatever is in the files: the next look comes
             words = explain(error)
-            if words != self.told:
+            if words != self.trouble_told:
                 log.error("%s; what was read before stays in effect", words)
-            self.told = words
+            self.trouble_told = words
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
@@ -10770,7 +10824,7 @@ class Edit:
         lines = []
         for keys, value in steps:
             if value is not GONE:
-                lines.append(self.form.line(keys, shown(keys[-1], value)).replace("\n", "; "))
+                lines.append(self.form.line(keys, shown_value(keys[-1], value)).replace("\n", "; "))
         return ", ".join(lines) or "nothing; take out what names ampproxy"
 
     def changed(self, text: str, steps: list[Step]) -> str:
@@ -10850,14 +10904,14 @@ def pruned(table: Any) -> Any:
 
 def with_step(table: Any, keys: Keys, value: Any) -> Any:
     """A copy of plain tables and lists with one value changed."""
-    key, *rest = keys
+    key, *deeper = keys
     if isinstance(key, int):
         items = as_list(table)
         return items[:key] + ([] if value is GONE else [value]) + items[key + 1 :]
     kept = dict(table) if isinstance(table, dict) else {}
-    if rest:
-        empty: Any = [] if isinstance(rest[0], int) else {}
-        kept[key] = with_step(kept.get(key, empty), (*rest,), value)
+    if deeper:
+        empty: Any = [] if isinstance(deeper[0], int) else {}
+        kept[key] = with_step(kept.get(key, empty), (*deeper,), value)
     elif value is GONE:
         kept.pop(key, None)
     else:
@@ -10865,10 +10919,10 @@ def with_step(table: Any, keys: Keys, value: Any) -> Any:
     return kept
 
 
-def shown(name: Any, value: Any) -> Any:
+def shown_value(name: Any, value: Any) -> Any:
     """A value as a person may see it."""
     if isinstance(value, dict):
-        return {key: shown(key, inner) for key, inner in value.items()}
+        return {key: shown_value(key, inner) for key, inner in value.items()}
     secret = re.search("(?i)key|token", str(name)) and value != "any"
     return mask(str(value)) if secret else value
 
@@ -10881,7 +10935,7 @@ def in_words(keys: Keys, old: Any, new: Any) -> str:
             return "nothing"
         if isinstance(value, dict):
             return str(value.get("displayName") or value.get("base_url") or "a table")
-        return json.dumps(shown(keys[-1], value), ensure_ascii=False)
+        return json.dumps(shown_value(keys[-1], value), ensure_ascii=False)
 
     return f"  {'.'.join(map(str, keys))}: {words(old)} -> {words(new)}"
 
@@ -10913,9 +10967,23 @@ def fixed(path: Path, form: Format, values: dict[Keys, Any]) -> Edit:
 def amp_settings() -> Path:
     if given := os.environ.get("AMP_SETTINGS_FILE"):
         return Path(given).expanduser()
-    path = folder("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
+    path = folder_of("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
     other = path.with_suffix(".jsonc")
     return other if other.is_file() and not path.exists() else path
+
+
+def amp_line(url: str, by_hand: bool = False) -> str:
+    """For the start: what Amp's settings must say, and whether they do.
+
+    `by_hand`: the address is not the one that `setup` would find by itself.
+    """
+    found = Json()
+    with suppress(OSError, ValueError):
+        found = read_json_text(read_file(amp_settings()).decode())
+    there = text_of(found.get("amp.url")).rstrip("/") == url
+    command = f"ampproxy.py setup amp{f' --url {url}' if by_hand else ''}"
+    hint = "is in its settings" if there else f"in its settings; `{command}` does it"
+    return f'Amp       "amp.url": "{url}"  {hint}'
 
 
 def amp_edits(target: Destination) -> list[Edit]:
@@ -10985,7 +11053,7 @@ def claude_code_edits(target: Destination) -> list[Edit]:
     if models and not any(name.startswith("claude-") for name in models):
         names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
         environment |= dict.fromkeys(names, models[0])
-    path = folder("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
+    path = folder_of("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
     return [fixed(path, JSON_FORMAT, {("env", name): value for name, value in environment.items()})]
 
 
@@ -10997,17 +11065,17 @@ def codex_edits(target: Destination) -> list[Edit]:
     place: Keys = ("model_providers", "ampproxy")
 
     def steps(found: Json) -> list[Step]:
-        told: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
+        wanted: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
         model, _ = target.chooser.split(str(found.get("model")))
         if models and not target.chooser.ways(model, "", "responses")[0]:
-            told.insert(0, (("model",), models[0]))
-        return told
+            wanted.insert(0, (("model",), models[0]))
+        return wanted
 
     def ours(found: Json) -> list[Keys]:
         model: list[Keys] = [("model",)] if found.get("model") in models else []
         return [*model, ("model_provider",), place]
 
-    return [Edit(folder("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
+    return [Edit(folder_of("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
 
 
 @dataclass(frozen=True)
@@ -11029,7 +11097,7 @@ def is_installed(client: Client, edits: list[Edit]) -> bool:
     return bool(shutil.which(client.program)) or edits[0].path.parent.is_dir()
 
 
-def plan(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
+def changes_of(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
     """What setting up would change, in words and as texts; Failure before anything is written."""
     lines, writes = [], []
     for edit in edits:
@@ -11064,14 +11132,14 @@ MENU_PAUSE = 2  # seconds between looks at the proxy and at the files
 def handling(stop: Callable[[], object], *names: str) -> Iterator[None]:
     """What signals of these names do, until the block ends."""
     loop = asyncio.get_running_loop()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    for number in numbers:
-        loop.add_signal_handler(number, stop)
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    for one in signals:
+        loop.add_signal_handler(one, stop)
     try:
         yield
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        for one in signals:
+            loop.remove_signal_handler(one)
 
 
 @contextmanager
@@ -11136,7 +11204,7 @@ class Menu:
         except Failure:
             self.report, self.running = {}, False
 
-    def told_of(self, login: Login) -> Json:
+    def report_of(self, login: Login) -> Json:
         for account in as_dicts(self.report.get("accounts")):
             if (account["provider"], account["account"]) == (login.kind, login.label):
                 return account
@@ -11158,15 +11226,15 @@ class Menu:
         return lines
 
     def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
-        told, left = self.told_of(login), login.expires - time.time()
+        report, left = self.report_of(login), login.expires - time.time()
         token = f"token {span(left)}" if left > 0 else "refresh due"
         if login.expires == NEVER:
             token = "no expiry"
         name = login.label + (f" ({login.plan})" if login.plan else "")
-        lines = [f" {mark} {name:<30.30} {state_words(told):<28.28} {token}"]
-        lines += [f"     {told['reason']}"] if told["reason"] else []
+        lines = [f" {mark} {name:<30.30} {state_words(report):<28.28} {token}"]
+        lines += [f"     {report['reason']}"] if report["reason"] else []
         sheet = Sheet(plain, 80, signs)
-        for quota in told["quota"]:
+        for quota in report["quota"]:
             used, resets = quota["used_percent"], quota["resets_in_seconds"]
             ends = f"resets in {span(resets)}" if resets else ""
             lines.append(f"     {quota['window']:<10.10} {sheet.bar(used)}{used:>4.0f} %  {ends}")
@@ -11333,9 +11401,7 @@ async def serve(live: Live, args: Json) -> None:
         log.info("ampproxy %s: %s", __version__, address)
         for line in standing(live, server.pool):
             log.info("%s", line)
-        log.info(
-            'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
-        )
+        log.info("%s", amp_line(address, bool(args.keys() & {"config", "host", "port"})))
         server.ledger.warn_of_no_account()
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
@@ -11362,9 +11428,11 @@ async def logout(live: Live, args: Json) -> None:
     kind, account = NAMES[args["provider"]], args["account"]
     there = [a for a in Pool(live).scan() if isinstance(a, Login) and a.kind == kind]
     wanted = [a for a in there if account in (None, a.label, a.path.name, a.path.stem)]
+    if not there:
+        raise Failure(f"no such account: there is no {kind} login in {live.auth_dir}")
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
-        names = ", ".join(a.label for a in there) or "none"
+        names = ", ".join(a.label for a in there)
         raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
@@ -11414,11 +11482,11 @@ def show_sources(live: Live, kind: str) -> list[tuple[Path, Json]]:
             found_any = True
             if token:
                 who = (str(token["type"]), str(token["email"]))
-                told, copy = judge_copy(live, path, token, here.get(who))
-                words += f"; {told}" if who not in copies else "; found above already"
+                judged, copy = judge_copy(live, path, token, here.get(who))
+                words += f"; {judged}" if who not in copies else "; found above already"
                 if copy:
                     copies.setdefault(who, copy)
-            say(f"{source.program}: {words}  ({path})")
+            say(f"{source.name}: {words}  ({path})")
     if not found_any:
         raise Failure(f"no login of another program was found; looked at {', '.join(looked)}")
     return [*copies.values()]
@@ -11433,7 +11501,7 @@ def judge_source(source: Program, path: Path) -> tuple[str, Json]:
     if not token:
         return "no login is in it", {}
     token["email"] = str(token.get("email") or f"from-{path.parent.name.strip('.')}")
-    token["source"] = {"program": source.program, "file": str(path)}
+    token["source"] = {"program": source.name, "file": str(path)}
     left = ends_at(token) - time.time()
     ends = f"expired {span(-left)} ago" if left < 0 else f"good for {span(left)}"
     ends = ends if ends_at(token) else "expiry unknown"
@@ -11479,12 +11547,10 @@ async def confirmed(question: str) -> bool:
 
 async def setup(live: Live, args: Json) -> None:
     """Point a client's own settings to the proxy; without a client: say what that would change."""
-    pool, secrets_told, config = Pool(live), Json(), live.config
+    pool, config = Pool(live), live.config
     pool.scan()
-    with suppress(OSError, ValueError):
-        secrets_told = parse_object(read_file(secrets_file()))
     upstream = str(config["ampcode"]["upstream-url"]).rstrip("/")
-    amp_key = stored_key(secrets_told, upstream) or str(config["ampcode"]["upstream-api-key"])
+    amp_key = stored_key(stored_keys(), upstream) or str(config["ampcode"]["upstream-api-key"])
     url = str(args.get("url") or live.address()).rstrip("/")
     if not is_address(url):
         raise Misuse(f"--url {url!r} is no address that begins with http:// or https://")
@@ -11507,17 +11573,29 @@ def set_up(target: Destination, name: str, undo: bool) -> None:
         if not undone:
             say(f"{client.title}: there is nothing to undo")
         return
-    lines, writes = plan(client, edits)
+    lines, writes = changes_of(client, edits)
     for edit, text, new in writes:
         edit.write(text, new)
-    say("\n".join(lines) if lines else f"{client.title} is set up already; nothing was changed")
+    say("\n".join(lines) if lines else f"{as_it_is(client, edits)}; nothing was changed")
     if writes:
         say(f"Done. `ampproxy.py setup {name} --undo` brings back what was there before.")
     if name == "amp" and len(edits) == 1:
         say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
     if not target.models(""):
-        say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+        say(f"No account serves anything yet. First: {FIRST_LOGIN}")
+    if not has_steps(edits):
+        say(f"Next: ampproxy.py setup {name}, once more.")
+        return
     say(f"Next: ampproxy.py, and then {client.program} in another terminal.")
+
+
+def has_steps(edits: list[Edit]) -> bool:
+    """Whether there is anything to write; droid gets an entry for each model that is served."""
+    return any(edit.steps({}) for edit in edits)
+
+
+def as_it_is(client: Client, edits: list[Edit]) -> str:
+    return f"{client.title} {'is set up already' if has_steps(edits) else 'needs models first'}"
 
 
 def survey(target: Destination) -> None:
@@ -11529,11 +11607,11 @@ def survey(target: Destination) -> None:
             say(f"{client.title}: not found on this machine")
             continue
         try:
-            lines, _ = plan(client, edits)
+            lines, _ = changes_of(client, edits)
         except Failure as error:
             say(f"{client.title}: {error}")
             continue
-        say("\n".join(lines) if lines else f"{client.title}: set up already")
+        say("\n".join(lines) if lines else as_it_is(client, edits))
         ready += [name] if lines else []
     if ready:
         say(f"Nothing was changed. Next: ampproxy.py setup {'|'.join(ready)}")
@@ -11547,18 +11625,18 @@ async def accounts(live: Live, args: Json) -> None:
     for account in found:
         left = (account.expires - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        place = account.path if isinstance(account, Login) else account.label
+        place = account.path if isinstance(account, Login) else live.path
         state = account.state(0)
         say(line.format(account.kind, account.label, account.plan or "-", ends, state, place))
     if not found:
-        say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
+        say(f"No accounts in {live.auth_dir} yet. Next: {FIRST_LOGIN}")
 
 
 async def status(live: Live, args: Json) -> None:
     """Ask the running proxy how it stands; end an account's rest by hand."""
     if "wake" in args:
-        told = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
-        say(f"{', '.join(told['woken'])}: may be asked again")
+        answer = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
+        say(f"{', '.join(answer['woken'])}: may be asked again")
     elif "watch" in args:
         await watch_status(live, "json" in args)
     else:
@@ -11616,7 +11694,10 @@ async def route(live: Live, args: Json) -> None:
     verb = VERBS.get(args["dialect"], "")
     chooser = Chooser(live, pool)
     ways, notes = chooser.ways(*chooser.split(args["model"]), verb)
-    chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
+    chosen = []
+    for way in ways:
+        name = f"{way.rows[0].provider.served(way.model)} {way.effort}".rstrip()
+        chosen.append(f"{way.route}: {way.rows[0].name} as {name}")
     nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
     say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))
 
@@ -11625,11 +11706,10 @@ async def check(live: Live, args: Json) -> None:
     """Print the configuration in effect, what each account serves, and who answers Amp."""
     if not live.config["proxy-url"]:
         environment_proxies()
-    Pool(live).scan()  # says which token files are none
+    pool = Pool(live)
+    pool.scan()  # says which token files are none
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
-    pool = Pool(live)
-    pool.scan()
     chooser = Chooser(live, pool)
     comments = ["", "Accounts and keys, and the models that each serves (* is anything):", ""]
     comments += [*model_lines(chooser), "", "Amp, as far as its clients call models (to May 2026):"]
@@ -11646,9 +11726,9 @@ async def check(live: Live, args: Json) -> None:
 
 
 NEWER_AMP = "Clients of July 2026 and newer run all models on Amp's servers: Amp bills those."
-
-
-SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
+SECRET_KEYS = re.compile(
+    r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-|user-agent$|originator$)"
+)
 
 
 def masked(value: Any, key: str = "") -> Any:
@@ -11667,6 +11747,7 @@ COMMANDS = {
     command.__name__.rstrip("_"): command
     for command in (serve, login, logout, accounts, status, route, check, setup, import_)
 }
+PROVIDER_WORD = {"metavar": "PROVIDER", "help": "claude, codex, gemini or antigravity"}
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
     "serve": {
@@ -11675,20 +11756,31 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "--debug": {"action": "store_true", "help": "say more in the log"},
     },
     "login": {
-        "provider": {"nargs": "?", "choices": NAMES, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": NAMES, "default": None},
         "--no-browser": {"action": "store_true", "help": "print the address only"},
     },
-    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "logout": {
+        "provider": {**PROVIDER_WORD, "choices": NAMES},
+        "account": {
+            "nargs": "?",
+            "default": None,
+            "metavar": "ACCOUNT",
+            "help": "which of several",
+        },
+    },
     "setup": {
-        "client": {"nargs": "?", "choices": CLIENTS, "default": None},
+        "client": {"nargs": "?", "choices": CLIENTS, "default": None, "help": "else: all, to look"},
         "--url": {"help": "the proxy's address, where it is not the configuration's"},
         "--undo": {"action": "store_true", "help": "bring back what was there before"},
     },
     "import": {
-        "provider": {"nargs": "?", "choices": IMPORTABLE, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": IMPORTABLE, "default": None},
         "--yes": {"action": "store_true", "help": "copy without asking"},
     },
-    "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
+    "route": {
+        "model": {"metavar": "MODEL", "help": "as a client names it"},
+        "--dialect": {"choices": VERBS, "default": "", "help": "of the client; else any"},
+    },
     "status": {
         "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
         "--watch": {"action": "store_true", "help": "again every two seconds; Ctrl-C ends it"},
@@ -11709,7 +11801,13 @@ def parse(argv: list[str] | None) -> Json:
     for name, made in [("serve", parser), *commands.choices.items()]:
         for argument, more in (ARGUMENTS[""] | ARGUMENTS.get(name, {})).items():
             made.add_argument(argument, **more)
-    args = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    args = vars(found)
+    # Older Pythons leave a word behind an option over, as in `logout claude --config F me`.
+    if len(unknown) == 1 and not unknown[0].startswith("-") and args.get("account", "") is None:
+        args["account"] = unknown.pop()
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not 0 <= args.get("port", 0) <= 65535:
         parser.error("argument --port: a port is a number from 0 to 65535")
     return args

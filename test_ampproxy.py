@@ -2575,7 +2575,8 @@ async def test_a_fallback_that_is_down_or_dies(tmp_path):
         assert error_in((await w.ask(PATH, STREAM)).bytes)["type"] == "api_error"
         w.reload(ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"})
         status, body, headers = await w.ask_json(PATH, ASK)
-        assert (status, body["type"], body["error"]["type"]) == (502, "error", "api_error")
+        told = (status, body["type"], body["error"]["type"])
+        assert told == (502, "error", "amp_upstream_proxy_error")
         assert headers["x-ampproxy-route"] == "amp"
 
 
@@ -2739,6 +2740,23 @@ async def test_ampcode_down_and_dying(tmp_path):
         assert body["message"]
 
 
+@pytest.mark.parametrize(("path", "key"), [
+    ("/api/provider/anthropic/v1/messages", "type"), ("/api/provider/openai/v1/responses", "code"),
+    ("/api/provider/openai/v1/chat/completions", "code"),
+    ("/api/provider/google/v1beta/models/other:generateContent", "status"),
+])  # fmt: skip
+@in_loop
+async def test_ampcode_out_of_reach_is_named_in_every_dialect(tmp_path, path, key):
+    async with world(tmp_path, ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"}) as w:
+        status, body, headers = await w.ask_json(path, {"model": "other"})
+        assert (status, headers["x-ampproxy-route"]) == (502, "amp")
+        assert body["error"][key] == "amp_upstream_proxy_error"
+        assert "cannot be reached" in body["error"]["message"]
+        streamed = path.replace(":generate", ":streamGenerate")
+        status, body, _ = await w.ask_json(streamed, {"model": "other", "stream": True})
+        assert (status, body["error"][key]) == (502, "amp_upstream_proxy_error")
+
+
 KEY_CASES = [  # config, AMP_API_KEY, secrets file, client's headers -> headers that arrive
     ({}, "", {}, {"x-api-key": "own"}, ("", "own")),
     ({}, "", {}, {"Authorization": "Bearer own"}, ("Bearer own", "")),
@@ -2791,6 +2809,10 @@ async def test_the_secrets_file_is_read_every_five_minutes(tmp_path):
         assert await arrives() == "one"
         w.clock.now += 301
         assert await arrives() is None
+        two = json.dumps({f"apiKey@{w.amp.url}": "two"}).encode()
+        secrets.write_bytes(b"\xef\xbb\xbf" + two)
+        w.clock.now += 301
+        assert await arrives() == "two", "as some editors on Windows save it"
 
 
 @in_loop
@@ -3032,6 +3054,34 @@ async def test_keys_in_five_places(tmp_path, place, path):
         assert not [r for r in w.amp.requests if "s3cret" in str(r.headers) + r.raw_path]
 
 
+SDK_ASKS = [  # path, headers -> the dialect of a refusal
+    ("/v1/models", {}, "openai"), ("/models", {}, "openai"), ("/v1/models/gpt-5.5", {}, "openai"),
+    ("/api/provider/openai/v1/models", {}, "openai"), ("/v1/embeddings", {}, "openai"),
+    ("/v1/models", {"anthropic-version": "2023-06-01"}, "anthropic"), ("/v1/messages/batches", {}, "anthropic"),
+    ("/v1beta/models", {}, "gemini"), ("/v1beta/models/x", {}, "gemini"), ("/v1/models", {"x-goog-api-key": ""}, "gemini"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "headers", "dialect"), SDK_ASKS)
+@in_loop
+async def test_sdks_are_refused_in_their_dialect(tmp_path, path, headers, dialect):
+    """Also where they ask for no model call."""
+    words = "Missing API key"
+    errors = {
+        "openai": {"type": "authentication_error", "code": "authentication_error"},
+        "anthropic": {"type": "authentication_error"},
+        "gemini": {"code": 401, "status": "UNAUTHENTICATED"},
+    }
+    async with world(tmp_path, **{"api-keys": ["s3cret"]}) as w:
+        status, body, _ = await w.ask_json(path, method="GET", headers=headers)
+        assert (status, body["error"]) == (401, {"message": words, **errors[dialect]})
+        assert ("type" in body) == (dialect == "anthropic")
+    async with world(tmp_path) as w:
+        foreign = {**headers, "Host": "evil.example"}
+        status, body, _ = await w.ask_json(path, method="GET", headers=foreign)
+        assert (status, "not an address" in body["error"]["message"]) == (403, True)
+
+
 HOSTS = [  # Host header -> fine without keys
     ("127.0.0.1", True), ("localhost:9", True), ("LOCALHOST", True), ("[::1]:80", True), ("127.1.2.3", True),
     ("evil.example", False), ("127.0.0.1.evil.example", False), ("192.168.0.9", False), ("", False), ("[::1", False),
@@ -3183,6 +3233,29 @@ async def test_nothing_secret_in_the_log(tmp_path, capfd):
         for word in ("secret", "fred@example.com", "sk-ant-oat-f", "sk-ant-ort-f", "Traceback"):
             assert word not in log, word
         assert "\nFAKE LINE" not in log
+
+
+HARMLESS = [
+    "/srv/cart_service/config.yaml is taken up", "/home/me/task-management/config.yaml", "no space on disk-image-volume",
+    "part_number_12345678", "flask-application: import_settings", "sort_order_by_name",
+]  # fmt: skip
+BEFORE_SECRETS = [
+    "", "key ", "key=", "key:", '"', "'", "(", "/", "-", "_", ".", "9", "Z", "\t", "%3D", "%3d", "%253D", "%253d",
+    "\\n", "\\t", "\\x3d", "\\u003d", "Bearer ",
+]  # fmt: skip
+WHOLE_SECRETS = [
+    "sk-ant-oat01-topsecret", "rt_topsecret01", "sgamp_user_topsecret", "ya29.topsecret", "AIzatopsecret",
+    "eyJtopsecret.eyJx.y", "1//0topsecret", "GOCSPX-topsecret",
+]  # fmt: skip
+
+
+def test_the_log_masks_secrets_and_leaves_words():
+    for text in HARMLESS:
+        assert ampproxy.redact(text) == text
+    for before in BEFORE_SECRETS:
+        for secret in WHOLE_SECRETS:
+            text = ampproxy.redact(f"it said {before}{secret}, twice: {before}{secret}")
+            assert "topsecret" not in text, (before, secret)
 
 
 # == Bad input =====================================================================================
@@ -8824,6 +8897,9 @@ def test_route_says_who_would_serve_and_why(tmp_path, capsys):
     assert decision == "So nobody here; fallback: always"
     file.write_text(file.read_text().replace("ampcode:", "ampcode:\n  fallback: never"))
     assert lines("claude-opus-4-7")[-1] == "So nobody here; fallback: never"
+    google_file(tmp_path, "antigravity")
+    asked = lines("gemini-3-pro-preview")[-1]
+    assert asked == "So local: antigravity as gemini-3-pro-high", "what is asked for there"
 
 
 # == Translation: the neutral form =================================================================
@@ -12303,11 +12379,11 @@ async def test_tables_by_model_names_are_bounded(tmp_path, monkeypatch):
         assert "claude-199" in account.rests
     (tmp_path / "other").mkdir()
     async with world(tmp_path / "other", tokens=()) as w:
-        for number in range(ampproxy.PAID_MODELS + 50):
+        for number in range(ampproxy.COUNTED_MODELS + 50):
             await w.ask(PATH, {**ASK, "model": f"claude-{number}"})
         report = (await w.ask_json("/status", method="GET"))[1]
-        assert len(report["paid"]) == ampproxy.PAID_MODELS
-        assert report["routes"]["amp"] == ampproxy.PAID_MODELS + 50
+        assert len(report["paid"]) == ampproxy.COUNTED_MODELS
+        assert report["routes"]["amp"] == ampproxy.COUNTED_MODELS + 50
 
 
 def anthropic_counts(*usages):
@@ -13500,9 +13576,13 @@ async def test_anthropic_sdk(tmp_path, base):
 @pytest.mark.parametrize(("args", "status", "words"), [
     (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
     (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "usage"), (["login", "nobody"], 2, "invalid choice"),
-    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid"),
+    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "PROVIDER"), (["--port", "x"], 2, "invalid"),
     (["login"], 2, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
     (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 2, "--port"),
+    (["--config", "no.yaml"], 1, "no.yaml: cannot be read: No such file or directory\n"),
+    (["logout", "codex"], 1, "there is no codex login in "), (["setup", "droid"], 0, "needs models first"),
+    (["setup", "droid"], 0, "Next: ampproxy.py setup droid, once more."), (["check"], 0, "originator: codex_cli_rs"),
+    (["login", "--help"], 0, "PROVIDER       claude, codex, gemini or antigravity"),
 ])  # fmt: skip
 @in_loop
 async def test_commands(tmp_path, args, status, words):
@@ -13547,7 +13627,21 @@ def test_accounts_and_logout(tmp_path, capsys):
     assert "broken.json" in shown.err
     assert ampproxy.main(["logout", "claude", *config]) == 1
     assert "a@example.com, b@example.com" in capsys.readouterr().err
-    assert ampproxy.main(["logout", "anthropic", "a@example.com", *config]) == 0
+    assert ampproxy.main(["check", *config]) == 0
+    assert capsys.readouterr().err.count("broken.json") == 1, "said once"
+    orders = (
+        ["logout", "anthropic", *config, "nobody"],
+        ["logout", *config, "claude", "nobody"],
+        ["logout", "claude", "nobody", *config],
+    )
+    for args in orders:
+        assert ampproxy.main(args) == 1
+        assert "no such account among: a@example.com" in capsys.readouterr().err
+    for args in (["a@example.com", "b@example.com"], [*config, "--to", "me"], ["a", *config, "b"]):
+        with pytest.raises(SystemExit, match="2"):
+            ampproxy.main(["logout", "claude", *args])
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert ampproxy.main(["logout", "anthropic", *config, "a@example.com"]) == 0
     assert [p.name for p in sorted(auth.iterdir())] == ["broken.json", "claude-b@example.com.json"]
 
 
@@ -13832,6 +13926,22 @@ async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_pat
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(("text", "there"), [
+    (None, False), ("", False), ("{", False), ("[]", False), ('{"amp.url": 5}', False),
+    ('{"amp.url": "http://127.0.0.1:8318"}', False), ('{"amp.url": "http://127.0.0.1:8317"}', True),
+    ('{\n  // mine\n  "amp.url": "http://127.0.0.1:8317/",\n}', True),
+])  # fmt: skip
+def test_the_start_says_whether_amp_points_here(tmp_path, monkeypatch, text, there):
+    monkeypatch.setenv("AMP_SETTINGS_FILE", str(tmp_path / "settings.json"))
+    if text is not None:
+        (tmp_path / "settings.json").write_text(text)
+    told = ampproxy.amp_line("http://127.0.0.1:8317")
+    assert '"amp.url": "http://127.0.0.1:8317"' in told
+    assert ("setup amp" in told) != there
+    told = ampproxy.amp_line("http://127.0.0.1:8317", by_hand=True)
+    assert ("`ampproxy.py setup amp --url http://127.0.0.1:8317`" in told) != there
+
+
 @pytest.mark.parametrize(
     ("fallback", "words"),
     [("always", "bills it"), ("never", "no model call can be answered")],
@@ -13906,10 +14016,10 @@ async def test_the_report_counts_models_and_says_what_is_paid(tmp_path):
 @in_loop
 async def test_names_of_models_are_counted_up_to_a_bound(tmp_path):
     async with world(tmp_path) as w:
-        for number in range(ampproxy.PAID_MODELS + 5):
+        for number in range(ampproxy.COUNTED_MODELS + 5):
             await w.ask(PATH, {**ASK, "model": f"grok-{number}"})
-        assert len(w.server.ledger.models) == ampproxy.PAID_MODELS
-        assert w.server.ledger.routes["amp"] == ampproxy.PAID_MODELS + 5
+        assert len(w.server.ledger.models) == ampproxy.COUNTED_MODELS
+        assert w.server.ledger.routes["amp"] == ampproxy.COUNTED_MODELS + 5
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -14732,6 +14842,25 @@ def test_import_takes_what_is_newer_and_leaves_logins_of_our_own(tmp_path, monke
         json.loads((tmp_path / "auth/claude-fred@example.com.json").read_text())["access_token"]
         == "sk-ant-oat-new"
     )
+
+
+def test_a_newer_token_of_gemini_cli_is_taken(tmp_path, monkeypatch, capsys):
+    """Its tokens stand in a table of their own, in the copy as well."""
+    now = time.time()
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(now))
+    assert run("import", "gemini", "--yes") == 0
+    path = tmp_path / "auth/gemini-gina@example.com.json"
+    newer = foreign_files(now + 9000)[".gemini/oauth_creds.json"].replace("ya29.g", "ya29.new")
+    (home / ".gemini/oauth_creds.json").write_text(newer)
+    pool = ampproxy.Pool(ampproxy.Live(tmp_path / "config.yaml"))
+    login = next(one for one in pool.scan() if isinstance(one, ampproxy.Login))
+    assert login.access_token == "ya29.g"
+    pool.adopt(login)
+    assert (login.access_token, login.expires > now) == ("ya29.new", True)
+    assert json.loads(path.read_text())["token"]["access_token"] == "ya29.new"
+    capsys.readouterr()
+    assert run("import", "gemini") == 0
+    assert "copied already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("files", "words"), [
