@@ -7425,12 +7425,12 @@ def unpack_zstd(raw: bytes | bytearray) -> bytes:
 
 async def read_body(request: Request) -> bytes | bytearray:
     """The whole body.  A large one is put where it will stay as it comes in."""
-    if request.content.is_eof() and request.content.total_bytes < LARGE:
-        return request.content.read_nowait()  # it came with the head
     length = request.content_length or 0
     large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
     try:
+        if request.content.is_eof() and request.content.total_bytes < LARGE:
+            return request.content.read_nowait()  # it came with the head
         async with asyncio.timeout(UPLOAD_WAIT):
             while data := await request.content.readany():
                 if large is None:

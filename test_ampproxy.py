@@ -9306,7 +9306,7 @@ async def translate(raw, theirs, ours, size=0, kind=None, **more):
     reply = new_reply(ours, kind, **more)
     reader = DIALECTS[theirs].reader(reply)
     pieces = in_chunks(raw, size or len(raw) or 1)
-    got = ampproxy.translated(FakeCall(ours), reader, pieces, False, lambda: None)
+    got = ampproxy.translated(FakeCall(ours), reader, pieces, False, lambda is_over: None)
     return b"".join([data async for data in got]), reply
 
 
@@ -9432,7 +9432,7 @@ async def test_what_comes_together_leaves_together_and_at_once():
         yield raw[len(first + second + third) :]
 
     call = FakeCall("anthropic")
-    got = ampproxy.translated(call, reader, pieces(), False, lambda: None)
+    got = ampproxy.translated(call, reader, pieces(), False, lambda is_over: None)
     assert b"let me" in await anext(got)
     gate.set()
     assert (await anext(got)).endswith(b"\n\n")
@@ -9453,7 +9453,7 @@ async def test_a_cut_stream_is_an_error_and_what_came_is_sent(theirs, ours):
         try:
             pieces = in_chunks(raw[:cut], 64)
             async for data in ampproxy.translated(
-                FakeCall(ours), reader, pieces, False, lambda: None
+                FakeCall(ours), reader, pieces, False, lambda is_over: None
             ):
                 sent += data
         except ampproxy.ProxyError as error:
