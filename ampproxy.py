@@ -2328,6 +2328,9 @@ class Listener(web.Server):
             self.strangers.pop(oldest).abort()
 
 
+FILES, STRANGERS = 65536, 4096  # open files where there is no limit; strangers at the most
+
+
 def raise_file_limit() -> int:
     """As many open files as the system lets this process have; how many these are."""
     try:
@@ -2341,9 +2344,6 @@ def raise_file_limit() -> int:
         return 256
 
 
-FILES, STRANGERS = 65536, 4096  # open files where there is no limit; strangers at the most
-
-
 @asynccontextmanager
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
     """Serve until the block ends; yields the port.  `hint`: what to do when it is taken."""
@@ -2354,7 +2354,8 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
         try:
             await web.TCPSite(runner, host or None, port, backlog=4096).start()
         except OSError as error:
-            raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
+            reason = os.strerror(error.errno) if error.errno else explain(error)
+            raise Failure(f"cannot listen on {host}:{port} ({reason}): {hint}") from error
         yield runner.addresses[0][1]
 
 
@@ -2732,6 +2733,7 @@ def refused_tiers(loaded: Json) -> str:
 # To add a rule about errors, add a row to rest_rules.  A time that the error itself names comes
 # before the row's, and the configuration's max-cooldown cuts both.
 
+SPENT = ("usage_limit_reached", "insufficient_quota")  # codes of a quota's end, ChatGPT's
 SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
 RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
 PROBE = 2  # seconds that others leave an account alone that has just woken and is being tried
@@ -2772,7 +2774,7 @@ def rest_rules() -> tuple[RestRule, ...]:
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
     no_answer = some({"malformed_function_call", "unexpected_tool_call", "empty_answer"})
     no_room = some({"model_capacity_exhausted"})
-    spent = some({"usage_limit_reached", "insufficient_quota"})  # ChatGPT's comes with a 400, too
+    spent = some(SPENT)  # it comes with a 400, too
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
@@ -2840,6 +2842,11 @@ class Account:
     """One subscription or key, and how it stands.  Rests have the model as key, "" is all of it."""
 
     hint = ""  # what to do when it rests for ever
+    disabled = False
+    priority = 0.0
+    plan = ""
+    expires = NEVER
+    own_proxy = ""
 
     def __init__(self, kind: str, label: str) -> None:
         self.kind, self.label = kind, label
@@ -2849,12 +2856,6 @@ class Account:
         self.in_flight = self.threads = self.turn = 0
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.row: Row | None = None  # that it is bound to now
-
-    disabled = False
-    priority = 0.0
-    plan = ""
-    expires = NEVER
-    own_proxy = ""
 
     @property
     def proxy(self) -> str:
@@ -3237,7 +3238,7 @@ class Pool:
         assert isinstance(account, Login)
         if not provider.project and not account.project:
             if account.finding is None:
-                finding = self.find_project(account, provider, token)
+                finding = self.find_and_save_project(account, provider, token)
                 account.finding = asyncio.create_task(finding)
             finished = account.finding
             await asyncio.wait([finished])  # a client that leaves does not cancel it
@@ -3245,8 +3246,10 @@ class Pool:
                 raise ProxyError(dataclasses.replace(problem, headers=Headers()))
         return provider.project or account.project
 
-    async def find_project(self, account: Login, provider: Provider, token: str) -> Problem | None:
-        """Found and saved, or why not."""
+    async def find_and_save_project(
+        self, account: Login, provider: Provider, token: str
+    ) -> Problem | None:
+        """Why it was not found, if it was not."""
         assert self.net
         try:
             found = await find_project(self.net, provider, token, account.own_proxy, self.clock)
@@ -7793,7 +7796,7 @@ def dialect_of_list(request: Request) -> Dialect:
 # A Delivery is the client's end of it.  It has one timer, however many pieces come: a comment goes
 # out when nothing did for a while, and what stands still for too long is broken off.
 
-TOLD_AFTER = {  # events that say nothing yet: the answer may still become an error
+SAYS_NOTHING = {  # events with which no answer has begun: it may still become an error
     "ping",
     "response.created",
     "response.in_progress",
@@ -7821,9 +7824,8 @@ class StreamResponse(web.StreamResponse):
 class Delivery:
     """What the client of one call gets: one head, then pieces."""
 
-    def __init__(self, call: Call, keepalive: float, idle: float) -> None:
-        self.call, self.request = call, call.request
-        self.clock = CLOCK
+    def __init__(self, call: Call, keepalive: float, idle: float, clock: Any = CLOCK) -> None:
+        self.call, self.request, self.clock = call, call.request, clock
         self.response: web.StreamResponse | None = None
         self.problem: Problem | None = None  # what broke the answer off after that
         self.keepalive = keepalive if call.streams and call.dialect.comment else 0
@@ -7968,9 +7970,6 @@ class Delivery:
         await self.write(response, frame)
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
-
-
-SPENT = ("usage_limit_reached", "insufficient_quota")  # codes of a quota's end
 
 
 def worded_error(call: Call, problem: Problem, now: float) -> bytes:
@@ -8402,7 +8401,7 @@ def proves(call: Call, event: Json, ending: str, seen: Seen) -> bool:
     seen.spoke = seen.spoke or says == "answer"
     if ending:
         refuse_silence(call, event, seen.spoke)
-    return bool(says or ending) and text_of(event.get("type")) not in TOLD_AFTER
+    return bool(says or ending) and text_of(event.get("type")) not in SAYS_NOTHING
 
 
 def lost_output(kind: Any, inside: Json, seen: Seen) -> bool:
@@ -8431,7 +8430,7 @@ async def translated(
     try:
         if in_one_piece:
             _, answer = await read_answer(call, pieces, wrapped)
-            feed(call, reader, answer, reader.read_whole)
+            feed(call, answer, reader.read_whole)
         else:
             runs = whole_events(pieces)
             async for run in without_envelope(runs) if wrapped else runs:
@@ -8466,7 +8465,7 @@ def refuse_nothing(call: Call, reader: Reader) -> None:
     if not reply.is_told and not reply.usage.written:
         raise no_whole_answer(call)
     if reader.must_speak and not reply.blocks and reply.stop in ("", "end"):
-        words = f"{call.provider} sent an answer that says nothing"
+        words = f"{call.provider} gave no answer: it ended without a word"
         raise ProxyError(Problem(502, words, codes=frozenset({EMPTY_ANSWER.lower()})))
 
 
@@ -8485,12 +8484,12 @@ def read_run(call: Call, reader: Reader, run: bytes) -> None:
                 continue  # it was cut short, or nobody knows what it means
             raise no_whole_answer(call) from None
         if isinstance(event, dict):
-            feed(call, reader, event, reader.read)
+            feed(call, event, reader.read)
         if reader.over:
             return
 
 
-def feed(call: Call, reader: Reader, event: Json, read: Callable[[Json], None]) -> None:
+def feed(call: Call, event: Json, read: Callable[[Json], None]) -> None:
     if (event.get("error") or event.get("type") in FAILED) and has_error(event, holder(event)):
         raise ProxyError(failure(call, event))
     try:
@@ -8620,6 +8619,8 @@ async def refusal(
         problem.body = raw  # the provider's own words
     return problem
 
+
+# -- Headers that travel on --
 
 HOP_HEADERS = (  # RFC 9110, 7.6.1, what the HTTP library writes itself, and CORS
     "connection",
@@ -8986,20 +8987,20 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
     forced = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
-    only_streams = forced or call.is_foreign
-    verb = STREAMING.get(verb, verb) if only_streams else verb
+    asks_stream = forced or call.is_foreign
+    verb = STREAMING.get(verb, verb) if asks_stream else verb
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
     if provider.wraps:
         body = code_assist_rules(body, call.served_model, provider, verb)
     body = without(body, *NOT_ASKED.get(verb, ()))
-    headers["Accept"] = "text/event-stream" if call.streams or only_streams else "application/json"
+    headers["Accept"] = "text/event-stream" if call.streams or asks_stream else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
     envelope = envelope_of(body, call.served_model, provider, verb) if provider.wraps else None
     urls = addresses_of(call, provider, verb)
-    folds = only_streams and not call.streams
+    folds = asks_stream and not call.streams
     pieces = worded(call, body)
     return Prepared(way, row, headers, pieces, urls, folds, envelope, new_reader=new_reader)
 
@@ -10274,8 +10275,7 @@ class Server:
         large = len(call.raw) > LARGE
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
-        with Delivery(call, keepalive, idle) as delivery:
-            delivery.clock = self.clock
+        with Delivery(call, keepalive, idle, self.clock) as delivery:
             try:
                 return await self.forwarder.answer(call, key, delivery)
             except ProxyError as error:
