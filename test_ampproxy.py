@@ -4015,6 +4015,32 @@ async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), **token):
                 yield cli
 
 
+def test_all_commands_but_the_server_stay_scripts():
+    assert {"serve", *ampproxy.SHORT_COMMANDS} == set(ampproxy.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy"])
+@in_loop
+async def test_a_server_goes_on_as_a_module_of_itself(tmp_path, name):
+    """In the same process, with the same words; what lies in the folder it was started in is not
+    taken for a library.  Under a name that no module has it stays a script.
+    """
+    (tmp_path / "bin").mkdir()
+    script = shutil.copy(SCRIPT, tmp_path / "bin" / name)
+    for library in ("uuid", "aiohttp", "ampproxy"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('the wrong one')")
+    flags = ("-X", "faulthandler", str(script))
+    async with running(tmp_path, answer_json(message()), script=flags) as cli:
+        assert await cli.ask() == (200, "local")
+        with suppress(OSError):  # not on a Mac
+            words = Path(f"/proc/{cli.process.pid}/cmdline").read_text().split("\0")
+            assert words[1:3] == ["-X", "faulthandler"]
+            assert str(script) in words
+            assert ("-c" in words) == (name in ("ampproxy.py", "my-proxy.py"))
+        cli.process.send_signal(signal.SIGTERM)
+        assert (await cli.end())[0] == 0
+
+
 @in_loop
 async def test_sigterm_lets_a_hundred_streams_end(tmp_path):
     gate = asyncio.Event()
