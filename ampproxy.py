@@ -7288,6 +7288,29 @@ def query_for_provider(query: str) -> str:
     return "&".join(pair for pair in kept if pair)
 
 
+TURN_PAUSE = 0.001  # seconds between two turns, in which small calls go on
+
+
+class Turns:
+    """Large prompts take turns.
+
+    To read one of 10 MB takes some 15 ms, in which nobody else is served, and to prepare it as
+    long.  Side by side, four of them would keep a small call waiting at each of its steps.
+    """
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+
+    async def take(self, size: int, work: Callable[[], Any]) -> Any:
+        """What `work` returns, at once for what is not large."""
+        if size < LARGE:
+            return work()
+        async with self.lock:
+            done = work()
+            await asyncio.sleep(TURN_PAUSE)
+        return done
+
+
 class Call:
     """One model call: what the client asks, and what comes of it."""
 
@@ -7313,10 +7336,13 @@ class Call:
         self.trouble = ""
         self.tokens = {"input_tokens": 0, "output_tokens": 0}
 
-    async def read(self) -> None:
+    async def read(self, turns: Turns) -> None:
         """ProxyError 400, 413 and 415 for a body that is none."""
         packed = await read_body(self.request)
         self.was_read = True
+        await turns.take(len(packed), functools.partial(self.parse, packed))
+
+    def parse(self, packed: bytes | bytearray) -> None:
         self.raw = unpacked(packed, self.request.headers.get("Content-Encoding", ""))
         self.was_packed = self.raw is not packed
         if has_too_many_values(self.raw):
@@ -8713,6 +8739,7 @@ class Forwarder:
     def __init__(self, live: Live, net: Net, pool: Pool, pay: Pay) -> None:
         self.live, self.net, self.pool, self.pay = live, net, pool, pay
         self.chooser = Chooser(live, pool)
+        self.turns = Turns()
         self.clock = pool.clock
         self.givers: OrderedDict[str, Account] = OrderedDict()  # of own_headers, by their value
 
@@ -8769,7 +8796,8 @@ class Forwarder:
             if account is None or account.row is None:
                 break
             if prepared is None or prepared.row is not account.row:
-                prepared = prepare(call, way, account.row)
+                work = functools.partial(prepare, call, way, account.row)
+                prepared = await self.turns.take(len(call.raw), work)
             outcome = await self.try_account(account, prepared, delivery)
             if not isinstance(outcome, Problem):
                 return outcome
@@ -10271,7 +10299,7 @@ class Server:
         return await self.management(request, key, bool(call), upgrades)
 
     async def model_call(self, call: Call, key: str) -> web.StreamResponse:
-        await call.read()
+        await call.read(self.forwarder.turns)
         large = len(call.raw) > LARGE
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
