@@ -2895,14 +2895,23 @@ class Account:
         ends = [w.resets_at for w in self.quota if w.resets_at > moment and "_" not in w.name]
         return min(ends, default=NEVER)
 
-    @contextmanager
-    def leased(self) -> Iterator[None]:
-        self.in_flight += 1
-        self.counts["requests"] += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
+
+class Lease:
+    """While an account is being asked: it is counted, and left alone by others, up to PROBE, if it
+    has just woken.
+    """
+
+    def __init__(self, account: Account, model: str) -> None:
+        self.account, self.probed = account, account.resting(model)
+
+    def __enter__(self) -> None:
+        self.account.in_flight += 1
+        self.account.counts["requests"] += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.account.in_flight -= 1
+        for rest in self.probed:
+            rest.probe_until = 0
 
 
 class ApiKey(Account):
@@ -3098,16 +3107,6 @@ class Pool:
         for key in ("", model):
             if key in account.rests and account.rests[key].began < began:
                 del account.rests[key]
-
-    @contextmanager
-    def probing(self, account: Account, model: str) -> Iterator[None]:
-        """While this lasts others leave an account alone that has just woken, up to PROBE."""
-        tried = account.resting(model)
-        try:
-            yield
-        finally:
-            for rest in tried:
-                rest.probe_until = 0
 
     def failed(self, account: Account, problem: Problem, model: str, began: float) -> None:
         """An error of a request that was sent at `began`: a rest begins, or ends."""
@@ -7864,7 +7863,7 @@ class Delivery:
         self.sent = self.moved  # when the last piece or comment went
         self.last = b""  # what went last of a stream
         self.is_over = False  # what is sent next is the end of it
-        self.comments: set[asyncio.Task[None]] = set()
+        self.comment: asyncio.Task[None] | None = None  # that is on its way
         self.timer = self.look_again()
 
     def __enter__(self) -> Delivery:
@@ -7873,8 +7872,8 @@ class Delivery:
     def __exit__(self, *_: object) -> None:
         self.timer.cancel()
         self.upstream = None
-        for task in self.comments:
-            task.cancel()
+        if self.comment:
+            self.comment.cancel()
 
     # -- The timer --
 
@@ -7907,9 +7906,7 @@ class Delivery:
         elif self.keepalive and now - self.sent >= self.keepalive:
             self.sent = now
             if not self.writing:
-                task = self.loop.create_task(self.write_comment())
-                self.comments.add(task)
-                task.add_done_callback(self.comments.discard)
+                self.comment = self.loop.create_task(self.write_comment())
         self.timer = self.look_again()
 
     def watch(self, upstream: Upstream) -> None:
@@ -7953,15 +7950,16 @@ class Delivery:
         return self.response
 
     async def stream(
-        self, upstream: Upstream, headers: Headers, first: bytes, rest: AsyncIterator[bytes]
+        self, upstream: Upstream, headers: Headers, answer: Answer
     ) -> web.StreamResponse:
         """The whole stream.  What breaks it off is told to the client, and kept as `problem`."""
         response = await self.start(upstream.status, upstream.reason, headers)
-        if first:
-            await self.write(response, first)
+        if answer.first:
+            await self.write(response, answer.first)
+            answer.first = b""  # its memory is free for as long as the stream runs
         try:
             write = response.write
-            async for data in rest:  # as in `write`, for each event
+            async for data in answer.rest:  # as in `write`, for each event
                 if self.is_over:
                     await self.write(response, data)
                     continue
@@ -8734,6 +8732,10 @@ class Prepared:
     token: str = ""  # of the account that is asked now
     new_reader: Callable[[], Reader] | None = None  # for a provider of another dialect
 
+    def let_go(self) -> None:
+        """As Call's: a stream may run for an hour."""
+        self.headers, self.body, self.urls = Headers(), [], []
+
 
 class Forwarder:
     def __init__(self, live: Live, net: Net, pool: Pool, pay: Pay) -> None:
@@ -8787,7 +8789,7 @@ class Forwarder:
         """Ask the accounts of a way, and wait until then for one to wake up."""
         call = delivery.call
         problem: Problem | None = None
-        tried: set[Account] = set()
+        tried: list[Account] = []
         prepared: Prepared | None = None
         call.provider = way.rows[0].name
         call.served_model = way.rows[0].provider.served(way.model)
@@ -8807,7 +8809,7 @@ class Forwarder:
                 return problem
             rests = account.wait(way.model, self.clock.monotonic()) > 0
             if then != "wait" or not rests or self.clock.monotonic() >= until:
-                tried.add(account)
+                tried.append(account)
         accounts = self.pool.of(way.rows)
         at_rest = any(account.resting(way.model) for account in accounts)
         if problem and (len(accounts) <= 1 or not at_rest):
@@ -8823,7 +8825,7 @@ class Forwarder:
         longest = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
         tries, refused, model = 0, "", prepared.way.model
         delivery.call.account = account.label
-        with account.leased(), self.pool.probing(account, model):
+        with Lease(account, model):
             while True:
                 began = self.clock.monotonic()
                 try:
@@ -8912,7 +8914,7 @@ class Forwarder:
         try:
             headers, body = await self.request_of(account, prepared, url)
             upstream = await self.net.post(url, headers, body, delivery.idle, account.proxy)
-            del body
+            del headers, body
             self.remember_headers(upstream.headers, account, prepared)
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
@@ -8926,7 +8928,7 @@ class Forwarder:
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
             call.let_go()
-            prepared.body = []
+            prepared.let_go()
             packed = b"" if prepared.folds or answer.events else b"".join(pieces.packed or ())
             pieces.packed = None
             response = await deliver(delivery, upstream, answer, prepared.folds, packed)
@@ -8982,12 +8984,13 @@ async def deliver(
     headers.update(call.proxy_headers())
     if answer.events and call.lists:
         headers["Content-Type"] = "application/json; charset=UTF-8"
-        first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
-        return await delivery.stream(upstream, headers, first, list_of(answer.rest))
+        answer.first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
+        answer.rest = list_of(answer.rest)
+        return await delivery.stream(upstream, headers, answer)
     if answer.events:
         if upstream.content_type != "text/event-stream":
             headers["Content-Type"] = "text/event-stream"
-        return await delivery.stream(upstream, headers, answer.first, answer.rest)
+        return await delivery.stream(upstream, headers, answer)
     if folds:
         headers["Content-Type"] = "application/json"
     body = b"[%b]" % answer.first if call.lists else answer.first
@@ -9366,7 +9369,7 @@ class Ampcode:
                 return await passed(request, upstream, headers, idle, delivery=delivery)
             runs = whole_events(Pieces(upstream, delivery))
             events = checked_events(call, runs, delivery.settle, told=True)
-            response = await delivery.stream(upstream, headers, b"", events)
+            response = await delivery.stream(upstream, headers, Answer(True, b"", events))
             over = True
         finally:
             delivery.upstream = None
