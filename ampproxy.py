@@ -84,6 +84,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -7300,10 +7301,7 @@ class Turns:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
 
-    async def take(self, size: int, work: Callable[[], Any]) -> Any:
-        """What `work` returns, at once for what is not large."""
-        if size < LARGE:
-            return work()
+    async def take(self, work: Callable[[], Any]) -> Any:
         async with self.lock:
             done = work()
             await asyncio.sleep(TURN_PAUSE)
@@ -7339,7 +7337,10 @@ class Call:
         """ProxyError 400, 413 and 415 for a body that is none."""
         packed = await read_body(self.request)
         self.was_read = True
-        await turns.take(len(packed), functools.partial(self.parse, packed))
+        if len(packed) < LARGE:
+            self.parse(packed)
+        else:
+            await turns.take(functools.partial(self.parse, packed))
 
     def parse(self, packed: bytes | bytearray) -> None:
         self.raw = unpacked(packed, self.request.headers.get("Content-Encoding", ""))
@@ -8798,8 +8799,11 @@ class Forwarder:
             if account is None or account.row is None:
                 break
             if prepared is None or prepared.row is not account.row:
-                work = functools.partial(prepare, call, way, account.row)
-                prepared = await self.turns.take(len(call.raw), work)
+                if len(call.raw) < LARGE:
+                    prepared = prepare(call, way, account.row)
+                else:
+                    work = functools.partial(prepare, call, way, account.row)
+                    prepared = await self.turns.take(work)
             outcome = await self.try_account(account, prepared, delivery)
             if not isinstance(outcome, Problem):
                 return outcome
@@ -9154,7 +9158,7 @@ def client_headers(given: Any, provider: Provider) -> Headers:
     """The provider's own, and those of the client that may travel on; the client's win."""
     headers, seen, connection = Headers(provider.headers), set(), connection_of(given)
     for name, value in given.items():
-        if reaches_provider(name[:100], connection, provider.passes):
+        if reaches_provider(name[:100], connection, provider):
             lower = name.lower()
             headers[name] = f"{headers[name]},{value}" if lower in seen else value
             seen.add(lower)
@@ -9162,8 +9166,8 @@ def client_headers(given: Any, provider: Provider) -> Headers:
 
 
 @functools.lru_cache(4096)
-def reaches_provider(name: str, connection: str, passes: tuple[str, ...]) -> bool:
-    return travels(name, connection, ()) and matches(name.lower(), passes)
+def reaches_provider(name: str, connection: str, provider: Provider) -> bool:
+    return travels(name, connection, ()) and matches(name.lower(), provider.passes)
 
 
 def worded(call: Call, body: Json) -> list[Any]:
@@ -11423,6 +11427,9 @@ def stop_signal() -> asyncio.Future[None]:
     return stop
 
 
+GARBAGE_AFTER = 10_000  # objects more than before, of which a call makes and drops a thousand
+
+
 async def serve(live: Live, args: Json) -> None:
     """Run the proxy; also without a command."""
     server = Server(live, Net(live))
@@ -11434,6 +11441,8 @@ async def serve(live: Live, args: Json) -> None:
             log.info("%s", line)
         log.info("%s", amp_line(address, bool(args.keys() & {"config", "host", "port"})))
         server.ledger.warn_of_no_account()
+        gc.freeze()  # what is there by now stays: nobody need look for garbage in it
+        gc.set_threshold(GARBAGE_AFTER)
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
