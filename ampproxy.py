@@ -2149,14 +2149,16 @@ class Net:
         request = self.origin(url)
         connection = await self.connector.connect(request, [], connect_limits(idle))
         try:
-            protocol = connection.protocol
+            protocol, transport = connection.protocol, connection.transport
+            if protocol is None or transport is None:  # it broke as soon as it was there
+                raise aiohttp.ServerDisconnectedError
             protocol.set_response_params(
                 read_until_eof=True,
                 auto_decompress=False,
                 max_line_size=HEAD_LIMIT,
                 max_field_size=HEAD_LIMIT,
             )
-            send_request(connection.transport, head, body)
+            send_request(transport, head, body)
             message, content = await answer_head(protocol, idle)
             return LeanAnswer(connection, message, content)
         except BaseException:
