@@ -7913,8 +7913,9 @@ class Delivery:
         self.timer = self.look_again()
 
     def watch(self, upstream: Upstream) -> None:
-        """From now on its silence counts."""
+        """From now on its silence counts; what an earlier one said last does not."""
         self.upstream, self.moved = upstream, self.loop.time()
+        self.is_over, self.settle_wait = False, 0.0
 
     def settle(self, is_over: bool) -> None:
         """All has been said: what still comes may take a moment, not the whole idle time.

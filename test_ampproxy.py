@@ -3853,6 +3853,23 @@ async def test_two_thousand_leavers_leave_no_connection_behind(tmp_path):
         assert (await w.ask("/v1/messages", STREAM)).status == 200
 
 
+@in_loop
+async def test_the_end_of_one_try_is_not_that_of_the_next(tmp_path):
+    """An answer that is nothing but its end is none; the next one goes on after its first event."""
+    seen, rest = asyncio.Event(), chunk(WHOLE[len(FIRST) :]) + b"0\r\n\r\n"
+    plays = (
+        [CHUNKED + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"],
+        [CHUNKED + chunk(FIRST), seen, rest],
+    )
+    async with (
+        raw_world(tmp_path, *plays) as w,
+        w.http.post(w.url + PATH, json=STREAM) as response,
+    ):
+        assert await response.content.readexactly(len(FIRST)) == FIRST
+        seen.set()
+        assert FIRST + await response.content.read() == WHOLE
+
+
 class Leaving:
     """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
 
