@@ -14890,7 +14890,8 @@ class Plan:
     size: int = 40  # of the padding in each event
     rate: int = 0  # events a second; 0 is as fast as they are taken
     # or json; or 429 or garbage: that once for this seed, then sse; or sse with something odd: stray
-    # (a second answer behind it), drip (the head byte by byte), early (before the body is there)
+    # (a second answer behind it), drip (the head byte by byte), early (before the body is there),
+    # cut (no end; of translated answers alone)
     kind: str = "sse"
 
     @classmethod
@@ -14914,6 +14915,10 @@ class Plan:
         text = f"{self.seed:08d} {index:08d} {at:020d} {'x' * self.size}"
         said = f'"index":0,"delta":{{"type":"text_delta","text":"{text}"}}'
         return f'event: content_block_delta\ndata: {{"type":"content_block_delta",{said}}}\n\n'.encode()
+
+    def words(self):
+        """The texts of an answer that is to be translated, one an event."""
+        return [f"{self.seed:08d} {index:08d} {'x' * self.size} " for index in range(self.events)]
 
     def json(self):
         text = f"{self.seed:08d} {'x' * self.size}"
@@ -14963,13 +14968,93 @@ def http_chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+# The other dialects, for the soak.  No header of a client reaches a foreign provider: the plan stands
+# in what is asked, and all texts of the answer follow from it.
+
+
+def worded_ask(dialect, model, plan, streams):
+    """Path and body of a call that asks for a plan."""
+    text = f"plan={plan}"
+    turn = {"role": "user", "content": text}
+    body = {
+        "anthropic": {"messages": [turn], "max_tokens": 100},
+        "chat": {"messages": [turn]},
+        "responses": {"input": [turn]},
+        "gemini": {"contents": [{"role": "user", "parts": [{"text": text}]}]},
+    }[dialect]
+    if dialect != "gemini":
+        body |= {"model": model, "stream": streams}
+    verb = "streamGenerateContent?alt=sse" if streams else "generateContent"
+    return PATHS[dialect].format(model=model, verb=verb), body
+
+
+def worded_answer(dialect, plan, streams, wraps):
+    """The pieces of what a provider of the dialect sends; `wraps`: in Code Assist's envelope."""
+    reply, pieces = new_reply(dialect, None if streams else ampproxy.Reply), []
+    for words in plan.words():
+        reply.say(words)
+        pieces.append(b"".join(reply.out))
+        reply.out.clear()
+    reply.usage.update(read=11, written=7)
+    reply.stopped("end")
+    reply.finish()
+    if not streams:
+        whole = DIALECTS[dialect].write_answer(reply)
+        return [json.dumps({"response": whole} if wraps else whole).encode()]
+    pieces.append(b"".join(reply.out))
+    return [b"".join(wrapped(*piece.splitlines()[::2])) for piece in pieces] if wraps else pieces
+
+
+def text_of(dialect, event):
+    """The text of one event, or of an answer in one piece, as a client of the dialect reads it."""
+    match dialect, event:
+        case "anthropic", {"type": "content_block_delta", "delta": {"text": text}}:
+            return text
+        case "anthropic", {"content": [{"text": text}]}:
+            return text
+        case "chat", {"choices": [{"delta": {"content": text}} | {"message": {"content": text}}]}:
+            return text or ""
+        case "responses", {"type": "response.output_text.delta", "delta": text}:
+            return text
+        case "responses", {"object": "response", "output": [{"content": [{"text": text}]}]}:
+            return text
+        case "gemini", {"candidates": [{"content": {"parts": parts}}]}:
+            return "".join(part.get("text", "") for part in parts)
+    return ""
+
+
+WORDED_ENDS = {
+    "anthropic": b'"type":"message_stop"',
+    "chat": b"data: [DONE]",
+    "responses": b'"type":"response.completed"',
+    "gemini": b'"finishReason":"STOP"',
+}
+
+
+def wrong_words(plan, dialect, streams, raw):
+    """What is wrong with a client's answer; "" for nothing: each text is there, and in its event."""
+    wanted = plan.words()
+    if streams:
+        whole = raw.replace(b'": ', b'":').count(WORDED_ENDS[dialect]) == 1
+        got = [text for event in data_of(raw) if (text := text_of(dialect, event))]
+    else:
+        whole, got, wanted = True, [text_of(dialect, json.loads(raw))], ["".join(wanted)]
+    if plan.kind == "cut":
+        return "its cut was not told" if whole or got != wanted[: len(got)] else ""
+    if whole and got == wanted:
+        return ""
+    return f"its texts are not the right ones: {got[-1:]} is the last of {len(got)}, {raw[-200:]}"
+
+
 class FakeProvider(asyncio.Protocol):
     """The provider: answers what the header asks for, each event a chunk and, if paced, a write."""
 
     connections, refused = set(), set()  # of all of them: who is there, whose 429 is out
+    google = Counter()  # what Google logins were given: tokens, projects
 
     def connection_made(self, transport):
         self.transport, self.head, self.left, self.asked = transport, b"", 0, None
+        self.body = b""  # of a request whose plan is in there
         self.pieces, self.timer, self.full = None, None, False
         self.connections.add(self)
 
@@ -14984,9 +15069,11 @@ class FakeProvider(asyncio.Protocol):
                 return
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.head)
             self.left = int(length[1]) if length else 0
-            self.asked, self.head, data = self.head, b"", body
+            self.asked, self.head, self.body, data = self.head, b"", b"", body
             if b",early" in self.asked:
                 self.answer(self.asked)
+        if b"x-stainless-bench" not in self.asked:
+            self.body += data
         self.left -= len(data)
         if self.left <= 0:
             asked, self.asked = self.asked, None
@@ -15011,9 +15098,13 @@ class FakeProvider(asyncio.Protocol):
             return self.transport.close()
         line = asked.partition(b"\r\n")[0]
         dialect = next((name for path, name in WORDED_PATHS.items() if path in line), "")
+        if plan is None and (found := re.search(rb"plan=([-\d,]+[a-z0-9]+)", self.body)):
+            return self.answer_worded(line, dialect, Plan.read(found[1].decode()))
         if plan is None and dialect:
             self.pieces = iter(worded_stream(dialect))
             return self.pump()
+        if plan is None and (given := self.given_to_google(line)):
+            return self.send(json.dumps(given).encode())
         if plan is None or plan.kind == "json":
             return self.send(plan.json() if plan else json.dumps(self.state()).encode())
         kind = self.dripping if plan.kind == "drip" else self.paced if plan.rate else self.batches
@@ -15022,7 +15113,54 @@ class FakeProvider(asyncio.Protocol):
 
     def state(self):
         streams = sum(c.pieces is not None for c in self.connections)
-        return {"connections": len(self.connections) - 1, "streams": streams}
+        others = len(self.connections) - 1
+        return {"connections": others, "streams": streams, "google": self.google}
+
+    def given_to_google(self, line):
+        """A login's token and its project, which an onboarding makes."""
+        if b"/token " in line:
+            self.google["tokens"] += 1
+            number = self.google["tokens"]
+            fresh = {"access_token": f"ya29.{number}", "refresh_token": f"1//0{number}"}
+            return {**fresh, "expires_in": 3599}
+        if b":loadCodeAssist " in line:
+            return TIERS
+        if b":onboardUser " in line:
+            self.google["projects"] += 1
+            return {"done": True, "response": {"cloudaicompanionProject": {"id": "proj-1"}}}
+        return None
+
+    def answer_worded(self, line, dialect, plan):
+        """The plan in the words of the path's dialect; a Google login's in its envelope."""
+        body, wraps = json.loads(self.body), b"/v1internal:" in line
+        if wraps and body.get("project") != "proj-1":
+            return self.send(b'{"error": {"code": 400, "message": "no project"}}', "400 Bad Request")
+        if plan.kind == "429" and plan.seed not in self.refused:
+            self.refused.add(plan.seed)
+            wait = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.5s"}
+            error = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "slow down",
+                     "details": [wait]}  # fmt: skip
+            more = "" if wraps else "\r\nRetry-After: 1"
+            return self.send(json.dumps({"error": error}).encode(), f"429 Too Many Requests{more}")
+        streams = body.get("stream", dialect == "gemini")
+        answer = worded_answer(dialect or "gemini", plan, streams, wraps)
+        if not streams:
+            return self.send(answer[0])
+        self.pieces = self.worded(plan, answer)
+        return self.pump()
+
+    def worded(self, plan, answer):
+        loop = asyncio.get_running_loop()
+        began, head = loop.time(), self.HEAD
+        for index, piece in enumerate(answer):
+            if plan.kind == "cut" and index > plan.events / 2:
+                return self.transport.close()
+            yield head + http_chunk(piece)
+            head = b""
+            if plan.rate:
+                self.timer = loop.call_at(began + (index + 1) / plan.rate, self.pump)
+                yield b""
+        yield b"0\r\n\r\n"
 
     def send(self, body, status="200 OK"):
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -15626,6 +15764,27 @@ class Bench:
 class Soak(Bench):
     """Mixed traffic with leavers, 429s, reloads; what is left over when it ends is said in `wrong`."""
 
+    # What its visitors of all dialects ask for; each reaches a provider of its own.
+    MODELS = (*MODELS.values(), "gemini-key", "gpt-oss-120b-medium")
+
+    def write_config(self, **more):
+        """With Google logins, which need a new token and a project each time this is written."""
+        self.turn = getattr(self, "turn", 0) + 1
+        ended = {"expired": "2020-01-01T00:00:00Z", "project_id": ""}
+        for kind, name in itertools.product(GOOGLE, ("a", "b")):
+            given = {"access_token": f"ya29.old{self.turn}", **ended}
+            google_file(self.folder / "auth", kind, f"{name}@example.com", **given)
+        row = {"base-url": self.fake, "token-url": self.fake, "profile-url": self.fake}
+        google = {"token-url": self.fake + "/token", "onboard-pause": 0}
+        hosts = {"base-url": self.fake + "/daily", "more-hosts": [self.fake + "/prod"]}
+        rows = {
+            "claude": row,
+            "codex": row,
+            "gemini": {**google, "base-url": self.fake, "excluded-models": ["gemini-key"]},
+            "antigravity": {**google, **hosts, "excluded-models": ["gemini-*"]},
+        }
+        super().write_config(**{"providers": rows, **more})
+
     def launch_watched(self):
         self.told = self.folder / "tasks"
         args = ["-c", soak_source(), "--config", str(self.config)]
@@ -15644,6 +15803,7 @@ class Soak(Bench):
         async with aiohttp.ClientSession() as http:
             async with http.get(self.fake) as answer:
                 fake = await answer.json()
+            self.given = fake["google"]
             async with http.get(f"http://127.0.0.1:{process.port}/status") as answer:
                 accounts = (await answer.json())["accounts"]
         files = process.files - fake["connections"]
@@ -15684,6 +15844,63 @@ class Soak(Bench):
             await asyncio.sleep(dice.random() * 0.1)
         wire.transport.abort()
 
+    async def foreigner(self, seed, ends):
+        """A client of any dialect with a model of any provider, streamed or in one piece."""
+        dice = random.Random(f"foreign {seed}")
+        kinds = {"sse": 50, "slow": 10, "json": 20, "leave": 12, "429": 3, "cut": 2}
+        async with aiohttp.ClientSession() as http:
+            while time.monotonic() < ends:
+                kind = dice.choices([*kinds], [*kinds.values()])[0]
+                ours, model = dice.choice([*DIALECTS]), dice.choice(self.MODELS)
+                plan = {"slow": {"events": 20, "rate": 50}, "leave": {"events": 500, "rate": 50},
+                        "json": {"events": 5}}.get(kind, {"events": dice.randint(1, 200), "kind": kind})  # fmt: skip
+                await self.foreign_call(http, ours, model, self.plan(**plan), kind)
+                if kind != "leave":
+                    self.asked += 1
+                await asyncio.sleep(dice.random() * 0.1)
+
+    async def foreign_call(self, http, ours, model, plan, kind):
+        path, body = worded_ask(ours, model, plan, kind != "json")
+        url = URL(f"http://127.0.0.1:{self.processes['ampproxy'].port}{path}", encoded=True)
+        about = f"{kind} of {model} for {ours}, {plan}"
+        async with asyncio.timeout(60), http.post(url, json=body) as answer:
+            if kind == "leave":
+                await answer.content.readany()
+                await asyncio.sleep(plan.seed % 10 / 20)
+                return answer.close()
+            raw = b""
+            try:
+                async for data in answer.content.iter_any():
+                    raw += data
+            except aiohttp.ClientError as error:
+                if (ours, kind) != ("gemini", "cut"):  # whose clients hear of it so
+                    self.wrong.append(f"{about}: {error!r}")
+        if answer.status != 200:
+            self.wrong.append(f"{about}: {answer.status} {raw[:300]}")
+        elif wrong := wrong_words(plan, ours, kind != "json", raw):
+            self.wrong.append(f"{about}: {wrong}")
+
+    async def poller(self, ends):
+        """A browser with the page open, whose person ends a rest now and then."""
+        dice = random.Random(0)
+        base = f"http://127.0.0.1:{self.processes['ampproxy'].port}"
+        async with aiohttp.ClientSession(base) as http:
+            for turn in itertools.count():
+                if time.monotonic() > ends:
+                    return
+                async with http.get("/", headers={"Accept": "text/html"}) as answer:
+                    page = await answer.text()
+                async with http.get("/status") as answer:
+                    accounts = (await answer.json())["accounts"]
+                if not (page.rstrip().endswith("</html>") and accounts):
+                    self.wrong.append(f"the page or the status: {page[-100:]!r}, {accounts}")
+                if turn % 10 == 0:
+                    named = {"account": dice.choice(accounts)["account"]}
+                    async with http.post("/status/wake", json=named) as answer:
+                        if answer.status != 200:
+                            self.wrong.append(f"the wake of {named}: {answer.status}")
+                await asyncio.sleep(0.3)
+
     async def reloads(self, ends):
         for turn in itertools.count():
             if (left := ends - time.monotonic()) <= 0:
@@ -15704,20 +15921,27 @@ class Soak(Bench):
         self.launch("direct")
         self.launch_watched()
         self.asked = 0
-        await self.visitor(-1, time.monotonic() + 1)
+        async with asyncio.TaskGroup() as group:
+            for work in (self.visitor, self.foreigner):
+                group.create_task(work(-1, time.monotonic() + 2))
         await asyncio.sleep(1.5)  # what is over may take a second to end
         before, ends = await self.left(), time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             growth = group.create_task(self.watch(seconds))
             group.create_task(self.reloads(ends))
+            group.create_task(self.poller(ends))
             for seed in range(16):
                 group.create_task(self.visitor(seed, ends))
+            for seed in range(8):
+                group.create_task(self.foreigner(seed, ends))
         for _ in range(50):
             if (after := await self.left()) == before:
                 break
             await asyncio.sleep(0.2)
         else:
             self.wrong.append(f"left over after the soak: {after}, before: {before}")
+        if min(self.given.get(what, 0) for what in ("tokens", "projects")) < seconds / 10:
+            self.wrong.append(f"Google logins were given too little: {self.given}")
         self.growth = growth.result()
         columns = {"direct": math.nan, "plain": math.nan, "ampproxy": self.growth}
         name = f"soak of {seconds:.0f} s, {self.asked:,} answers: RSS growth"
