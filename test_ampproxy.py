@@ -3931,6 +3931,102 @@ async def test_a_clock_that_steps_back_an_hour(tmp_path):
         assert sorted(later) == ["later", "sk-ant-oat-new"]
 
 
+# -- Faults of the rest: translated streams, Google's and ChatGPT's logins, `setup` --
+
+
+@contextmanager
+def nothing_written(how, monkeypatch, *paths):
+    """No file can be written: the disk is full, or all is another user's."""
+    if how == "a full disk":
+        full = full_disk(monkeypatch)
+        yield
+        full.clear()
+        return
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with as_nobody():
+        yield
+
+
+FOUND = {"done": True, "response": {"cloudaicompanionProject": "proj-7"}}
+ROTATED = {"access_token": "ya29.new", "refresh_token": "1//0new", "expires_in": 3599}
+
+
+@pytest.mark.parametrize("how", ["a full disk", "no rights"])
+@pytest.mark.parametrize("form", ["flat", "nested"])
+@in_loop
+async def test_what_google_gave_and_nobody_could_save(monkeypatch, caplog, form, how):
+    """A rotated token, then a project: used at once, asked for once, saved when that can be."""
+    if how == "no rights" and os.geteuid() != 0:
+        pytest.skip("becomes another user")
+    with tempfile.TemporaryDirectory() as folder:
+        async with google_world(Path(folder)) as w:
+            path = google_file(w.auth) if form == "flat" else cpa_file(w.auth)
+            token = json.loads(path.read_text()) | {
+                "expired": "2020-01-01T00:00:00Z",
+                "project_id": "",
+            }
+            path.write_text(json.dumps(token))
+            Path(folder).chmod(0o755)
+            w.authority.usual = answer_json(ROTATED)
+            w.gemini.setup = {
+                "loadCodeAssist": [answer_json(TIERS)],
+                "onboardUser": [answer_json(FOUND)],
+            }
+            with nothing_written(how, monkeypatch, w.auth, path):
+                for _ in range(3):
+                    w.server.tick()
+                    assert (await w.ask(models_path(PRO), CONTENTS)).status == 200
+                assert json.loads(path.read_text()) == token
+            assert {r.headers["Authorization"] for r in w.gemini.requests} == {"Bearer ya29.new"}
+            assert {json.loads(r.bytes)["project"] for r in w.gemini.requests} == {"proj-7"}
+            asked = [
+                w.authority.requests,
+                w.gemini.asked("loadCodeAssist"),
+                w.gemini.asked("onboardUser"),
+            ]
+            assert [len(requests) for requests in asked] == [1, 1, 1]
+            w.server.tick()
+            saved = json.loads(path.read_text())
+            tokens = saved.get("token", saved)
+            assert (tokens["access_token"], tokens["refresh_token"]) == ("ya29.new", "1//0new")
+            assert (saved["project_id"], ampproxy.flat(saved)["expired"] > "2027") == (
+                "proj-7",
+                True,
+            )
+            assert [p.name for p in w.auth.iterdir() if p.suffix == ".tmp"] == []
+    assert "cannot be saved" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["a full disk", "no rights"])
+@in_loop
+async def test_a_chatgpt_token_that_nobody_could_save(monkeypatch, how):
+    """Its refresh token is good once: the next one is asked for with the one that was not saved."""
+    if how == "no rights" and os.geteuid() != 0:
+        pytest.skip("becomes another user")
+    with tempfile.TemporaryDirectory() as folder:
+        async with codex_world(Path(folder), ()) as w:
+            Path(folder).chmod(0o755)
+            path = codex_file(w.auth, expired="2020-01-01T00:00:00Z", refresh_token="rt_0")
+            w.server.tick()
+            with nothing_written(how, monkeypatch, w.auth, path):
+                for number in (1, 2):
+                    given = {"access_token": f"tok_{number}", "refresh_token": f"rt_{number}"}
+                    w.authority.usual = answer_json(
+                        {**given, "expires_in": 3600, "id_token": id_token(plan="pro")}
+                    )
+                    assert (await w.ask(CODEX, QUESTION)).status == 200
+                    w.server.tick()
+                    assert w.codex.last.headers["Authorization"] == f"Bearer tok_{number}"
+                    w.clock.now += 3600
+                sent = [form_of(request)["refresh_token"] for request in w.authority.requests]
+                assert sent == ["rt_0", "rt_1"]
+            w.server.tick()
+            saved = json.loads(path.read_text())
+            assert (saved["access_token"], saved["refresh_token"]) == ("tok_2", "rt_2")
+            assert saved["id_token"] == id_token(plan="pro")
+
+
 # == Hostile input =================================================================================
 
 
@@ -15134,7 +15230,9 @@ class FakeProvider(asyncio.Protocol):
         """The plan in the words of the path's dialect; a Google login's in its envelope."""
         body, wraps = json.loads(self.body), b"/v1internal:" in line
         if wraps and body.get("project") != "proj-1":
-            return self.send(b'{"error": {"code": 400, "message": "no project"}}', "400 Bad Request")
+            return self.send(
+                b'{"error": {"code": 400, "message": "no project"}}', "400 Bad Request"
+            )
         if plan.kind == "429" and plan.seed not in self.refused:
             self.refused.add(plan.seed)
             wait = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.5s"}
