@@ -3709,14 +3709,17 @@ async def test_two_thousand_idle_connections(tmp_path, many_files):
 
 
 @asynccontextmanager
-async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), **token):
-    """The program as a process of its own, ready, with one account; its Claude and its address."""
+async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), kinds=("claude",), **token):
+    """The program as a process of its own, ready, with one account; its Claude and its address.
+
+    `kinds`: those whose logins ask that Claude, too.
+    """
     fake, port = FakeUpstream(usual), free_port()
     async with fake.open():
         times = {"expired": "2099-01-01T00:00:00Z", "last_refresh": "2026-01-01T00:00:00Z"}
         fake.token = token_file(tmp_path / "auth", **{**times, **token})
         urls = {"base-url": fake.url, "token-url": fake.url + "/token"}
-        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "providers": {"claude": urls},
+        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "providers": dict.fromkeys(kinds, urls),
                   "ampcode": {"upstream-url": fake.url}, "request-retry": 1,
                   "max-cooldown": 1, "max-retry-interval": 1}  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -3734,19 +3737,35 @@ async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), **token):
                 yield cli
 
 
+WORD = "hé".encode()  # the only one
+EARLY = WHOLE[: WHOLE.index(b"event: content_block_stop")]
+LATE = WHOLE[len(EARLY) :]
+CHAT_STREAM = {"model": ASK["model"], "messages": ASK["messages"], "stream": True}
+
+
+def told_in_chat(raw):
+    """The text of a Chat stream, and whether it has its end."""
+    return "".join(text_of("chat", event) for event in data_of(raw)), raw.endswith(
+        b"data: [DONE]\n\n"
+    )
+
+
 @in_loop
 async def test_sigterm_lets_a_hundred_streams_end(tmp_path):
+    """Half of them are translated."""
     gate = asyncio.Event()
-    async with running(tmp_path, (200, SSE, [FIRST, gate, WHOLE[len(FIRST) :]])) as cli:
-        asks = [cli.http.post("/v1/messages", json=STREAM) for _ in range(100)]
+    async with running(tmp_path, (200, SSE, [EARLY, gate, LATE])) as cli:
+        asks = [cli.http.post("/v1/messages", json=STREAM) for _ in range(50)]
+        asks += [cli.http.post("/v1/chat/completions", json=CHAT_STREAM) for _ in range(50)]
         streams = await asyncio.gather(*asks)
-        for stream in streams:
-            assert await stream.content.readuntil(b"\n\n") == FIRST
+        heads = [await stream.content.readuntil(WORD) for stream in streams]
         cli.process.send_signal(signal.SIGTERM)
         await cli.until("stopping", "stderr")
         gate.set()
         rests = await asyncio.gather(*(stream.content.read() for stream in streams))
-        assert {FIRST + rest for rest in rests} == {WHOLE}, "none is lost"
+        whole = [head + rest for head, rest in zip(heads, rests, strict=True)]
+        assert set(whole[:50]) == {WHOLE}, "none is lost"
+        assert {told_in_chat(raw) for raw in whole[50:]} == {("hé", True)}
         status, *_ = await cli.end()
         assert status == 0
 
@@ -4025,6 +4044,178 @@ async def test_a_chatgpt_token_that_nobody_could_save(monkeypatch, how):
             saved = json.loads(path.read_text())
             assert (saved["access_token"], saved["refresh_token"]) == ("tok_2", "rt_2")
             assert saved["id_token"] == id_token(plan="pro")
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+@pytest.mark.parametrize("kind", ["gemini", "antigravity"])
+@in_loop
+async def test_googles_rests_and_tokens_when_the_clock_steps(tmp_path, kind, step):
+    """A rest goes on as it was told; a token that looks expired is refreshed once, and lives on."""
+    times = {"expired": "2027-01-15T08:50:00Z", "last_refresh": "2027-01-15T08:00:00Z"}
+    async with google_world(tmp_path, hosts=1) as w:
+        path = google_file(
+            w.auth, kind, **times, **({"timestamp": 1} if kind == "antigravity" else {})
+        )
+        w.server.tick()
+        fake = w.gemini if kind == "gemini" else w.daily
+        rests = w.server.pool.accounts[path].wait
+        for model, told, length in (
+            ("gemini-3-flash", {"retryDelay": "600s"}, 600),
+            ("gemini-2.5-flash", {"quotaResetTimeStamp": "2027-01-15T08:15:00Z"}, 900),
+        ):
+            fake.script = [quota_error(**told)]
+            assert (await w.ask(models_path(model), CONTENTS)).status == 429
+            assert rests(model, w.clock.monotonic()) == pytest.approx(length)
+        w.clock.time = lambda: 1_800_000_000 + step + w.clock.now
+        asked = models_path("gemini-2.5-flash-lite")
+        for _ in range(3):
+            w.server.tick()
+            assert (await w.ask(asked, CONTENTS)).status == 200
+        assert len(w.authority.requests) == (step > 0), "only forward it looks expired"
+        for model, left in (("gemini-3-flash", 600), ("gemini-2.5-flash", 900)):
+            assert rests(model, w.clock.monotonic()) == pytest.approx(left), (
+                "whatever the clock says"
+            )
+        # a time of day is as good as the clock: past, or so far away that max-cooldown cuts it
+        fake.script = [quota_error(quotaResetTimeStamp="2027-01-15T08:15:00Z")]
+        assert (await w.ask(models_path("gemini-3-pro-preview"), CONTENTS)).status == 429
+        length = 60 if step > 0 else 1800
+        assert rests("gemini-3-pro-preview", w.clock.monotonic()) == pytest.approx(length)
+        w.clock.now += 901
+        for model in ("gemini-3-flash", "gemini-2.5-flash"):
+            assert (await w.ask(models_path(model), CONTENTS)).status == 200
+        # back at the right time: what was refreshed meanwhile says that it is good for too long
+        w.clock.time = lambda: 1_800_000_000 + w.clock.now
+        before = len(w.authority.requests)
+        fake.script = [answer_json(NOBODY, 401)]
+        w.authority.usual = answer_json({"access_token": "ya29.right", "expires_in": 3599})
+        assert (await w.ask(asked, CONTENTS)).status == 200
+        assert (await w.ask(asked, CONTENTS)).status == 200
+        assert len(w.authority.requests) == before + 1
+        token = json.loads(path.read_text())
+        assert token["access_token"] == "ya29.right"
+        assert ampproxy.parse_time(token["expired"]) == w.clock.time() + 3599
+
+
+@linux
+@in_loop
+async def test_no_file_left_while_foreign_streams_run_and_a_project_is_looked_for(tmp_path):
+    """The streams end whole, the login hears why and does not rest, and then its project is found."""
+    gate = asyncio.Event()
+
+    async def serve(request):
+        if request.path.endswith(":loadCodeAssist"):
+            return web.json_response({"cloudaicompanionProject": "proj-7"})
+        if "/v1internal" in request.path:
+            assert json.loads(request.bytes)["project"] == "proj-7"
+            return web.json_response({"response": content()})
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        await response.write(EARLY)
+        await gate.wait()
+        await response.write(LATE)
+        return response
+
+    path = google_file(tmp_path / "auth", project_id="", expired="2099-01-01T00:00:00Z")
+    async with running(tmp_path, serve, kinds=("claude", "gemini")) as cli:
+        google = functools.partial(cli.http.post, models_path(PRO), json=CONTENTS)
+        asks = [cli.http.post("/v1/chat/completions", json=CHAT_STREAM) for _ in range(10)]
+        streams = await asyncio.gather(*asks)
+        heads = [await stream.content.readuntil(WORD) for stream in streams]
+        async with cli.http.get("/status"):  # a connection that is there
+            pass
+        taken = {int(path.name) for path in Path(f"/proc/{cli.process.pid}/fd").iterdir()}
+        free = next(number for number in itertools.count() if number not in taken)
+        with limited(cli, "NOFILE", free):
+            idle = await asyncio.open_connection("127.0.0.1", cli.port)
+            await cli.until("Too many open files", "stderr")
+            async with google() as answer:
+                assert (answer.status, "Too many open files" in await answer.text()) == (502, True)
+            async with cli.http.get("/status") as answer:
+                states = {row["state"] for row in (await answer.json())["accounts"]}
+            assert states == {"ready"}, "it is this machine's fault"
+            gate.set()
+            for head, stream in zip(heads, streams, strict=True):
+                assert told_in_chat(head + await stream.content.read()) == ("hé", True)
+            idle[1].close()
+        async with google() as answer:
+            assert answer.status == 200
+        assert json.loads(path.read_text())["project_id"] == "proj-7"
+
+
+# A process that forks for each line it reads; the child sets a client up and kills itself when it is
+# about to do something to a file for the so manieth time.
+SETTER = """
+import os, signal, sys
+import ampproxy
+
+def kill_at(count):
+    def hook(event, args):
+        nonlocal count
+        writes = event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.chmod", "os.mkdir", "os.remove"):
+            count -= 1
+            if count < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+for line in sys.stdin:
+    name, count = line.split()
+    if (child := os.fork()) == 0:
+        status = 9
+        try:
+            sys.stdout = open(os.devnull, "w")
+            kill_at(int(count))
+            status = ampproxy.main(["setup", name, "--config", sys.argv[1]])
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_setup_that_is_killed_leaves_each_file_old_or_new(tmp_path, monkeypatch):
+    """Before each thing it does to a file; set up again it is whole, and undone it is as it was."""
+    home, run = client_home(tmp_path, monkeypatch, {})
+    command = [sys.executable, "-c", SETTER, str(tmp_path / "config.yaml")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = {**os.environ, "HOME": str(home), "PYTHONPATH": str(HERE)}
+    with subprocess.Popen(command, env=env, **pipes) as setter:
+        for name, before in CLIENT_FILES.items():
+            put_files(home, before)
+            assert run("setup", name) == 0
+            after = {path: text for path, text in tree(home).items() if path in before}
+            assert all(after[path] != before[path] for path in before)
+            for kill in itertools.count():
+                put_files(home, before)
+                setter.stdin.write(f"{name} {kill}\n")
+                setter.stdin.flush()
+                status = int(setter.stdout.readline())
+                found = tree(home)
+                for path, text in before.items():
+                    assert found[path] in (text, after[path])
+                    assert found.get(path + ampproxy.BACKUP, text) == text
+                    assert found[path] == text or path + ampproxy.BACKUP in found
+                modes = {stat.S_IMODE(p.stat().st_mode) for p in home.rglob("*") if p.is_file()}
+                assert modes <= {0o600, 0o640}, "of drafts, too"
+                if status == 0:
+                    break
+                assert status == -signal.SIGKILL
+                assert run("setup", name) == 0
+                assert {path: text for path, text in tree(home).items() if path in before} == after
+                assert run("setup", name, "--undo") == 0
+                assert {path: text for path, text in tree(home).items() if path in before} == before
+            assert kill > 5
+        setter.stdin.close()
+
+
+def put_files(home, files):
+    """These files there, and no other."""
+    shutil.rmtree(home)
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+        (home / name).chmod(0o640)
 
 
 # == Hostile input =================================================================================
@@ -15146,7 +15337,7 @@ class FakeProvider(asyncio.Protocol):
     """The provider: answers what the header asks for, each event a chunk and, if paced, a write."""
 
     connections, refused = set(), set()  # of all of them: who is there, whose 429 is out
-    google = Counter()  # what Google logins were given: tokens, projects
+    google: ClassVar = Counter()  # what Google logins were given: tokens, projects
 
     def connection_made(self, transport):
         self.transport, self.head, self.left, self.asked = transport, b"", 0, None
@@ -15965,7 +16156,8 @@ class Soak(Bench):
             if kind == "leave":
                 await answer.content.readany()
                 await asyncio.sleep(plan.seed % 10 / 20)
-                return answer.close()
+                answer.close()
+                return
             raw = b""
             try:
                 async for data in answer.content.iter_any():
