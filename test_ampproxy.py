@@ -3972,23 +3972,21 @@ ROTATED = {"access_token": "ya29.new", "refresh_token": "1//0new", "expires_in":
 
 
 @pytest.mark.parametrize("how", ["a full disk", "no rights"])
-@pytest.mark.parametrize("form", ["flat", "nested"])
+@pytest.mark.parametrize(("form", "rotates"), [("flat", 1), ("nested", 1), ("flat", 0)])
 @in_loop
-async def test_what_google_gave_and_nobody_could_save(monkeypatch, caplog, form, how):
+async def test_what_google_gave_and_nobody_could_save(monkeypatch, caplog, form, rotates, how):
     """A rotated token, then a project: used at once, asked for once, saved when that can be."""
     if how == "no rights" and os.geteuid() != 0:
         pytest.skip("becomes another user")
     with tempfile.TemporaryDirectory() as folder:
         async with google_world(Path(folder)) as w:
             path = google_file(w.auth) if form == "flat" else cpa_file(w.auth)
-            token = json.loads(path.read_text()) | {
-                "expired": "2020-01-01T00:00:00Z",
-                "project_id": "",
-            }
-            path.write_text(json.dumps(token))
+            ends = {"expired": "2020-01-01T00:00:00Z"} if rotates else {}
+            before = {**json.loads(path.read_text()), "project_id": "", **ends}
+            path.write_text(json.dumps(before))
             Path(folder).chmod(0o755)
-            w.authority.usual = answer_json(ROTATED)
-            w.gemini.setup = {
+            w.authority.usual, fake = answer_json(ROTATED), w.gemini
+            fake.setup = {
                 "loadCodeAssist": [answer_json(TIERS)],
                 "onboardUser": [answer_json(FOUND)],
             }
@@ -3996,23 +3994,19 @@ async def test_what_google_gave_and_nobody_could_save(monkeypatch, caplog, form,
                 for _ in range(3):
                     w.server.tick()
                     assert (await w.ask(models_path(PRO), CONTENTS)).status == 200
-                assert json.loads(path.read_text()) == token
-            assert {r.headers["Authorization"] for r in w.gemini.requests} == {"Bearer ya29.new"}
-            assert {json.loads(r.bytes)["project"] for r in w.gemini.requests} == {"proj-7"}
-            asked = [
-                w.authority.requests,
-                w.gemini.asked("loadCodeAssist"),
-                w.gemini.asked("onboardUser"),
-            ]
-            assert [len(requests) for requests in asked] == [1, 1, 1]
+                assert json.loads(path.read_text()) == before
+            token = ROTATED if rotates else before
+            sent = {
+                (r.headers["Authorization"], json.loads(r.bytes)["project"]) for r in fake.requests
+            }
+            assert sent == {(f"Bearer {token['access_token']}", "proj-7")}
+            asked = [w.authority.requests, *(fake.asked(verb) for verb in fake.setup)]
+            assert [len(requests) for requests in asked] == [rotates, 1, 1]
             w.server.tick()
-            saved = json.loads(path.read_text())
-            tokens = saved.get("token", saved)
-            assert (tokens["access_token"], tokens["refresh_token"]) == ("ya29.new", "1//0new")
-            assert (saved["project_id"], ampproxy.flat(saved)["expired"] > "2027") == (
-                "proj-7",
-                True,
-            )
+            saved = ampproxy.flat(json.loads(path.read_text()))
+            names = ("access_token", "refresh_token")
+            assert [saved[name] for name in names] == [token[name] for name in names]
+            assert (saved["project_id"], saved["expired"] > "2027") == ("proj-7", True)
             assert [p.name for p in w.auth.iterdir() if p.suffix == ".tmp"] == []
     assert "cannot be saved" in caplog.text
 
@@ -4069,9 +4063,11 @@ async def test_googles_rests_and_tokens_when_the_clock_steps(tmp_path, kind, ste
         w.clock.time = lambda: 1_800_000_000 + step + w.clock.now
         asked = models_path("gemini-2.5-flash-lite")
         for _ in range(3):
-            w.server.tick()
             assert (await w.ask(asked, CONTENTS)).status == 200
-        assert len(w.authority.requests) == (step > 0), "only forward it looks expired"
+            token = "new" if step > 0 else "fred@example.com"  # only forward it looks expired
+            assert fake.last.headers["Authorization"] == f"Bearer ya29.{token}"
+            w.server.tick()
+        assert len(w.authority.requests) == (step > 0)
         for model, left in (("gemini-3-flash", 600), ("gemini-2.5-flash", 900)):
             assert rests(model, w.clock.monotonic()) == pytest.approx(left), (
                 "whatever the clock says"
