@@ -4139,6 +4139,36 @@ async def test_no_file_left_while_foreign_streams_run_and_a_project_is_looked_fo
         assert json.loads(path.read_text())["project_id"] == "proj-7"
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+@in_loop
+async def test_sigterm_while_a_project_is_looked_for(tmp_path, leaves):
+    """Who waits for it gets his answer, and it is kept; for nobody it is given up without a word."""
+    gate, came = asyncio.Event(), asyncio.Event()
+
+    async def serve(request):
+        if request.path.endswith(":loadCodeAssist"):
+            came.set()
+            await gate.wait()
+            return web.json_response({"cloudaicompanionProject": "proj-7"})
+        return web.json_response({"response": content()})
+
+    path = google_file(tmp_path / "auth", project_id="", expired="2099-01-01T00:00:00Z")
+    async with running(tmp_path, serve, kinds=("gemini",)) as cli:
+        ask = asyncio.create_task(cli.http.post(models_path(PRO), json=CONTENTS))
+        await came.wait()
+        if leaves:
+            ask.cancel()
+        cli.process.send_signal(signal.SIGTERM)
+        await cli.until("stopping", "stderr")
+        if not leaves:
+            gate.set()
+            async with await ask as answer:
+                assert (answer.status, await answer.json()) == (200, content())
+        status, _, err = await cli.end()
+        assert (status, "Task" in err) == (0, False)
+    assert json.loads(path.read_text())["project_id"] == ("" if leaves else "proj-7")
+
+
 # A process that forks for each line it reads; the child sets a client up and kills itself when it is
 # about to do something to a file for the so manieth time.
 SETTER = """
@@ -16211,7 +16241,8 @@ class Soak(Bench):
             for work in (self.visitor, self.foreigner):
                 group.create_task(work(-1, time.monotonic() + 2))
         await asyncio.sleep(1.5)  # what is over may take a second to end
-        before, ends = await self.left(), time.monotonic() + seconds
+        before = {**await self.left(), "streams": 0, "in flight": 0}
+        ends = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             growth = group.create_task(self.watch(seconds))
             group.create_task(self.reloads(ends))
