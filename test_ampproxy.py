@@ -16077,7 +16077,10 @@ class Bench:
 
 
 class Soak(Bench):
-    """Mixed traffic with leavers, 429s, reloads; what is left over when it ends is said in `wrong`."""
+    """Mixed traffic of all dialects with all kinds of logins, leavers, 429s, cuts, reloads, an open page.
+
+    What is left over when it ends is said in `wrong`, beside the answers that were.
+    """
 
     # What its visitors of all dialects ask for; each reaches a provider of its own.
     MODELS = (*MODELS.values(), "gemini-key", "gpt-oss-120b-medium")
