@@ -2702,7 +2702,7 @@ class Login(Account):
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
         self.refreshes_failed = 0  # in a row
         self.replaced = "-"  # the access token in the file when ours, or more, was saved there
-        self.unsaved = False  # that failed: the file says what was before
+        self.unsaved = 0  # the errno if that failed: the file says what was before
         self.refreshing: asyncio.Task[None] | None = None
         self.finding: asyncio.Task[Problem | None] | None = None  # its project
         self.take(token)
@@ -2779,7 +2779,7 @@ class Pool:
             return
         if given != known:
             account.rests, account.retry_at, account.refreshes_failed = {}, 0.0, 0
-        account.unsaved = False
+        account.unsaved = 0
         account.take(token)
 
     def bind(self) -> None:
@@ -3054,11 +3054,13 @@ class Pool:
         try:
             account.path.stat()  # gone: the person logged out, or an editor is at it
             save_token(account.path, account.token)
-            account.unsaved = False
+            account.unsaved = 0
         except OSError as error:
-            account.unsaved = True
             self.stamps[account.path] = None
-            log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
+            if error.errno != account.unsaved:  # once is enough
+                words = "%s: the new token cannot be saved: %s"
+                log.error(words, account.name, explain(error))
+            account.unsaved = error.errno or errno.EIO
 
     def refresh_failed(self, account: Login, problem: Problem) -> None:
         last = 0 if LOCAL in problem.codes else len(REFRESH_PAUSES) - 1
