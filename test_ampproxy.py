@@ -16089,9 +16089,12 @@ class Soak(Bench):
         """With Google logins, which need a new token and a project each time this is written."""
         self.turn = getattr(self, "turn", 0) + 1
         ended = {"expired": "2020-01-01T00:00:00Z", "project_id": ""}
+        auth = self.folder / "auth"
+        auth.mkdir(mode=0o700, exist_ok=True)
         for kind, name in itertools.product(GOOGLE, ("a", "b")):
             given = {"access_token": f"ya29.old{self.turn}", **ended}
-            google_file(self.folder / "auth", kind, f"{name}@example.com", **given)
+            made = google_file(self.folder / "made", kind, f"{name}@example.com", **given)
+            made.replace(auth / made.name)
         row = {"base-url": self.fake, "token-url": self.fake, "profile-url": self.fake}
         google = {"token-url": self.fake + "/token", "onboard-pause": 0}
         hosts = {"base-url": self.fake + "/daily", "more-hosts": [self.fake + "/prod"]}
@@ -16250,9 +16253,9 @@ class Soak(Bench):
             growth = group.create_task(self.watch(seconds))
             group.create_task(self.reloads(ends))
             group.create_task(self.poller(ends))
-            for seed in range(16):
+            for seed in range(10):
                 group.create_task(self.visitor(seed, ends))
-            for seed in range(8):
+            for seed in range(6):
                 group.create_task(self.foreigner(seed, ends))
         for _ in range(50):
             if (after := await self.left()) == before:
