@@ -2040,6 +2040,8 @@ class Connection(web.RequestHandler):
         self.head_came()
         self.known()
         super().connection_lost(error)
+        # These know the connection: without them it goes at once, with all that it holds.
+        self.body = self._keepalive_handle = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that ends in the middle of a body may still be listening: it gets its 400."""
