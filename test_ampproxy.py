@@ -23,6 +23,7 @@ import dataclasses
 import enum
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import importlib
@@ -52,6 +53,7 @@ import tempfile
 import termios
 import threading
 import time
+import weakref
 import zlib
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -3678,6 +3680,31 @@ async def test_a_slow_reader_slows_its_upstream_and_nobody_else(tmp_path, path):
             assert await reader.readexactly(1), "a byte a round"
             assert fountain.sent < 64 << 20, "it is what the sockets hold, no more"
         writer.transport.abort()
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@in_loop
+async def test_a_connection_that_has_ended_waits_for_no_collection(tmp_path, leaves):
+    """It goes with all that it holds, whether its client had an answer or left in the middle."""
+    async with world(tmp_path) as w:
+        w.claude.usual = upstream = Leaving(FIRST) if leaves else answer_json(message())
+        body = json.dumps(STREAM if leaves else ASK).encode()
+        gc.collect()
+        gc.disable()
+        try:
+            reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body))
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            await reader.readuntil(FIRST if leaves else b'"hi"')
+            known = [weakref.ref(o) for o in gc.get_objects() if type(o) is ampproxy.Connection]
+            writer.transport.abort()
+            if leaves:
+                await upstream.gone.wait()
+            assert len(known) == 1
+            async with asyncio.timeout(2):
+                while known[0]():
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
 
 
 @pytest.fixture
