@@ -51,9 +51,29 @@ Command line           one coroutine a command
 
 Start at Server.handle; a model call goes on to Forwarder.answer, the rest to Ampcode.forward.
 Left out on purpose: TLS, a database, imitation of the official clients.
+
+Where a comment names providers.md, clients.md, amp-client.md, peers.md or design.md, its fact comes
+from there: notes about the world outside, which are no part of this repository.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+
+# CPython keeps the syntax tree of a script as long as that runs: 29 of 74 MB here.  Of a module it
+# keeps none, and finds it compiled at the next start.  So a server goes on as one, in its process.
+SHORT_COMMANDS = {"login", "logout", "accounts", "status", "route", "check", "setup", "import"}
+AS_MODULE = (
+    "import importlib, os, sys; folder, name = os.path.split(os.path.abspath(sys.argv.pop(1)));"
+    " sys.path = [folder, *filter(None, sys.path)];"
+    " sys.exit(importlib.import_module(name.removesuffix('.py')).main())"
+)
+IS_SCRIPT = __name__ == "__main__" and __spec__ is None
+IS_MODULE_NAME = __file__.endswith(".py") and __file__.rpartition("/")[2].count(".") == 1
+if IS_SCRIPT and IS_MODULE_NAME and os.name == "posix" and not SHORT_COMMANDS & {*sys.argv}:
+    flags = sys.orig_argv[1 : -len(sys.argv)]
+    os.execv(sys.executable, [sys.executable, *flags, "-c", AS_MODULE, __file__, *sys.argv[1:]])
 
 import argparse
 import asyncio
@@ -72,14 +92,12 @@ import itertools
 import json
 import logging
 import logging.handlers
-import os
 import re
 import secrets
 import select
 import shutil
 import signal
 import stat
-import sys
 import threading
 import time
 import tomllib
@@ -117,6 +135,7 @@ try:
     import yaml
     from aiohttp import web
     from aiohttp.client_proto import ResponseHandler
+    from aiohttp.http import HttpProcessingError
     from multidict import CIMultiDict
     from yarl import URL
 except ImportError as error:
@@ -130,7 +149,7 @@ __version__ = "0.1.0"
 
 # == Common ground =================================================================================
 #
-# Errors, JSON, numbers and times, files, and what may be shown to a person.
+# Errors, JSON, numbers and times, files, packed bodies, what may be shown to a person, and the log.
 #
 # There are two errors.  A Failure is one sentence for the person at the terminal.  A ProxyError is
 # for a client and carries a Problem: what went wrong as plain data.  Only a Problem is ever kept;
@@ -138,11 +157,11 @@ __version__ = "0.1.0"
 
 Json = dict[str, Any]
 Headers = CIMultiDict[str]
-Upstream = aiohttp.ClientResponse
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
 NEVER = float("inf")
 BODY_LIMIT = 64 << 20  # bytes of a request, and of what is collected of an answer
+SPLICED = 1 << 15  # bytes: of what is more the parts that did not change are not written anew
 LARGE = 1 << 20  # bytes: what is more is copied as rarely as can be
 CLOCK = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=asyncio.sleep)
 
@@ -198,10 +217,10 @@ def explain(error: BaseException) -> str:
 
 
 def finite(digits: str) -> float:
-    number = float(digits)
-    if abs(number) == float("inf"):
+    value = float(digits)
+    if abs(value) == float("inf"):
         raise ValueError(f"{digits[:20]} is too large a number")
-    return number
+    return value
 
 
 def no_constant(name: str) -> NoReturn:
@@ -341,6 +360,8 @@ def http_delay(value: str, now: float) -> float:
         return max(0, number(value))
 
 
+# -- Files --
+
 FILE_LIMIT = 4 << 20  # bytes of a file that a person or a program wrote for us
 
 
@@ -358,10 +379,12 @@ def read_file(path: Path) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
-def folder(variable: str, usual: str) -> Path:
+def folder_of(variable: str, usual: str) -> Path:
     """Where an environment variable says that something is kept, else the usual place."""
     return Path(os.environ.get(variable) or usual).expanduser()
 
+
+# -- Packed bodies, and memory --
 
 GZIP = b"\x1f\x8b"  # how it begins
 CODINGS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # that can be unpacked here; zlib's wbits
@@ -390,9 +413,9 @@ class Unpacker:
         if self.stream is None or ended:
             raw = self.bits == 15 and self.left[0] & 15 != 8  # deflate without zlib's head
             self.stream = zlib.decompressobj(-15 if raw else self.bits)
-        plain: bytes = self.stream.decompress(self.left, LARGE)
+        piece: bytes = self.stream.decompress(self.left, LARGE)
         self.left = self.stream.unconsumed_tail or self.stream.unused_data
-        return plain
+        return piece
 
 
 MEMBERS, MEMBER_PIECE = 10_000, 16384  # of one body; bytes that are looked at together
@@ -407,17 +430,17 @@ def unpack(raw: bytes, coding: str = "gzip") -> bytes | None:
 
 def unpack_whole(raw: bytes | bytearray, coding: str) -> bytes:
     """zlib.error for what is not packed so, or not whole; OverflowError above BODY_LIMIT."""
-    unpacker, plain, members = Unpacker(coding), bytearray(), 0
+    unpacker, whole, members = Unpacker(coding), bytearray(), 0
     for start in range(0, len(raw), MEMBER_PIECE):
         unpacker.left += raw[start : start + MEMBER_PIECE]
         while unpacker.left:
-            plain += unpacker.take(b"")
+            whole += unpacker.take(b"")
             members += unpacker.stream is not None and unpacker.stream.eof
-            if len(plain) > BODY_LIMIT or members > MEMBERS:
+            if len(whole) > BODY_LIMIT or members > MEMBERS:
                 raise OverflowError
     if not unpacker.is_whole:
         raise zlib.error
-    return bytes(plain)
+    return bytes(whole)
 
 
 def accepts(header: str, coding: str) -> bool:
@@ -435,20 +458,25 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# -- What may be shown to a person --
-
-SECRET = re.compile(
-    r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
-    r"|(?:sk-|sgamp_|ya29|AIza|eyJ|rt_|1//0|GOCSPX)[\w.~+/=-]{8,}"
-    r"|(?<=Bearer )\S+"
-)
-WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
-HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
+# -- Secrets, and what may be shown to a person --
 
 
 def equal(one: str, other: str) -> bool:
     """In a time that does not tell how much of them is alike."""
     return secrets.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))
+
+
+# sk- and rt_ stand inside words, too (task-force, part_number): they count at a word's beginning.
+# That may be behind an escape, whose last letter belongs to no word: %3dsk-, %253dsk-, \nsk-, ...
+ESCAPES = (r"%..", r"%25..", r"\\[a-z]", r"\\x..", r"\\u....")
+WORD_START = "|".join([r"(?<![a-z])", *(f"(?<={escape})" for escape in ESCAPES)])
+SECRET = re.compile(
+    r"(?<![\w.+%-])(?P<kind>(?:claude|codex|gemini|antigravity)-)?(?P<mail>[\w.+%-]{1,200}@[\w.-]+)"
+    rf"|(?:(?:{WORD_START})(?:sk-|rt_)|sgamp_|ya29|AIza|eyJ|1//0|GOCSPX)[\w.~+/=-]{{8,}}"
+    r"|(?<=Bearer )\S+"
+)
+WORDS_OF_SECRETS = "@ sk- sgamp_ ya29 AIza eyJ rt_ 1//0 GOCSPX"
+HINTS = (*WORDS_OF_SECRETS.split(), "Bearer ")  # one is in every secret
 
 
 def mask(secret: str) -> str:
@@ -509,6 +537,8 @@ def paint_for(stream: Any) -> Paint:
     return coloured
 
 
+# -- The log --
+
 LEVEL_COLOURS = {"DEBUG": "dim", "WARNING": "yellow", "ERROR": "red"}
 
 
@@ -550,8 +580,8 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
 def log_to(path: Path) -> LogFile:
     try:
-        for folder in (path.parent.parent, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (path.parent.parent, path.parent):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         return LogFile(path, maxBytes=LOG_SIZE, backupCount=LOG_FILES)
     except OSError as error:
         raise Failure(f"the log cannot be written to {path}: {explain(error)}") from error
@@ -598,9 +628,8 @@ class Provider:
     base_url: str = ""  # with or without the version part of the paths
     more_hosts: tuple[str, ...] = ()  # asked in turn where that one fails; not with one's own
     paths: dict[str, str] = field(default_factory=dict)  # verb of a call -> path; none: no calls
-    models: tuple[
-        Any, ...
-    ] = ()  # names, patterns, {name, alias}; names alone are listed to clients
+    # Names, patterns, {name, alias}; clients are shown the names alone.
+    models: tuple[Any, ...] = ()
     excluded_models: tuple[str, ...] = ()
     only_streams: tuple[str, ...] = ()  # patterns of models that give no answer in one piece
     thinking: dict[str, str] = field(default_factory=dict)  # model -> levels, or range of budgets
@@ -618,7 +647,6 @@ class Provider:
     key_host: str = ""  # ...but bare where key_header is another one; to this host only, if named
     wraps: bool = False  # in Code Assist's envelope, which names a project (providers.md 3)
     envelope: dict[str, str] = field(default_factory=dict)  # what else it says
-
     proxy_url: str = ""  # the way out to it; "direct": none; "": that of all
 
     # -- How one signs in --
@@ -661,7 +689,7 @@ class Provider:
     @functools.cached_property
     def written(self) -> dict[str, str]:
         """The same in lower case, without what is a pattern."""
-        return {n.lower(): own for n, own in self.names.items() if not set(n) & set("*?[")}
+        return {name.lower(): own for name, own in self.names.items() if not is_pattern(name)}
 
     def served(self, model: str) -> str:
         """What is asked for there, for a name in any case of letters."""
@@ -725,10 +753,8 @@ MOST_TOKENS = {  # that a model writes (providers.md 1.7); of several patterns t
     "claude-[23]*": 4096,
     "*": 32000,
 }
-CLAUDE_SAMPLES = (
-    "claude-[23]*",
-    "claude-*-4-[0-6]*",
-)  # later ones refuse temperature, top_p, top_k
+# Of Claude's models these take temperature, top_p and top_k; later ones refuse them.
+CLAUDE_SAMPLES = ("claude-[23]*", "claude-*-4-[0-6]*")
 # OpenAI's that think refuse them, too, and want another word for max_tokens in Chat.
 OPENAI_THINKS = ("gpt-[5-9]*", "o[1-9]*", "codex-*")
 
@@ -989,6 +1015,10 @@ API_KEYS = {  # the lists of keys in config.yaml; an entry overrides its list's 
 }
 
 
+def is_pattern(name: str) -> bool:
+    return bool(set(name) & set("*?["))
+
+
 @functools.lru_cache(256)
 def any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("(?i)" + "|".join(map(fnmatch.translate, patterns)))
@@ -1023,11 +1053,11 @@ class Thinking(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def read_thinking(told: str) -> Thinking:
+def read_thinking(line: str) -> Thinking:
     """Of a line of THINKING."""
-    levels = [word for word in told.split() if word in BUDGETS]
-    limits = [int(digits) for digits in re.findall(r"\d{1,9}", told)]
-    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in told.split())
+    levels = [word for word in line.split() if word in BUDGETS]
+    limits = [int(digits) for digits in re.findall(r"\d{1,9}", line)]
+    return Thinking(levels, limits if len(limits) == 2 else [], "auto" in line.split())
 
 
 def thinking_of(table: dict[str, str], model: str) -> Thinking:
@@ -1085,7 +1115,7 @@ def switch_key(default: bool) -> Value:
 def whole_key(default: int, low: int, high: int) -> Value:
     return Value(
         default,
-        f"a whole number from {low} to {high:g}",
+        f"a whole number from {low} to {high}",
         lambda value: type(value) is int and low <= value <= high,
     )
 
@@ -1093,7 +1123,7 @@ def whole_key(default: int, low: int, high: int) -> Value:
 def amount_key(default: float) -> Value:
     return Value(
         default,
-        "a number from 0 to 1e+09",
+        "a number from 0 to 1000000000",
         lambda value: type(value) in (int, float) and 0 <= value <= 1e9,
     )
 
@@ -1256,8 +1286,8 @@ class ConfigFile:
         except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             place = f"{path}:{mark.line + 1}" if mark else f"{path}"
-            reason = getattr(error, "problem", None) or explain(error)
-            raise Failure(f"{place}: cannot be read: {reason}") from error
+            reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
+            raise Failure(f"{place}: cannot be read: {reason or explain(error)}") from error
 
     def fail(self, node: yaml.Node, key: str, reason: str) -> NoReturn:
         raise Failure(f"{self.path}:{node.start_mark.line + 1}: {key or 'the file'}: {reason}")
@@ -1338,9 +1368,9 @@ def find_config(given: str | None) -> Path | None:
     if given:
         return Path(given).expanduser()
     own = Path("~/.config/ampproxy").expanduser()
-    for folder in (Path.cwd(), Path(__file__).resolve().parent, own):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+    for directory in (Path.cwd(), Path(__file__).resolve().parent, own):
+        if (directory / "config.yaml").is_file():
+            return directory / "config.yaml"
     return None
 
 
@@ -1547,11 +1577,11 @@ async def alone_with(path: Path) -> AsyncIterator[None]:
         with suppress(ImportError, OSError):
             fcntl: Any = importlib.import_module("fcntl")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            number = os.open(lock_of(path), flags, 0o600)
-            stack.callback(os.close, number)
+            descriptor = os.open(lock_of(path), flags, 0o600)
+            stack.callback(os.close, descriptor)
             while True:
                 try:
-                    fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     await asyncio.sleep(LOCK_LOOK)
@@ -1583,12 +1613,12 @@ def jwt_payload(token: Any) -> Json:
 
 def claims(token: Json) -> Json:
     """E-mail, account_id and plan, as far as ChatGPT's id token tells (providers.md 2.1)."""
-    told = jwt_payload(token.get("id_token"))
-    auth = as_dict(told.get("https://api.openai.com/auth"))
+    payload = jwt_payload(token.get("id_token"))
+    auth = as_dict(payload.get("https://api.openai.com/auth"))
     found = {
         "account_id": auth.get("chatgpt_account_id"),
         "plan": auth.get("chatgpt_plan_type"),
-        "email": auth.get("email") or told.get("email"),
+        "email": auth.get("email") or payload.get("email"),
     }
     return {name: value for name, value in found.items() if value}
 
@@ -1605,10 +1635,11 @@ def token_name(kind: str, email: str) -> str:
 #
 # To add a program, write its reader and name it in SOURCES.
 
+# What is taken from there when it is newer.
 REFRESHED = ("access_token", "refresh_token", "id_token", "expired", "last_refresh", "token")
 
 
-def told_in(path: Path, *keys: str) -> str:
+def text_in(path: Path, *keys: str) -> str:
     """A text in a JSON file; "" for none."""
     try:
         value: Any = parse_object(read_file(path))
@@ -1623,10 +1654,10 @@ def of_milliseconds(value: Any) -> str:
     return rfc3339(number(value // 1000)) if isinstance(value, (int, float)) else ""
 
 
-def read_claude_code(told: Json, path: Path) -> Json:
-    found = as_dict(told.get("claudeAiOauth"))
+def read_claude_code(stored: Json, path: Path) -> Json:
+    found = as_dict(stored.get("claudeAiOauth"))
     places = (path.with_name(".claude.json"), path.parent.parent / ".claude.json")
-    emails = [told_in(place, "oauthAccount", "emailAddress") for place in places]
+    emails = [text_in(place, "oauthAccount", "emailAddress") for place in places]
     return {
         "type": "claude",
         "email": next(filter(None, emails), ""),
@@ -1637,8 +1668,8 @@ def read_claude_code(told: Json, path: Path) -> Json:
     }
 
 
-def read_codex_cli(told: Json, path: Path) -> Json:
-    found = as_dict(told.get("tokens"))
+def read_codex_cli(stored: Json, path: Path) -> Json:
+    found = as_dict(stored.get("tokens"))
     ends = number(jwt_payload(found.get("access_token")).get("exp"))
     return {
         "type": "codex",
@@ -1648,27 +1679,27 @@ def read_codex_cli(told: Json, path: Path) -> Json:
         "id_token": found.get("id_token") or "",
         "account_id": found.get("account_id") or "",
         "expired": rfc3339(ends) if ends else "",
-        "last_refresh": told.get("last_refresh") or "",
+        "last_refresh": stored.get("last_refresh") or "",
     }
 
 
-def read_gemini_cli(told: Json, path: Path) -> Json:
+def read_gemini_cli(stored: Json, path: Path) -> Json:
     """In CLIProxyAPI's form, which has the token in a table of its own."""
-    ends = of_milliseconds(told.get("expiry_date"))
+    ends = of_milliseconds(stored.get("expiry_date"))
     names = ("access_token", "refresh_token", "token_type", "scope")
-    token = {name: told[name] for name in names if name in told}
-    active = told_in(path.with_name("google_accounts.json"), "active")
-    email = jwt_payload(told.get("id_token")).get("email") or active
+    token = {name: stored[name] for name in names if name in stored}
+    active = text_in(path.with_name("google_accounts.json"), "active")
+    email = jwt_payload(stored.get("id_token")).get("email") or active
     return {"type": "gemini", "email": email, "token": {**token, "expiry": ends}}
 
 
-def read_cliproxyapi(told: Json, path: Path) -> Json:
-    return told if str(told.get("type")) in LOGINS else {}
+def read_cliproxyapi(stored: Json, path: Path) -> Json:
+    return stored if str(stored.get("type")) in LOGINS else {}
 
 
 @dataclass(frozen=True)
 class Program:
-    program: str
+    name: str
     folder: Callable[[], Path]
     pattern: str  # of its files there
     read: Callable[[Json, Path], Json]
@@ -1677,34 +1708,32 @@ class Program:
 SOURCES = (
     Program(
         "Claude Code",
-        lambda: folder("CLAUDE_CONFIG_DIR", "~/.claude"),
+        lambda: folder_of("CLAUDE_CONFIG_DIR", "~/.claude"),
         ".credentials.json",
         read_claude_code,
     ),
-    Program("Codex CLI", lambda: folder("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
+    Program("Codex CLI", lambda: folder_of("CODEX_HOME", "~/.codex"), "auth.json", read_codex_cli),
     Program(
         "Gemini CLI",
-        lambda: folder("", "~/.gemini"),
+        lambda: folder_of("", "~/.gemini"),
         "oauth_creds.json",
         read_gemini_cli,
     ),
-    Program("CLIProxyAPI", lambda: folder("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi),
+    Program(
+        "CLIProxyAPI", lambda: folder_of("", "~/.cli-proxy-api"), "[!.]*.json", read_cliproxyapi
+    ),
 )
-
-
-def access_token_of(token: Json) -> str:
-    return str(token.get("access_token") or as_dict(token.get("token")).get("access_token") or "")
 
 
 def ends_at(token: Json) -> float:
     """When its access token expires; 0 where nobody said."""
-    return parse_time(token.get("expired") or as_dict(token.get("token")).get("expiry"))
+    return parse_time(token.get("expired"))
 
 
 def read_source(source: Program, path: Path) -> Json:
     """Another program's login as a token of ours; {} where the file holds none.  May raise."""
-    token = source.read(parse_object(read_file(path)), path)
-    return token if access_token_of(token) else {}
+    token = flat(source.read(parse_object(read_file(path)), path))
+    return token if token.get("access_token") else {}
 
 
 def newer_at_source(token: Json) -> Json:
@@ -1712,7 +1741,7 @@ def newer_at_source(token: Json) -> Json:
     origin = as_dict(token.get("source"))
     found = Json()
     for source in SOURCES:
-        if source.program == origin.get("program"):
+        if source.name == origin.get("program"):
             with suppress(OSError, ValueError):
                 found = read_source(source, Path(str(origin.get("file"))))
     same_owner = found.get("email") in ("", None, token.get("email"))
@@ -1726,11 +1755,22 @@ def newer_at_source(token: Json) -> Json:
 # The way out, and the way in.  No cookie is kept, no redirect followed, no header added, nothing
 # unpacked unless somebody asks for it.  Time limits are those of a head; bodies have their own.
 
-NET_ERRORS = (aiohttp.ClientError, OSError, LookupError, ValueError, zlib.error)
+NET_ERRORS = (
+    aiohttp.ClientError,
+    HttpProcessingError,
+    OSError,
+    LookupError,
+    ValueError,
+    zlib.error,
+)
 
 
 class Redirected(ValueError):
     """Of a WebSocket's handshake."""
+
+
+class BrokenHeader(ValueError):
+    """It would begin another one."""
 
 
 async def refuse_redirect(*_: object) -> None:
@@ -1740,6 +1780,7 @@ async def refuse_redirect(*_: object) -> None:
 
 NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (Redirected, "it redirects"),
+    (BrokenHeader, "a header for it, perhaps the token, holds a line break"),
     (TimeoutError, "it does not answer in time"),
     (aiohttp.ServerDisconnectedError, "it hung up without an answer"),
     (aiohttp.ClientConnectorCertificateError, "its certificate is not trusted"),
@@ -1748,6 +1789,7 @@ NET_WORDS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (aiohttp.ClientPayloadError, "its answer was cut short"),
     (web.RequestPayloadError, "it was cut short"),
     (aiohttp.ClientResponseError, "what it sent is no HTTP"),
+    (HttpProcessingError, "what it sent is no HTTP"),
     (aiohttp.InvalidURL, "this is no address"),
     (zlib.error, "what it packed cannot be unpacked"),
 )
@@ -1809,17 +1851,7 @@ def joined(base: str, path: str) -> str:
     return base + path
 
 
-def has_bytes(transport: Any) -> bool:
-    """Whether the other side has sent something, or has hung up, that was not read yet."""
-    try:
-        number = transport.get_extra_info("socket").fileno()
-        waiting = select.poll()  # not select(): that ends at file 1,024
-        waiting.register(number, select.POLLIN)
-    except (AttributeError, OSError, ValueError):  # Windows has no poll
-        return False
-    return bool(waiting.poll(0))
-
-
+HEAD_LIMIT = 65536  # bytes of a head, a client's or an answer's
 ANSWER_HEAD_WAIT = 60  # seconds from the first byte of an answer to the end of its head
 
 
@@ -1831,15 +1863,32 @@ class AnswerReader(ResponseHandler):
 
     awaits_head = False
     head_timer: asyncio.TimerHandle | None = None
+    arrivals: Any = None  # a poll object for its socket
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        with suppress(AttributeError, OSError, ValueError):  # Windows has no poll
+            number = transport.get_extra_info("socket").fileno()
+            self.arrivals = select.poll()  # not select(): that ends at file 1,024
+            self.arrivals.register(number, select.POLLIN)
+
+    def has_bytes(self) -> bool:
+        """Whether the other side has sent something, or has hung up, that was not read yet."""
+        return self.arrivals is not None and bool(self.arrivals.poll(0))
 
     def set_response_params(self, **params: Any) -> None:
         self.awaits_head = True
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
-        if self.awaits_head and self.head_timer is None:
-            self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
         super().data_received(data)
+        if self.awaits_head and self.head_timer is None and self.transport:
+            self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
+
+    def resume_reading(self, *args: Any, **how: Any) -> None:
+        """aiohttp asks for it with each piece; there is rarely anything to resume."""
+        if self._reading_paused:
+            super().resume_reading(*args, **how)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
         if data[0].code >= 200:
@@ -1876,10 +1925,113 @@ class Connector(aiohttp.TCPConnector):
     async def connect(self, *args: Any, **more: Any) -> Any:
         while True:
             connection = await super().connect(*args, **more)
-            protocol = connection.protocol
-            if protocol is None or not (protocol.should_close or has_bytes(protocol.transport)):
+            protocol: Any = connection.protocol
+            if protocol is None or not (protocol.should_close or protocol.has_bytes()):
                 return connection
             connection.close()
+
+
+# -- The lean way --
+#
+# aiohttp's client makes a request, a response, a writer's task and a timeout for each call: of a
+# small one that was a fifth of all the time spent here.  A model call needs none of them.  It takes
+# a connection from the same connector (its pool, names, TLS and limits), writes a head made here,
+# and has the answer read by the same parser.  Whatever is unusual goes the ordinary way.
+
+JOINED = 1 << 18  # bytes of a request that are copied into one write
+
+
+class LeanAnswer:
+    """An answer whose head has come: what is used of aiohttp's ClientResponse, by its names."""
+
+    def __init__(self, connection: aiohttp.connector.Connection, message: Any, content: Any):
+        self.status: int = message.code
+        self.reason: str = message.reason
+        self.headers: Any = message.headers
+        self.content: aiohttp.StreamReader = content
+        self.connection: aiohttp.connector.Connection | None = connection
+        content.on_eof(self.ended)
+
+    @property
+    def content_type(self) -> str:
+        return str(self.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
+
+    async def read(self) -> bytes:
+        return await self.content.read()
+
+    def ended(self) -> None:
+        """The last byte is here: another call may have the connection, if it took all of ours."""
+        if not self.connection:
+            return
+        if has_unsent(self.connection):
+            cut(self.connection)
+        else:
+            self.connection.release()
+        self.connection = None
+
+    def close(self) -> None:
+        if self.connection:
+            cut(self.connection)
+            self.connection = None
+            self.content.set_exception(aiohttp.ClientConnectionError("closed"))
+
+
+def has_unsent(connection: aiohttp.connector.Connection) -> bool:
+    return bool(connection.transport and connection.transport.get_write_buffer_size())
+
+
+def cut(connection: aiohttp.connector.Connection) -> None:
+    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer."""
+    if has_unsent(connection) and connection.transport:
+        connection.transport.abort()
+    connection.close()
+
+
+Upstream = aiohttp.ClientResponse | LeanAnswer
+
+
+def request_head(url: URL, headers: Headers) -> bytes:
+    """BrokenHeader for a line break, or a NUL, in a header."""
+    lines = [f"POST {url.raw_path_qs} HTTP/1.1"]
+    if "Host" not in headers:
+        lines.append(f"Host: {url.host_port_subcomponent}")
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines)
+    breaks = len(lines) - 1
+    if head.count("\r") != breaks or head.count("\n") != breaks or "\0" in head:
+        raise BrokenHeader
+    return head.encode() + b"\r\n\r\n"
+
+
+def send_request(transport: Any, head: bytes, body: list[Any]) -> None:
+    """All of it at once: the body is in memory anyway, and an answer may come before its end."""
+    pieces = [head, *body]
+    if sum(map(len, body)) < JOINED:
+        transport.write(b"".join(pieces))
+    else:
+        transport.writelines(pieces)
+
+
+async def answer_head(protocol: Any, idle: float) -> tuple[Any, Any]:
+    """Head and body of the answer, past any 1xx; TimeoutError when it does not come."""
+
+    def too_late() -> None:
+        protocol.set_exception(TimeoutError())
+
+    timer = protocol._loop.call_later(idle, too_late) if idle else None
+    try:
+        while True:
+            message, content = await protocol.read()
+            if message.code >= 200 or message.code == 101:
+                return message, content
+    finally:
+        if timer:
+            timer.cancel()
+
+
+@functools.lru_cache(64)
+def connect_limits(idle: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, connect=idle or None, sock_connect=30)
 
 
 def environment_proxies() -> dict[str, str]:
@@ -1897,20 +2049,47 @@ def environment_proxies() -> dict[str, str]:
     return {scheme: url for scheme, url in used.items() if url}
 
 
+MOST_ORIGINS = 100  # that are remembered; only a person who edits the configuration adds one
+
+
+@functools.lru_cache(256)
+def origin_of(url: URL) -> URL:
+    return url.origin()
+
+
+def unreachable(url: str, error: Exception) -> ProxyError:
+    host = as_url(url).host or "an empty upstream-url"
+    problem = Problem(502, f"{host} cannot be reached: {net_words(error)}")
+    if is_local(error):
+        problem.codes = frozenset({LOCAL})
+    return ProxyError(problem)
+
+
+def sendable(body: list[Any]) -> Any:
+    """What aiohttp sends; large pieces are not put together."""
+    return body[0] if len(body) == 1 else in_pieces(body)
+
+
+async def in_pieces(pieces: list[Any]) -> AsyncIterator[Any]:
+    for piece in pieces:
+        yield piece
+
+
 class Net:
     def __init__(self, live: Live) -> None:
         self.live = live
         self.retired: dict[Upstream, asyncio.Task[None]] = {}
         # aiohttp's own look into the environment is slow, and reads ~/.netrc, too.
         self.proxies = {} if live.config["proxy-url"] else environment_proxies()
-        connector = Connector(limit=0, keepalive_timeout=20)
+        self.connector = Connector(limit=0, keepalive_timeout=20)
+        self.origins: dict[URL, aiohttp.ClientRequest] = {}  # what the connector wants to know
         options: Any = {
-            "connector": connector,
+            "connector": self.connector,
             "cookie_jar": aiohttp.DummyCookieJar(),
             "auto_decompress": False,
             "skip_auto_headers": ("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            "max_line_size": 65536,
-            "max_field_size": 65536,
+            "max_line_size": HEAD_LIMIT,
+            "max_field_size": HEAD_LIMIT,
         }
         trace = aiohttp.TraceConfig()
         trace.on_request_redirect.append(refuse_redirect)
@@ -1947,11 +2126,50 @@ class Net:
             async with asyncio.timeout(idle or None):
                 return await self.session.request(method, as_url(url), **more)
         except NET_ERRORS as error:
-            host = as_url(url).host or "an empty upstream-url"
-            problem = Problem(502, f"{host} cannot be reached: {net_words(error)}")
-            if is_local(error):
-                problem.codes = frozenset({LOCAL})
-            raise ProxyError(problem) from None
+            raise unreachable(url, error) from None
+
+    async def post(
+        self, url: str, headers: Headers, body: list[Any], idle: float, proxy: str = ""
+    ) -> Upstream:
+        """As `ask`, for a model call: its body is here, in pieces."""
+        headers["Content-Length"] = str(sum(map(len, body)))
+        target = as_url(url)
+        if self.proxy(url, proxy) or target.raw_user or not target.raw_host:
+            return await self.ask("POST", url, idle, proxy, headers=headers, data=sendable(body))
+        try:
+            return await self.post_lean(target, headers, body, idle)
+        except NET_ERRORS as error:
+            raise unreachable(url, error) from None
+
+    async def post_lean(
+        self, url: URL, headers: Headers, body: list[Any], idle: float
+    ) -> LeanAnswer:
+        head = request_head(url, headers)
+        request = self.origin(url)
+        connection = await self.connector.connect(request, [], connect_limits(idle))
+        try:
+            protocol = connection.protocol
+            protocol.set_response_params(
+                read_until_eof=True,
+                auto_decompress=False,
+                max_line_size=HEAD_LIMIT,
+                max_field_size=HEAD_LIMIT,
+            )
+            send_request(connection.transport, head, body)
+            message, content = await answer_head(protocol, idle)
+            return LeanAnswer(connection, message, content)
+        except BaseException:
+            cut(connection)
+            raise
+
+    def origin(self, url: URL) -> aiohttp.ClientRequest:
+        origin = origin_of(url)
+        if origin not in self.origins:
+            if len(self.origins) >= MOST_ORIGINS:
+                self.origins.clear()
+            loop = asyncio.get_running_loop()
+            self.origins[origin] = aiohttp.ClientRequest("POST", origin, loop=loop)
+        return self.origins[origin]
 
     def release(self, response: Upstream, over: bool = False) -> None:
         """Close its connection, unless all was read: then it is in the pool again already.
@@ -2017,7 +2235,7 @@ def error_text(answer: Json, *keys: str) -> str:
     return ": ".join(dict.fromkeys(words for words in told if words != "error"))[:300]
 
 
-HEAD_LIMIT, HEAD_WAIT = 65536, 30  # bytes and seconds of a client's head
+HEAD_WAIT = 30  # seconds for a client's head
 UPLOAD_WAIT = 600  # seconds for a body to go up, and the head of its answer to come
 TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n"
 
@@ -2051,6 +2269,11 @@ class Connection(web.RequestHandler):
         self.body.feed_eof()
         self.close()  # after the answer
         return True
+
+    def resume_reading(self, *args: Any, **how: Any) -> None:
+        """As AnswerReader's."""
+        if self._reading_paused:
+            super().resume_reading(*args, **how)
 
     def expect_head(self, transport: Any) -> None:
         if self.head_timer is None:
@@ -2107,6 +2330,9 @@ class Listener(web.Server):
             self.strangers.pop(oldest).abort()
 
 
+FILES, STRANGERS = 65536, 4096  # open files where there is no limit; strangers at the most
+
+
 def raise_file_limit() -> int:
     """As many open files as the system lets this process have; how many these are."""
     try:
@@ -2120,9 +2346,6 @@ def raise_file_limit() -> int:
         return 256
 
 
-FILES, STRANGERS = 65536, 4096  # open files where there is no limit; strangers at the most
-
-
 @asynccontextmanager
 async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIterator[int]:
     """Serve until the block ends; yields the port.  `hint`: what to do when it is taken."""
@@ -2133,7 +2356,8 @@ async def listen(server: web.Server, host: str, port: int, hint: str) -> AsyncIt
         try:
             await web.TCPSite(runner, host or None, port, backlog=4096).start()
         except OSError as error:
-            raise Failure(f"cannot listen on {host}:{port} ({error.strerror}): {hint}") from error
+            reason = os.strerror(error.errno) if error.errno else explain(error)
+            raise Failure(f"cannot listen on {host}:{port} ({reason}): {hint}") from error
         yield runner.addresses[0][1]
 
 
@@ -2165,8 +2389,8 @@ FATAL_WORDS = ("log in again", "sign in again", "logging in again", "signing in 
 def pkce() -> tuple[str, str]:
     """Verifier and challenge."""
     verifier = secrets.token_urlsafe(64)
-    digest = hashlib.sha256(verifier.encode()).digest()
-    return verifier, base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    hashed = hashlib.sha256(verifier.encode()).digest()
+    return verifier, base64.urlsafe_b64encode(hashed).rstrip(b"=").decode()
 
 
 def read_callback(line: str) -> dict[str, str]:
@@ -2310,34 +2534,39 @@ async def await_callback(
 
 async def grant_of_device(net: Net, provider: Provider) -> Json:
     """Of a code that is typed in on another device; {} where there is none to be had."""
-    status, told = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
-    code = told.get("user_code") or told.get("usercode")  # both occur (providers.md 2.1)
+    status, answer = await ask_device(net, provider, "usercode", {"client_id": provider.client_id})
+    code = answer.get("user_code") or answer.get("usercode")  # both occur (providers.md 2.1)
     if status != 200 or not isinstance(code, str):
-        say(f"There is no code for another device ({status}: {error_text(told)}).")
+        say(f"There is no code for another device ({status}: {error_text(answer)}).")
         return {}
     say(f"Or open {provider.device_page_url} on any device, and type in the code {code}\n")
-    asked = {"device_auth_id": told.get("device_auth_id"), "user_code": code}
-    pause = max(0.1, number(told.get("interval")) or DEVICE_PAUSE)
+    asked = {"device_auth_id": answer.get("device_auth_id"), "user_code": code}
+    pause = max(0.1, number(answer.get("interval")) or DEVICE_PAUSE)
     while True:
         await asyncio.sleep(pause)
-        status, told = await ask_device(net, provider, "token", asked)
-        if status == 200 and isinstance(told.get("authorization_code"), str):
+        status, answer = await ask_device(net, provider, "token", asked)
+        if status == 200 and isinstance(answer.get("authorization_code"), str):
             return {
                 "grant_type": "authorization_code",
-                "code": told["authorization_code"],
+                "code": answer["authorization_code"],
                 "redirect_uri": provider.device_callback_url,
-                "code_verifier": str(told.get("code_verifier")),
+                "code_verifier": str(answer.get("code_verifier")),
             }
         # 403 and 404: nobody has typed it in yet.
         if status not in (403, 404, 408, 429) and status < 500:
-            say(f"The code for another device has ended ({status}: {error_text(told)}).")
+            say(f"The code for another device has ended ({status}: {error_text(answer)}).")
             return {}
 
 
 async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
     url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
+    return await post_json(net, url, headers, body, provider.proxy_url)
+
+
+async def post_json(net: Net, url: str, headers: Json, body: Json, proxy: str) -> tuple[int, Json]:
+    """Status and answer; a 502 with the reason where none comes."""
     try:
-        return await net.ask_json("POST", url, headers, write_json(body), provider.proxy_url)
+        return await net.ask_json("POST", url, headers, write_json(body), proxy)
     except (ProxyError, *NET_ERRORS) as error:
         words = explain(error) if isinstance(error, ProxyError) else net_words(error)
         return 502, {"error": words}
@@ -2514,6 +2743,7 @@ def refused_tiers(loaded: Json) -> str:
 # To add a rule about errors, add a row to rest_rules.  A time that the error itself names comes
 # before the row's, and the configuration's max-cooldown cuts both.
 
+SPENT = ("usage_limit_reached", "insufficient_quota")  # codes of a quota's end, ChatGPT's
 SHORT_WAIT = 10  # seconds: a throttle that asks for no more is waited for on the same account
 RETRY_PAUSE = 0.3  # seconds between tries after an error that names no time
 PROBE = 2  # seconds that others leave an account alone that has just woken and is being tried
@@ -2554,7 +2784,7 @@ def rest_rules() -> tuple[RestRule, ...]:
     quota = some({"resource_exhausted", "quota_exhausted", "@7d_oi"})  # one model's, not all
     no_answer = some({"malformed_function_call", "unexpected_tool_call", "empty_answer"})
     no_room = some({"model_capacity_exhausted"})
-    spent = some({"usage_limit_reached", "insufficient_quota"})  # ChatGPT's comes with a 400, too
+    spent = some(SPENT)  # it comes with a 400, too
     retried = (408, 500, 502, 503, 504, 529)
     return (
         RestRule(any_status, some({LOCAL}), (), "", 0, "again"),
@@ -2622,6 +2852,11 @@ class Account:
     """One subscription or key, and how it stands.  Rests have the model as key, "" is all of it."""
 
     hint = ""  # what to do when it rests for ever
+    disabled = False
+    priority = 0.0
+    plan = ""
+    expires = NEVER
+    own_proxy = ""
 
     def __init__(self, kind: str, label: str) -> None:
         self.kind, self.label = kind, label
@@ -2631,12 +2866,6 @@ class Account:
         self.in_flight = self.threads = self.turn = 0
         self.counts = Counter(requests=0, errors=0, input_tokens=0, output_tokens=0)
         self.row: Row | None = None  # that it is bound to now
-
-    disabled = False
-    priority = 0.0
-    plan = ""
-    expires = NEVER
-    own_proxy = ""
 
     @property
     def proxy(self) -> str:
@@ -2650,6 +2879,8 @@ class Account:
 
     def wait(self, model: str, now: float) -> float:
         """Seconds until it may be asked for a model."""
+        if not self.rests:
+            return 0.0
         rests = self.resting(model)
         return max((max(rest.wakes, rest.probe_until) - now for rest in rests), default=0.0)
 
@@ -2674,14 +2905,23 @@ class Account:
         ends = [w.resets_at for w in self.quota if w.resets_at > moment and "_" not in w.name]
         return min(ends, default=NEVER)
 
-    @contextmanager
-    def leased(self) -> Iterator[None]:
-        self.in_flight += 1
-        self.counts["requests"] += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
+
+class Lease:
+    """While an account is being asked: it is counted, and left alone by others, up to PROBE, if it
+    has just woken.
+    """
+
+    def __init__(self, account: Account, model: str) -> None:
+        self.account, self.probed = account, account.resting(model)
+
+    def __enter__(self) -> None:
+        self.account.in_flight += 1
+        self.account.counts["requests"] += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.account.in_flight -= 1
+        for rest in self.probed:
+            rest.probe_until = 0
 
 
 class ApiKey(Account):
@@ -2881,16 +3121,6 @@ class Pool:
             if key in account.rests and account.rests[key].began < began:
                 del account.rests[key]
 
-    @contextmanager
-    def probing(self, account: Account, model: str) -> Iterator[None]:
-        """While this lasts others leave an account alone that has just woken, up to PROBE."""
-        tried = account.resting(model)
-        try:
-            yield
-        finally:
-            for rest in tried:
-                rest.probe_until = 0
-
     def failed(self, account: Account, problem: Problem, model: str, began: float) -> None:
         """An error of a request that was sent at `began`: a rest begins, or ends."""
         account.counts["errors"] += 1
@@ -3018,7 +3248,7 @@ class Pool:
         assert isinstance(account, Login)
         if not provider.project and not account.project:
             if account.finding is None:
-                finding = self.find_project(account, provider, token)
+                finding = self.find_and_save_project(account, provider, token)
                 account.finding = asyncio.create_task(finding)
             finished = account.finding
             await asyncio.wait([finished])  # a client that leaves does not cancel it
@@ -3026,8 +3256,10 @@ class Pool:
                 raise ProxyError(dataclasses.replace(problem, headers=Headers()))
         return provider.project or account.project
 
-    async def find_project(self, account: Login, provider: Provider, token: str) -> Problem | None:
-        """Found and saved, or why not."""
+    async def find_and_save_project(
+        self, account: Login, provider: Provider, token: str
+    ) -> Problem | None:
+        """Why it was not found, if it was not."""
         assert self.net
         try:
             found = await find_project(self.net, provider, token, account.own_proxy, self.clock)
@@ -3210,6 +3442,8 @@ class Ask:
     schema_strict: bool = False
     verbosity: str = ""
     cache_key: str = ""
+    # The turns put right, by the maker whose thoughts stay: see history_of.
+    histories: dict[str, list[Turn]] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass
@@ -3225,7 +3459,8 @@ class Usage:
     def update(self, **figures: Any) -> None:
         """Figures may come more than once, grow, or be null: the largest is right."""
         for name, figure in figures.items():
-            setattr(self, name, max(getattr(self, name), int(number(figure))))
+            if figure:
+                setattr(self, name, max(getattr(self, name), int(number(figure))))
 
 
 def text_of(value: Any) -> str:
@@ -3244,8 +3479,8 @@ def words_of(parts: Iterable[Part], between: str = "\n") -> str:
 
 def digest(*texts: str) -> str:
     """For ids that are made up: the same each time for the same history."""
-    joined = "\0".join(texts).encode(errors="replace")
-    return hashlib.sha256(joined).hexdigest()[:24]
+    text = "\0".join(texts).encode(errors="replace")
+    return hashlib.sha256(text).hexdigest()[:24]
 
 
 # -- Seals on their way through foreign clients --
@@ -3289,7 +3524,7 @@ def read_seal(value: Any, own: str) -> Seal | None:
     return Seal(maker, data.removesuffix(":::"), flag == "redacted")
 
 
-# -- Tools: arguments, names --
+# -- Arguments of calls; names and ids as a provider wants them --
 
 
 def arguments_of(call: ToolCall) -> Json:
@@ -3364,6 +3599,13 @@ class Target:
 
 
 # -- Histories, put right --
+
+
+def history_of(ask: Ask, maker: str) -> list[Turn]:
+    """The turns of a request, put right once for each maker; nobody may change them."""
+    if maker not in ask.histories:
+        ask.histories[maker] = repaired(ask.turns, maker)
+    return ask.histories[maker]
 
 
 def repaired(turns: list[Turn], maker: str = "") -> list[Turn]:
@@ -3474,7 +3716,7 @@ def split_off_system(
     """
     system: list[Text] = []
     turns: list[Turn] = []
-    for turn in repaired(ask.turns, maker):
+    for turn in history_of(ask, maker):
         if turn.role == "system" and not (in_place and turns):
             system += [part for part in turn.parts if isinstance(part, Text)]
         else:
@@ -3496,7 +3738,7 @@ def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
     budgets thinks before every call; others think when they like, so one thought will do.
     """
     steps = 0
-    for turn in reversed(repaired(ask.turns, maker)):
+    for turn in reversed(history_of(ask, maker)):
         if turn.role == "assistant":
             steps += 1
             if any(isinstance(part, Thought) for part in turn.parts):
@@ -3506,6 +3748,9 @@ def is_cut_off(ask: Ask, maker: str, each_step: bool) -> bool:
         elif not any(isinstance(part, ToolResult) for part in turn.parts):
             break
     return steps > 0
+
+
+# -- Which tools may be called, and free-text tools as functions --
 
 
 def usable_tools(ask: Ask) -> list[Tool]:
@@ -3548,13 +3793,16 @@ def described(tool: Tool) -> Tool:
 def bare_text(words: str) -> str:
     """The text of a free-text tool out of the function that stood for it."""
     try:
-        told = parse_object(words.encode())
+        found = parse_object(words.encode())
     except ValueError:
         return words
-    texts = [value for value in told.values() if isinstance(value, str)]
-    if isinstance(told.get("input"), str):
-        return str(told["input"])
+    texts = [value for value in found.values() if isinstance(value, str)]
+    if isinstance(found.get("input"), str):
+        return str(found["input"])
     return texts[0] if len(texts) == 1 else words
+
+
+# -- Pictures, documents, sound; and what has no words elsewhere --
 
 
 def data_url(media: Media) -> str:
@@ -3577,7 +3825,7 @@ def cannot(what: str) -> ProxyError:
     return fault(400, f"{what} cannot be translated for the provider that serves this model")
 
 
-# -- JSON Schemas, as providers take them --
+# -- JSON Schemas, as Google, Claude and OpenAI take them --
 
 # The words of Google's Schema that all of its backends take: Antigravity refuses limits of texts
 # and of objects (providers.md 5.1).
@@ -3774,8 +4022,8 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
         return depth >= 0
     properties = as_dict(schema.get("properties"))
     if schema.get("type") == "object" or properties:
-        closed = schema.get("additionalProperties") is False
-        if not closed or set(properties) != set(map(str, as_list(schema.get("required")))):
+        is_closed = schema.get("additionalProperties") is False
+        if not is_closed or set(properties) != set(map(str, as_list(schema.get("required")))):
             return False
     inner = without(schema, *NAME_TABLES).values()
     tables = [list(as_dict(schema.get(name)).values()) for name in NAME_TABLES]
@@ -3783,8 +4031,6 @@ def is_strict(schema: Any, depth: int = DEEPEST_SCHEMA) -> bool:
 
 
 NAME_TABLES = ("properties", "$defs", "definitions")  # whose keys are names, not words
-
-
 LITERALS = ("enum", "const", "required")  # words whose values are no schemas
 
 
@@ -4064,7 +4310,7 @@ class Reader:
         raise NotImplementedError
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
+    def count(found: Usage, event: Json) -> None:
         """The tokens that an event, or an answer, tells of."""
         raise NotImplementedError
 
@@ -4426,9 +4672,9 @@ class AnthropicReader(Reader):
             case "content_block_stop":
                 self.end(event.get("index"))
             case "message_start":
-                told = as_dict(event.get("message"))
-                self.reply.name(told.get("id"))
-                self.count(self.reply.usage, told)
+                message = as_dict(event.get("message"))
+                self.reply.name(message.get("id"))
+                self.count(self.reply.usage, message)
             case "message_delta":
                 self.count(self.reply.usage, event)
                 self.stop(as_dict(event.get("delta")))
@@ -4466,13 +4712,15 @@ class AnthropicReader(Reader):
     def end(self, index: Any) -> None:
         self.reply.call_done(index, self.whole_inputs.pop(index, ""))
 
-    def cite(self, told: Json) -> None:
-        title = text_of(told.get("title")) or text_of(told.get("document_title"))
-        self.reply.cite(Source(text_of(told.get("url")), title, text_of(told.get("cited_text"))))
+    def cite(self, citation: Json) -> None:
+        title = text_of(citation.get("title")) or text_of(citation.get("document_title"))
+        self.reply.cite(
+            Source(text_of(citation.get("url")), title, text_of(citation.get("cited_text")))
+        )
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         cached = usage.get("cache_read_input_tokens")
         made = usage.get("cache_creation_input_tokens")
         found.update(
@@ -4482,10 +4730,10 @@ class AnthropicReader(Reader):
             written=usage.get("output_tokens"),
         )
 
-    def stop(self, told: Json) -> None:
-        if reason := text_of(told.get("stop_reason")):
+    def stop(self, ending: Json) -> None:
+        if reason := text_of(ending.get("stop_reason")):
             stop = ANTHROPIC_STOPS.get(reason, "end")
-            self.reply.stopped(stop, text_of(told.get("stop_sequence")))
+            self.reply.stopped(stop, text_of(ending.get("stop_sequence")))
 
     def read_whole(self, answer: Json) -> None:
         self.reply.name(answer.get("id"))
@@ -4650,8 +4898,8 @@ def read_chat_request(body: Json) -> Ask:
     ask.verbosity = text_of(body.get("verbosity"))
     wanted = as_dict(body.get("response_format"))
     read_answer_schema(ask, text_of(wanted.get("type")), as_dict(wanted.get("json_schema")))
-    for name, plain in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
-        if body.get(name) not in (None, plain):
+    for name, usual in (("n", 1), ("logprobs", False), ("modalities", ["text"])):
+        if body.get(name) not in (None, usual):
             raise cannot(f"{name}: {str(body[name])[:50]}")
     return ask
 
@@ -4698,10 +4946,10 @@ def chat_thoughts(message: Json) -> list[Thought]:
 
 def chat_call(call: Json) -> ToolCall:
     custom, function = as_dict(call.get("custom")), as_dict(call.get("function"))
-    told = custom or function
-    words = told.get("input") if custom else told.get("arguments")
+    inner = custom or function
+    words = inner.get("input") if custom else inner.get("arguments")
     text = words if isinstance(words, str) else json_text(as_dict(words))
-    return ToolCall(text_of(call.get("id")), text_of(told.get("name")), text, free=bool(custom))
+    return ToolCall(text_of(call.get("id")), text_of(inner.get("name")), text, free=bool(custom))
 
 
 def chat_parts(content: Any) -> list[Part]:
@@ -4742,16 +4990,16 @@ def openai_file(file: Json) -> Media:
 
 def read_chat_tools(ask: Ask, body: Json) -> None:
     for tool in as_dicts(body.get("tools")):
-        told = as_dict(tool.get("function")) or as_dict(tool.get("custom"))
-        if not told:
+        inner = as_dict(tool.get("function")) or as_dict(tool.get("custom"))
+        if not inner:
             log.debug("the tool %s is left out: it is hosted", text_of(tool.get("type"))[:100])
             continue
-        read = Tool(text_of(told.get("name")), text_of(told.get("description")))
-        read.schema, read.strict = as_dict(told.get("parameters")), bool(told.get("strict"))
-        read.cache = tool.get("cache_control") or told.get("cache_control")
+        read = Tool(text_of(inner.get("name")), text_of(inner.get("description")))
+        read.schema, read.strict = as_dict(inner.get("parameters")), bool(inner.get("strict"))
+        read.cache = tool.get("cache_control") or inner.get("cache_control")
         if "custom" in tool:
             read.free = True
-            read.grammar = as_dict(as_dict(told.get("format")).get("grammar"))
+            read.grammar = as_dict(as_dict(inner.get("format")).get("grammar"))
         ask.tools.append(read)
     for function in as_dicts(body.get("functions")):
         read = Tool(text_of(function.get("name")), text_of(function.get("description")))
@@ -4773,17 +5021,17 @@ def read_openai_choice(ask: Ask, body: Json, choice: Any) -> None:
     if isinstance(choice, str):
         ask.choice = OPENAI_CHOICES.get(choice, "")
         return
-    told = as_dict(choice)
-    some = as_dict(told.get("allowed_tools")) or (told if "tools" in told else {})
+    asked = as_dict(choice)
+    some = as_dict(asked.get("allowed_tools")) or (asked if "tools" in asked else {})
     if some:
         ask.choice = OPENAI_CHOICES.get(text_of(some.get("mode")), "auto")
         ask.allowed = [openai_tool_name(tool) for tool in as_dicts(some.get("tools"))]
-    elif name := openai_tool_name(told):
+    elif name := openai_tool_name(asked):
         ask.choice, ask.allowed = "tool", [name]
 
 
-def openai_tool_name(told: Json) -> str:
-    inner = as_dict(told.get("function")) or as_dict(told.get("custom")) or told
+def openai_tool_name(tool: Json) -> str:
+    inner = as_dict(tool.get("function")) or as_dict(tool.get("custom")) or tool
     return text_of(inner.get("name"))
 
 
@@ -4950,14 +5198,14 @@ class ChatReader(Reader):
         for image in as_dicts(delta.get("images")):
             reply.show(media_from_url("image", text_of(as_dict(image.get("image_url")).get("url"))))
         for note in as_dicts(delta.get("annotations")):
-            told = as_dict(note.get("url_citation"))
-            reply.cite(Source(text_of(told.get("url")), text_of(told.get("title"))))
+            citation = as_dict(note.get("url_citation"))
+            reply.cite(Source(text_of(citation.get("url")), text_of(citation.get("title"))))
 
     def piece(self, piece: Json) -> None:
         """Of a call.  A new id begins a new one, even where a provider counts them all as 0."""
-        told = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
-        id, name = text_of(piece.get("id")), text_of(told.get("name"))
-        words = told.get("arguments") or told.get("input")
+        function = as_dict(piece.get("function")) or as_dict(piece.get("custom"))
+        id, name = text_of(piece.get("id")), text_of(function.get("name"))
+        words = function.get("arguments") or function.get("input")
         text = words if isinstance(words, str) else json_text(words) if words else ""
         index = piece.get("index")
         if index is None:  # of the call that was named last, if it is not a new one
@@ -4981,8 +5229,8 @@ class ChatReader(Reader):
         return self.reply.names.meant(name).name == known.name
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         prompt = as_dict(usage.get("prompt_tokens_details"))
         answer = as_dict(usage.get("completion_tokens_details"))
         found.update(
@@ -5023,8 +5271,8 @@ def chat_answer_call(call: ToolCall) -> Json:
 def chat_seal(thought: Thought, index: int) -> Json:
     """`index`: of the thought; SDKs put together what has the same one."""
     data = seal_text(thought.seal, "chat") if thought.seal else ""
-    told = {"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": index}
-    return {**told, "text": thought.text}
+    detail = {"type": "reasoning.encrypted", "data": data, "format": SEAL_MARK, "index": index}
+    return {**detail, "text": thought.text}
 
 
 def openai_citation(source: Source) -> Json:
@@ -5109,8 +5357,8 @@ class ChatWriter(Reply):
         elif block.free:
             return
         else:
-            told = (self.call_index, text)
-            delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % told
+            values = (self.call_index, text)
+            delta = b'{"tool_calls":[{"index":%d,"function":{"arguments":%b}}]}' % values
         if isinstance(block, Thought):
             if self.apart:
                 self.put({"reasoning_content": "\n\n"})
@@ -5244,8 +5492,8 @@ def read_responses_tools(ask: Ask, tools: list[Json], namespace: str = "") -> No
             ask.tools.append(Tool(name, about, {}, namespace, free=True, grammar=grammar))
         elif kind in SEARCH_TYPES:
             domains = as_dict(tool.get("filters")).get("allowed_domains")
-            told = {"allowed_domains": domains, "user_location": tool.get("user_location")}
-            ask.hosted["web_search"] = {key: value for key, value in told.items() if value}
+            options = {"allowed_domains": domains, "user_location": tool.get("user_location")}
+            ask.hosted["web_search"] = {key: value for key, value in options.items() if value}
         elif kind == "code_interpreter":
             ask.hosted["code_execution"] = {}
         else:
@@ -5350,7 +5598,7 @@ def write_responses_tools(body: Json, ask: Ask, target: Target) -> None:
             written["parameters"] = object_schema(tool.schema)
             written["strict"] = tool.strict  # what is not named is strict there
         tools.append(written)
-    hosted = [hosted_for_openai(name, told) for name, told in free_hosted(ask).items()]
+    hosted = [hosted_for_openai(name, options) for name, options in free_hosted(ask).items()]
     tools += [tool for tool in hosted if tool["type"] in target.hosted]
     if not tools:
         return
@@ -5435,8 +5683,8 @@ class ResponsesReader(Reader):
                 self.reply.call_done(key, text_of(whole))
             case "reasoning":
                 if key not in self.worded:
-                    told = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
-                    self.reply.think("\n\n".join(text_of(part.get("text")) for part in told))
+                    parts = as_dicts(item.get("summary")) or as_dicts(item.get("content"))
+                    self.reply.think("\n\n".join(text_of(part.get("text")) for part in parts))
                 self.summary_part = 0
                 self.reply.seal(item.get("encrypted_content"))
             case "message":
@@ -5469,8 +5717,8 @@ class ResponsesReader(Reader):
         self.over = True
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usage"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usage"))
         found.update(
             read=usage.get("input_tokens"),
             cached=as_dict(usage.get("input_tokens_details")).get("cached_tokens"),
@@ -5595,9 +5843,9 @@ class ResponsesWriter(Reply):
     }
 
     def put(self, kind: str, **fields: Any) -> None:
-        told = {"type": "response." + kind, "sequence_number": self.number, **fields}
+        event = {"type": "response." + kind, "sequence_number": self.number, **fields}
         self.number += 1
-        self.out.append(b"event: response.%b\n" % kind.encode() + data_event(told))
+        self.out.append(b"event: response.%b\n" % kind.encode() + data_event(event))
 
     def place(self, **more: Any) -> Json:
         return {"item_id": self.item_id, "output_index": self.index, **more}
@@ -5614,8 +5862,8 @@ class ResponsesWriter(Reply):
         item = responses_item_of(block, self.item_id, done=False)
         self.put("output_item.added", output_index=self.index, item=item)
         kind, counter = self.DELTAS.get(type(block), ("", ""))
-        told = self.place(**({counter: 0} if counter else {}))
-        start = json_text({"type": "response." + kind, **told}).removesuffix("}")
+        place = self.place(**({counter: 0} if counter else {}))
+        start = json_text({"type": "response." + kind, **place}).removesuffix("}")
         self.head = f"event: response.{kind}\ndata: {start}".encode()
         if isinstance(block, Text):
             part = output_text(Text())
@@ -5628,32 +5876,32 @@ class ResponsesWriter(Reply):
             self.part_is_open = True
             part = {"type": "summary_text", "text": ""}
             self.put("reasoning_summary_part.added", **self.place(summary_index=0, part=part))
-        told = (self.head, self.number, write_json(words))
+        values = (self.head, self.number, write_json(words))
         self.number += 1
-        self.out.append(b'%b,"sequence_number":%d,"delta":%b}\n\n' % told)
+        self.out.append(b'%b,"sequence_number":%d,"delta":%b}\n\n' % values)
 
     def cited(self, block: Text, source: Source) -> None:
-        told = self.place(content_index=0, annotation_index=len(block.sources) - 1)
-        self.put("output_text.annotation.added", **told, annotation=response_note(source))
+        place = self.place(content_index=0, annotation_index=len(block.sources) - 1)
+        self.put("output_text.annotation.added", **place, annotation=response_note(source))
 
     def closed(self, block: Block) -> None:
         match block:
             case Text():
-                told = self.place(content_index=0)
-                self.put("output_text.done", **told, text=block.text, logprobs=[])
-                self.put("content_part.done", **told, part=output_text(block))
+                place = self.place(content_index=0)
+                self.put("output_text.done", **place, text=block.text, logprobs=[])
+                self.put("content_part.done", **place, part=output_text(block))
             case Thought() if self.part_is_open:
                 self.part_is_open = False
-                told = self.place(summary_index=0)
-                self.put("reasoning_summary_text.done", **told, text=block.text)
+                place = self.place(summary_index=0)
+                self.put("reasoning_summary_text.done", **place, text=block.text)
                 part = {"type": "summary_text", "text": block.text}
-                self.put("reasoning_summary_part.done", **told, part=part)
+                self.put("reasoning_summary_part.done", **place, part=part)
             case ToolCall(free=True):
                 self.put("custom_tool_call_input.delta", **self.place(delta=block.text))
                 self.put("custom_tool_call_input.done", **self.place(input=block.text))
             case ToolCall():
-                told = self.place(name=block.name, arguments=block.text or "{}")
-                self.put("function_call_arguments.done", **told)
+                place = self.place(name=block.name, arguments=block.text or "{}")
+                self.put("function_call_arguments.done", **place)
         item = responses_item_of(block, self.item_id)
         self.put("output_item.done", output_index=self.index, item=item)
 
@@ -5721,13 +5969,13 @@ def read_gemini_request(body: Json) -> Ask:
     body = camel(as_dict(body.get("generateContentRequest")) or body)
     settings = camel(as_dict(body.get("generationConfig")))
     ask = Ask(limit=int(number(settings.get("maxOutputTokens"))))
-    told = body.get("systemInstruction")
-    system = told if isinstance(told, (str, list)) else as_dict(told).get("parts")
-    ask.turns.append(Turn("system", GeminiHistory().parts(system, 0)))
+    given = body.get("systemInstruction")
+    system = given if isinstance(given, (str, list)) else as_dict(given).get("parts")
+    ask.turns.append(Turn("system", GeminiHistory().parts(system)))
     history = GeminiHistory()
-    for index, content in enumerate(gemini_contents(body.get("contents"))):
+    for content in gemini_contents(body.get("contents")):
         role = {"model": "assistant", "system": "system"}.get(text_of(content.get("role")), "user")
-        parts = history.parts(content.get("parts"), index)
+        parts = history.parts(content.get("parts"))
         if role == "assistant":
             put_answered(ask.turns, parts)
         else:
@@ -5756,16 +6004,16 @@ def put_answered(turns: list[Turn], parts: list[Part]) -> None:
     """What a model said comes back in the pieces of its stream, maybe each as a turn."""
     if turns[-1].role != "assistant":
         turns.append(Turn("assistant", []))
-    told = turns[-1].parts
+    earlier = turns[-1].parts
     for part in parts:
-        last = told[-1] if told else None
+        last = earlier[-1] if earlier else None
         if isinstance(part, Text) and isinstance(last, Text):
             last.text += part.text
         elif isinstance(part, Thought) and isinstance(last, Thought) and last.seal is None:
             last.text += part.text
             last.seal = part.seal
         else:
-            told.append(part)
+            earlier.append(part)
 
 
 def gemini_contents(contents: Any) -> list[Json]:
@@ -5781,7 +6029,7 @@ class GeminiHistory:
         self.open: list[tuple[str, str]] = []  # (name, id) of calls that wait for a result
         self.calls = 0
 
-    def parts(self, given: Any, turn: int) -> list[Part]:
+    def parts(self, given: Any) -> list[Part]:
         if isinstance(given, str):
             return [Text(given)]
         parts: list[Part] = []
@@ -5809,26 +6057,26 @@ class GeminiHistory:
             return Thought(text_of(part.get("text")))
         return Text(text_of(part.get("text"))) if "text" in part else None
 
-    def call(self, told: Json) -> ToolCall:
-        name, words = text_of(told.get("name")), json_text(as_dict(told.get("args")))
+    def call(self, call: Json) -> ToolCall:
+        name, words = text_of(call.get("name")), json_text(as_dict(call.get("args")))
         self.calls += 1
-        id = text_of(told.get("id")) or "call_" + digest(name, words, str(self.calls))
+        id = text_of(call.get("id")) or "call_" + digest(name, words, str(self.calls))
         self.open.append((name, id))
         return ToolCall(id, name, words)
 
-    def result(self, told: Json) -> ToolResult:
+    def result(self, answer: Json) -> ToolResult:
         """The id of a call by its name, the oldest first, where the client gives none."""
-        name, id = text_of(told.get("name")), text_of(told.get("id"))
+        name, id = text_of(answer.get("name")), text_of(answer.get("id"))
         waiting = [pair for pair in self.open if (pair[1] == id if id else pair[0] == name)]
         if waiting:
             self.open.remove(waiting[0])
             id = waiting[0][1]
-        response = as_dict(told.get("response"))
+        response = as_dict(answer.get("response"))
         failed = "error" in response and len(response) == 1
         only = response.get("error") if failed else response.get("output", response.get("result"))
         lone = only if len(response) == 1 and isinstance(only, str) else json_text(response)
         parts: list[Text | Media] = [Text(lone)]
-        for part in map(camel, as_dicts(told.get("parts"))):
+        for part in map(camel, as_dicts(answer.get("parts"))):
             data = as_dict(part.get("inlineData")) or as_dict(part.get("fileData"))
             parts.append(gemini_media(camel(data)))
         return ToolResult(id or "call_" + digest(name), parts, failed)
@@ -5843,11 +6091,11 @@ def put_seal(parts: list[Part], seal: Seal) -> None:
         parts.append(Thought("", seal))
 
 
-def gemini_media(told: Json) -> Media:
-    mime = text_of(told.get("mimeType"))
+def gemini_media(source: Json) -> Media:
+    mime = text_of(source.get("mimeType"))
     family = mime.partition("/")[0]
     kind = family if family in ("image", "audio", "video") else "document"
-    url, data = text_of(told.get("fileUri")), text_of(told.get("data"))
+    url, data = text_of(source.get("fileUri")), text_of(source.get("data"))
     if url and not url.startswith(("http://", "https://")):
         raise cannot("A file that was uploaded elsewhere")
     return Media(kind, mime, data.replace("-", "+").replace("_", "/"), url)
@@ -5855,9 +6103,9 @@ def gemini_media(told: Json) -> Media:
 
 def read_gemini_tools(ask: Ask, body: Json) -> None:
     for tool in map(camel, as_dicts(body.get("tools"))):
-        for told in map(camel, as_dicts(tool.get("functionDeclarations"))):
-            schema = told.get("parametersJsonSchema") or told.get("parameters")
-            name, about = text_of(told.get("name")), text_of(told.get("description"))
+        for declared in map(camel, as_dicts(tool.get("functionDeclarations"))):
+            schema = declared.get("parametersJsonSchema") or declared.get("parameters")
+            name, about = text_of(declared.get("name")), text_of(declared.get("description"))
             ask.tools.append(Tool(name, about, plain_schema(as_dict(schema))))
         if "googleSearch" in tool or "googleSearchRetrieval" in tool:
             ask.hosted["web_search"] = {}
@@ -5875,22 +6123,20 @@ def plain_schema(schema: Any) -> Any:
 
 
 def in_plain_words(schema: Json) -> Json:
-    plain = without(schema, "nullable", "propertyOrdering")
-    kinds = plain.get("type")
-    if isinstance(kinds, str):
-        plain["type"] = kinds.lower()
+    kept = without(schema, "nullable", "propertyOrdering")
+    types = kept.get("type")
+    if isinstance(types, str):
+        kept["type"] = types.lower()
         if schema.get("nullable") is True:
-            plain["type"] = [kinds.lower(), "null"]
-    elif isinstance(kinds, list):
-        plain["type"] = [kind.lower() for kind in kinds if isinstance(kind, str)]
-    for name in INT64_WORDS & plain.keys():  # Google writes such figures as texts
-        plain[name] = int(number(plain[name]))
-    return plain
+            kept["type"] = [types.lower(), "null"]
+    elif isinstance(types, list):
+        kept["type"] = [kind.lower() for kind in types if isinstance(kind, str)]
+    for name in INT64_WORDS & kept.keys():  # Google writes such figures as texts
+        kept[name] = int(number(kept[name]))
+    return kept
 
 
-INT64_WORDS = {
-    *("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"),
-}
+INT64_WORDS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 
 
 def write_gemini_request(ask: Ask, target: Target) -> Json:
@@ -5926,9 +6172,22 @@ def gemini_parts(turn: Turn, target: Target) -> list[Json]:
         for part in others
     ]
     parts += with_seals(others, written)
-    calls = [part for part in written if "functionCall" in part]
-    if calls and wants_seals(target.model):
-        calls[0].setdefault("thoughtSignature", NO_SEAL)
+    return with_call_sealed(parts) if wants_seals(target.model) else parts
+
+
+def wants_seals(model: str) -> bool:
+    """Gemini 3 does, on the first call of each step (providers.md 5.3)."""
+    return "gemini" in model and not re.search(r"gemini-[12]", model)
+
+
+def with_call_sealed(parts: list[Any]) -> list[Any]:
+    """The parts of a turn, with Google's own word where its first call has no seal."""
+    for index, part in enumerate(parts):
+        if isinstance(part, dict) and "functionCall" in part:
+            if part.get("thoughtSignature"):
+                return parts
+            sealed = {**part, "thoughtSignature": NO_SEAL}
+            return [*parts[:index], sealed, *parts[index + 1 :]]
     return parts
 
 
@@ -5948,23 +6207,23 @@ def sealed_calls(parts: list[Part]) -> list[Part]:
 
 def with_seals(parts: Iterable[Part], written: Iterable[Json]) -> list[Json]:
     """The written parts; a seal goes from its thought to the part behind it."""
-    told: list[Json] = []
+    sealed: list[Json] = []
     seal = ""
     for part, words in zip(parts, written, strict=True):
         if not isinstance(part, Thought):
             if seal:
                 words["thoughtSignature"] = seal
             seal = ""
-            told.append(words)
+            sealed.append(words)
             continue
         if seal:
-            told.append({"text": "", "thoughtSignature": seal})
+            sealed.append({"text": "", "thoughtSignature": seal})
         seal = seal_text(part.seal, "gemini") if part.seal else ""
         if part.text:
-            told.append(words)
+            sealed.append(words)
     if seal:
-        told.append({"text": "", "thoughtSignature": seal})
-    return told
+        sealed.append({"text": "", "thoughtSignature": seal})
+    return sealed
 
 
 def gemini_part(part: Part) -> Json:
@@ -5977,20 +6236,16 @@ def gemini_part(part: Part) -> Json:
         case Media():
             return gemini_data(part)
         case ToolCall():
-            told = {"id": part.id, "name": part.name, "args": arguments_of(part)}
-            return {"functionCall": told}
+            call = {"id": part.id, "name": part.name, "args": arguments_of(part)}
+            return {"functionCall": call}
     raise TypeError(part)  # results stand elsewhere
 
 
-def wants_seals(model: str) -> bool:
-    return "gemini" in model and not re.search(r"gemini-[12]", model)
-
-
 def gemini_call(call: ToolCall, target: Target) -> Json:
-    told: Json = {"name": target.names.of(call.name, call.namespace), "args": arguments_of(call)}
+    written: Json = {"name": target.names.of(call.name, call.namespace), "args": arguments_of(call)}
     if target.maker == "gemini/claude":  # Antigravity hands it to Claude, who pairs by ids
-        told["id"] = fitted(call.id, WORD_NAME)
-    return {"functionCall": told}
+        written["id"] = fitted(call.id, WORD_NAME)
+    return {"functionCall": written}
 
 
 def gemini_response(result: ToolResult, target: Target) -> Json:
@@ -6001,10 +6256,10 @@ def gemini_response(result: ToolResult, target: Target) -> Json:
         with suppress(ValueError):
             response = parse_object(words.encode())
     call = result.call or ToolCall("", "")
-    told: Json = {"name": target.names.of(call.name, call.namespace), "response": response}
+    written: Json = {"name": target.names.of(call.name, call.namespace), "response": response}
     if target.maker == "gemini/claude":
-        told["id"] = fitted(result.id, WORD_NAME)
-    return told
+        written["id"] = fitted(result.id, WORD_NAME)
+    return written
 
 
 MIME_TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
@@ -6076,10 +6331,10 @@ class GeminiReader(Reader):
         if words:
             reply.say(text_of(words))
         elif isinstance(part.get("functionCall"), dict):
-            told = part["functionCall"]
+            call = part["functionCall"]
             key = len(reply.blocks)
-            reply.call(key, text_of(told.get("id")), text_of(told.get("name")))
-            reply.call_done(key, json_text(as_dict(told.get("args"))))
+            reply.call(key, text_of(call.get("id")), text_of(call.get("name")))
+            reply.call_done(key, json_text(as_dict(call.get("args"))))
         elif isinstance(part.get("inlineData"), dict):
             reply.show(gemini_media(part["inlineData"]))
 
@@ -6093,8 +6348,8 @@ class GeminiReader(Reader):
             self.reply.stopped(GEMINI_STOPS.get(reason, "end"))
 
     @staticmethod
-    def count(found: Usage, told: Json) -> None:
-        usage = as_dict(told.get("usageMetadata"))
+    def count(found: Usage, event: Json) -> None:
+        usage = as_dict(event.get("usageMetadata"))
         prompt, tools = usage.get("promptTokenCount"), usage.get("toolUsePromptTokenCount")
         thoughts = number(usage.get("thoughtsTokenCount"))
         found.update(
@@ -6110,13 +6365,13 @@ class GeminiReader(Reader):
 
 
 def gemini_usage_of(usage: Usage) -> Json:
-    told = {
+    counts = {
         "promptTokenCount": usage.read,
         "candidatesTokenCount": max(0, usage.written - usage.thought),
         "totalTokenCount": usage.read + usage.written,
     }
     more = {"cachedContentTokenCount": usage.cached, "thoughtsTokenCount": usage.thought}
-    return told | {name: figure for name, figure in more.items() if figure}
+    return counts | {name: figure for name, figure in more.items() if figure}
 
 
 def gemini_answer(reply: Reply, parts: list[Json], ended: bool) -> Json:
@@ -6214,10 +6469,10 @@ class Dialect:
     says: Callable[[Json], str] = lambda event: "answer"  # some of it, "thought", or ""
     flaw: Callable[[Json], str] = lambda event: ""  # why an end is none; see gemini_flaw
 
-    def usage(self, told: Json) -> tuple[int, int]:
+    def usage(self, event: Json) -> tuple[int, int]:
         """Input and output tokens, of what `holder` finds."""
         found = Usage()
-        self.reader.count(found, told)
+        self.reader.count(found, event)
         return found.read, found.written
 
 
@@ -6247,21 +6502,21 @@ for code in reversed(KINDS):  # invalid_request_error is a 400, not a 413
 STATUSES |= OTHER_CODES
 
 
-def kinds(status: int) -> tuple[str, str, str]:
+def error_kinds(status: int) -> tuple[str, str, str]:
     return KINDS.get(status, KINDS[400 if status < 500 else 500])
 
 
 def anthropic_error(status: int, message: str) -> Json:
-    return {"type": "error", "error": {"type": kinds(status)[0], "message": message}}
+    return {"type": "error", "error": {"type": error_kinds(status)[0], "message": message}}
 
 
 def openai_error(status: int, message: str) -> Json:
-    kind = kinds(status)[1]
+    kind = error_kinds(status)[1]
     return {"error": {"message": message, "type": kind, "code": kind}}
 
 
 def gemini_error(status: int, message: str) -> Json:
-    return {"error": {"code": status, "message": message, "status": kinds(status)[2]}}
+    return {"error": {"code": status, "message": message, "status": error_kinds(status)[2]}}
 
 
 def plain_error_event(body: Json, last: bytes) -> bytes:
@@ -6280,8 +6535,10 @@ def responses_error_event(body: Json, last: bytes) -> bytes:
     """Codex takes notice of no other (clients.md); numbers go on from those of `last`."""
     failed = {"object": "response", "status": "failed", **body, "output": []}
     numbers = SEQUENCE_NUMBER.findall(last[-NUMBERED_END:])
-    number = max(map(int, numbers), default=-1) + 1
-    return data_event({"type": "response.failed", "sequence_number": number, "response": failed})
+    next_number = max(map(int, numbers), default=-1) + 1
+    return data_event(
+        {"type": "response.failed", "sequence_number": next_number, "response": failed}
+    )
 
 
 RESPONSE_ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -6422,8 +6679,8 @@ GEMINI = Dialect(
 # == Provider rules ================================================================================
 #
 # What a login's backend asks of a request (providers.md 1.3, 2.3).  A rule takes a body and returns
-# one: it shares what it does not change, and changes nothing in place, as the client's own body is
-# sent where nothing had to change, and is asked with again at another provider.
+# one.  It changes nothing in place: the next provider is asked with the same body.  What it leaves
+# alone it shares: a body that is still the client's own is sent as the bytes that came.
 #
 # To add a rule, write a function and name it in RULES; Code Assist's two kinds of login have
 # code_assist_rules, which need the model and the verb as well.
@@ -6667,9 +6924,9 @@ def codex_rules(body: Json, headers: Headers, provider: Provider) -> Json:
         wrong_tier = name == "service_tier" and value != "priority"
         if not wrong_tier and not matches(name[:100], provider.drops):
             kept[name] = value
-    told, items = split_system(body.get("input"))
-    told.insert(0, body.get("instructions"))
-    words = "\n\n".join(text for text in told if text and isinstance(text, str))
+    system, items = split_system(body.get("input"))
+    system.insert(0, body.get("instructions"))
+    words = "\n\n".join(text for text in system if text and isinstance(text, str))
     kept |= {
         "input": items,
         "instructions": words,  # must be there; nothing is made up (clients.md, Responses Lite)
@@ -6686,7 +6943,7 @@ def split_system(given: Any) -> tuple[list[Any], list[Any]]:
     if not isinstance(given, list):
         part = {"type": "input_text", "text": str(given or "")}
         return [], [{"role": "user", "content": [part]}]
-    told: list[Any] = []
+    system: list[Any] = []
     items: list[Any] = []
     for item in given:
         if not isinstance(item, dict):
@@ -6694,10 +6951,10 @@ def split_system(given: Any) -> tuple[list[Any], list[Any]]:
         elif item.get("role") == "system":
             content = item.get("content")
             parts = content if isinstance(content, list) else [{"text": content}]
-            told += [part.get("text") for part in as_dicts(parts)]
+            system += [part.get("text") for part in as_dicts(parts)]
         elif is_readable(item):
             items.append(readable(item))
-    return told, items
+    return system, items
 
 
 def is_readable(item: Json) -> bool:
@@ -6748,7 +7005,7 @@ def code_assist_rules(body: Json, model: str, provider: Provider, verb: str) -> 
     if model.startswith("claude-"):
         body = google_claude_rules(body, provider)
     elif wants_seals(model) and isinstance(body.get("contents"), list):
-        body = {**body, "contents": with_signatures(body["contents"])}
+        body = {**body, "contents": with_calls_sealed(body["contents"])}
     return antigravity_rules(body, model) if provider.envelope else body
 
 
@@ -6758,9 +7015,9 @@ def in_camel_case(value: Any, places: Json) -> Any:
     Only the places of CAMEL_PLACES: what is in a tool's arguments or a schema is not ours to name.
     """
     if isinstance(value, list):
-        worded = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
-        same = all(new is old for new, old in zip(worded, value, strict=True))
-        return value if same else worded
+        items = [in_camel_case(item, places) if isinstance(item, dict) else item for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else items
     if not isinstance(value, dict):
         return value
     found = camel(value)
@@ -6823,21 +7080,15 @@ def turn_start(contents: list[Any]) -> int:
     return 0
 
 
-def with_signatures(contents: list[Any]) -> list[Any]:
-    """Gemini 3 wants one on the first call of each step of the current turn (providers.md 5.3)."""
+def with_calls_sealed(contents: list[Any]) -> list[Any]:
+    """For a client of Gemini's own: each step of the current turn, as gemini_parts does it."""
     start = turn_start(contents)
-    return contents[:start] + [with_signature(content) for content in contents[start:]]
-
-
-def with_signature(content: Any) -> Any:
-    parts = as_list(as_dict(content).get("parts"))
-    for index, part in enumerate(parts):
-        if isinstance(part, dict) and "functionCall" in part:
-            if part.get("thoughtSignature"):
-                return content
-            signed = {**part, "thoughtSignature": NO_SEAL}
-            return {**content, "parts": [*parts[:index], signed, *parts[index + 1 :]]}
-    return content
+    sealed = []
+    for content in contents[start:]:
+        parts = as_dict(content).get("parts")
+        new = with_call_sealed(parts) if isinstance(parts, list) else parts
+        sealed.append(content if new is parts else {**content, "parts": new})
+    return contents[:start] + sealed
 
 
 def google_claude_rules(body: Json, provider: Provider) -> Json:
@@ -6893,7 +7144,11 @@ def with_claudes_thoughts(content: Any) -> Any:
 
 
 def lost_thoughts(contents: list[Any]) -> bool:
-    """Whether the current turn has a call without the thoughts that led to it."""
+    """Whether the current turn has a call without the thoughts that led to it.
+
+    Every step of it counts, and the request may be a Gemini client's own.  is_cut_off asks less:
+    of the last step of what is translated for any Claude.
+    """
     for content in contents[turn_start(contents) :]:
         parts = parts_of(content)
         calls = any("functionCall" in part for part in parts)
@@ -7050,6 +7305,29 @@ def query_for_provider(query: str) -> str:
     return "&".join(pair for pair in kept if pair)
 
 
+TURN_PAUSE = 0.001  # seconds between two turns, in which small calls go on
+
+
+class Turns:
+    """Large prompts take turns.
+
+    To read one of 10 MB takes some 15 ms, in which nobody else is served, and to prepare it as
+    long.  Side by side, four of them would keep a small call waiting at each of its steps.
+    """
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+
+    async def take(self, size: int, work: Callable[[], Any]) -> Any:
+        """What `work` returns, at once for what is not large."""
+        if size < LARGE:
+            return work()
+        async with self.lock:
+            done = work()
+            await asyncio.sleep(TURN_PAUSE)
+        return done
+
+
 class Call:
     """One model call: what the client asks, and what comes of it."""
 
@@ -7075,10 +7353,13 @@ class Call:
         self.trouble = ""
         self.tokens = {"input_tokens": 0, "output_tokens": 0}
 
-    async def read(self) -> None:
+    async def read(self, turns: Turns) -> None:
         """ProxyError 400, 413 and 415 for a body that is none."""
         packed = await read_body(self.request)
         self.was_read = True
+        await turns.take(len(packed), functools.partial(self.parse, packed))
+
+    def parse(self, packed: bytes | bytearray) -> None:
         self.raw = unpacked(packed, self.request.headers.get("Content-Encoding", ""))
         self.was_packed = self.raw is not packed
         if has_too_many_values(self.raw):
@@ -7127,8 +7408,8 @@ class Call:
 
     def proxy_headers(self) -> dict[str, str]:
         """The headers that say who answers."""
-        told = {"route": self.route, "provider": self.provider, "model": self.served_model}
-        return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in told.items() if v}
+        values = {"route": self.route, "provider": self.provider, "model": self.served_model}
+        return {f"x-ampproxy-{k}": header_value(v[:200]) for k, v in values.items() if v}
 
 
 @functools.lru_cache(1024)
@@ -7158,15 +7439,15 @@ def unpacked(raw: bytes | bytearray, encoding: str) -> bytes | bytearray:
         raise fault(415, words)
     try:
         # Some take gzip for `deflate`: the bytes say which it is.
-        told = "gzip" if raw[:2] == GZIP else "deflate"
-        plain = unpack_zstd(raw) if kind == "zstd" else unpack_whole(raw, told)
+        coding = "gzip" if raw[:2] == GZIP else "deflate"
+        whole = unpack_zstd(raw) if kind == "zstd" else unpack_whole(raw, coding)
     except OverflowError:
         raise too_large() from None
     except (zlib.error, EOFError, ValueError):
         raise fault(400, f"The request body cannot be read: it is no {kind}") from None
-    if len(plain) > BODY_LIMIT:
+    if len(whole) > BODY_LIMIT:
         raise too_large()
-    return plain
+    return whole
 
 
 def unpack_zstd(raw: bytes | bytearray) -> bytes:
@@ -7194,6 +7475,8 @@ async def read_body(request: Request) -> bytes | bytearray:
     large = bytearray(length) if LARGE < length <= BODY_LIMIT else None
     pieces, size = [], 0
     try:
+        if request.content.is_eof() and request.content.total_bytes < LARGE:
+            return request.content.read_nowait()  # it came with the head
         async with asyncio.timeout(UPLOAD_WAIT):
             while data := await request.content.readany():
                 if large is None:
@@ -7404,8 +7687,10 @@ class Chooser:
 
     def split(self, model: str) -> tuple[str, str]:
         """A model's name and its suffix; a name that the configuration writes has none."""
-        if any(model.lower() in row.provider.written for row in self.live.rows):
-            return model, ""
+        lower = model.lower()
+        for row in self.live.rows:
+            if lower in row.provider.written:
+                return model, ""
         return split_model(model)
 
     def ways(self, model: str, effort: str, verb: str) -> tuple[list[Way], list[str]]:
@@ -7471,7 +7756,7 @@ class Chooser:
         """The names that the present accounts serve, and who does; patterns are no names."""
         pairs = []
         for row in self.live.rows:
-            pairs += [(name, name) for name in row.provider.names if not set(name) & set("*?[")]
+            pairs += [(name, name) for name in row.provider.names if not is_pattern(name)]
         for rule in self.live.config["ampcode"]["model-mappings"]:
             if not rule["regex"]:
                 pairs += [(rule["from"], self.split(target)[0]) for target in rule["to"]]
@@ -7554,7 +7839,7 @@ def dialect_of_list(request: Request) -> Dialect:
 # A Delivery is the client's end of it.  It has one timer, however many pieces come: a comment goes
 # out when nothing did for a while, and what stands still for too long is broken off.
 
-TOLD_AFTER = {  # events that say nothing yet: the answer may still become an error
+SAYS_NOTHING = {  # events with which no answer has begun: it may still become an error
     "ping",
     "response.created",
     "response.in_progress",
@@ -7582,20 +7867,21 @@ class StreamResponse(web.StreamResponse):
 class Delivery:
     """What the client of one call gets: one head, then pieces."""
 
-    def __init__(self, call: Call, keepalive: float, idle: float) -> None:
-        self.call, self.request = call, call.request
-        self.clock = CLOCK
+    def __init__(self, call: Call, keepalive: float, idle: float, clock: Any = CLOCK) -> None:
+        self.call, self.request, self.clock = call, call.request, clock
         self.response: web.StreamResponse | None = None
         self.problem: Problem | None = None  # what broke the answer off after that
         self.keepalive = keepalive if call.streams and call.dialect.comment else 0
         self.idle = idle
+        self.settle_wait = 0.0  # for the upstream, once all has been said
         self.upstream: Upstream | None = None  # that is being read
         self.writing = False
         self.loop = asyncio.get_running_loop()
         self.moved = self.loop.time()  # when the last piece came or went
         self.sent = self.moved  # when the last piece or comment went
         self.last = b""  # what went last of a stream
-        self.comments: set[asyncio.Task[None]] = set()
+        self.is_over = False  # what is sent next is the end of it
+        self.comment: asyncio.Task[None] | None = None  # that is on its way
         self.timer = self.look_again()
 
     def __enter__(self) -> Delivery:
@@ -7604,48 +7890,59 @@ class Delivery:
     def __exit__(self, *_: object) -> None:
         self.timer.cancel()
         self.upstream = None
-        for task in self.comments:
-            task.cancel()
+        if self.comment:
+            self.comment.cancel()
 
     # -- The timer --
 
     def look_again(self) -> asyncio.TimerHandle:
-        """When the next comment is due, or the end; then it turns out whether it still is."""
+        """When the next comment is due, or the end; then it turns out whether it still is.
+
+        Soon enough to see in time a silence that begins meanwhile.
+        """
         now = self.loop.time()
-        due = now + LOOK_EVERY
+        due = now + min(LOOK_EVERY, self.settle_wait or self.idle or LOOK_EVERY)
         if self.keepalive:
             due = min(due, self.sent + self.keepalive)
-        if self.idle and (self.upstream or self.writing):
-            due = min(due, self.moved + self.idle)
+        if self.patience and (self.upstream or self.writing):
+            due = min(due, self.moved + self.patience)
         return self.loop.call_at(max(due, now + 0.01), self.look)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that something may stand still; 0 is any time."""
+        return self.idle if self.writing else self.settle_wait or self.idle
 
     def look(self) -> None:
         """A comment, the end of what stands still, or nothing."""
         now = self.loop.time()
         silent = now - self.moved
-        stands_still = self.idle and silent >= self.idle
+        stands_still = self.patience and silent >= self.patience
         is_over = self.upstream and not self.writing and is_dead(self.upstream)
         if stands_still or is_over:
             self.break_off()
         elif self.keepalive and now - self.sent >= self.keepalive:
             self.sent = now
             if not self.writing:
-                task = self.loop.create_task(self.write_comment())
-                self.comments.add(task)
-                task.add_done_callback(self.comments.discard)
+                self.comment = self.loop.create_task(self.write_comment())
         self.timer = self.look_again()
 
     def watch(self, upstream: Upstream) -> None:
         """From now on its silence counts."""
         self.upstream, self.moved = upstream, self.loop.time()
-        self.timer.cancel()
-        self.timer = self.look_again()
 
-    def settle(self) -> None:
-        """All has been said: what still comes may take a moment, not the whole idle time."""
-        self.idle = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
-        self.timer.cancel()
-        self.timer = self.look_again()
+    def settle(self, is_over: bool) -> None:
+        """All has been said: what still comes may take a moment, not the whole idle time.
+
+        `is_over`: nothing does, what is sent next is the end.
+        """
+        if is_over:
+            self.is_over = not self.call.lists  # there the bracket is the end
+            return
+        if not self.settle_wait:
+            self.settle_wait = min(self.idle or SETTLE_WAIT, SETTLE_WAIT)
+            self.timer.cancel()
+            self.timer = self.look_again()
 
     def break_off(self) -> None:
         """Wake up who waits: for the client's socket, or for the upstream's next bytes."""
@@ -7671,16 +7968,21 @@ class Delivery:
         return self.response
 
     async def stream(
-        self, upstream: Upstream, headers: Headers, first: bytes, rest: AsyncIterator[bytes]
+        self, upstream: Upstream, headers: Headers, answer: Answer
     ) -> web.StreamResponse:
         """The whole stream.  What breaks it off is told to the client, and kept as `problem`."""
         response = await self.start(upstream.status, upstream.reason, headers)
-        if first:
-            await self.write(response, first)
+        if answer.first:
+            await self.write(response, answer.first)
+            answer.first = b""  # its memory is free for as long as the stream runs
         try:
-            async for data in rest:  # as in `write`, for each event
+            write = response.write
+            async for data in answer.rest:  # as in `write`, for each event
+                if self.is_over:
+                    await self.write(response, data)
+                    continue
                 self.writing = True
-                await response.write(data)
+                await write(data)
                 self.last = data
                 self.writing = False
                 self.moved = self.sent = self.loop.time()
@@ -7691,7 +7993,10 @@ class Delivery:
 
     async def write(self, response: web.StreamResponse, data: bytes) -> None:
         self.writing = True
-        await response.write(data)
+        if self.is_over and len(data) < LONG_RUN:
+            await response.write_eof(data)  # which waits for nobody, and is one packet
+        else:
+            await response.write(data)
         self.last = data
         self.writing = False
         self.moved = self.sent = self.loop.time()
@@ -7707,9 +8012,6 @@ class Delivery:
         await self.write(response, frame)
         if dialect.cuts_errors and self.request.transport:
             self.request.transport.abort()
-
-
-SPENT = ("usage_limit_reached", "insufficient_quota")  # codes of a quota's end
 
 
 def worded_error(call: Call, problem: Problem, now: float) -> bytes:
@@ -7763,26 +8065,31 @@ class Pieces:
             data, self.unread = self.unread, b""
             return data
         try:
-            data = await self.next_unpacked() if self.unpacker else await self.next_piece()
+            if self.unpacker:
+                data = await self.next_unpacked()
+            elif self.began:
+                data = await self.content.readany()
+                self.delivery.moved = self.delivery.loop.time()
+            else:
+                data = await self.first_piece()
         except (RuntimeError, *NET_ERRORS) as error:
             raise fault(502, f"the upstream broke off: {net_words(error)}") from None
         if not data:
             raise StopAsyncIteration
         return data
 
-    async def next_piece(self) -> bytes:
-        """b"" at the end."""
+    async def first_piece(self) -> bytes:
+        """b"" for an answer without a body."""
         if self.unknown:
             raise fault(502, f"the upstream packed its answer as {self.unknown}")
         data = await self.content.readany()
-        if not self.began:
-            while data == GZIP[:1] and (more := await self.content.readany()):
-                data += more
-            self.began = True
-            if data.startswith(GZIP):
-                self.unpacker = Unpacker("gzip")
-                self.take(data)
-                return await self.next_unpacked()
+        while data == GZIP[:1] and (more := await self.content.readany()):
+            data += more
+        self.began = True
+        if data.startswith(GZIP):
+            self.unpacker = Unpacker("gzip")
+            self.take(data)
+            return await self.next_unpacked()
         self.delivery.moved = self.delivery.loop.time()
         return data
 
@@ -8028,7 +8335,7 @@ class Looked(NamedTuple):
 
 
 async def checked_events(
-    call: Call, runs: AsyncIterator[bytes], settle: Callable[[], None], told: bool = False
+    call: Call, runs: AsyncIterator[bytes], settle: Callable[[bool], None], told: bool = False
 ) -> AsyncIterator[bytes]:
     """Runs of events, ready for the client; the first one has an event that proves success.
 
@@ -8056,13 +8363,13 @@ async def checked_events(
                     marks = call.dialect.marks + call.dialect.model_marks
                 if ending == "over":
                     break
+            if ending:
+                settle(ending == "over")
             if told:
                 yield b"".join(held)
                 held = []
             if ending == "over":
                 break
-            if ending:
-                settle()
     except ProxyError:
         if told and held:
             yield b"".join(held)
@@ -8136,7 +8443,7 @@ def proves(call: Call, event: Json, ending: str, seen: Seen) -> bool:
     seen.spoke = seen.spoke or says == "answer"
     if ending:
         refuse_silence(call, event, seen.spoke)
-    return bool(says or ending) and text_of(event.get("type")) not in TOLD_AFTER
+    return bool(says or ending) and text_of(event.get("type")) not in SAYS_NOTHING
 
 
 def lost_output(kind: Any, inside: Json, seen: Seen) -> bool:
@@ -8154,7 +8461,7 @@ async def translated(
     reader: Reader,
     pieces: AsyncIterator[bytes],
     in_one_piece: bool,
-    settle: Callable[[], None],
+    settle: Callable[[bool], None],
     wrapped: bool = False,
 ) -> AsyncIterator[bytes]:
     """Runs of events in the client's dialect, as `checked_events` has them in its own.
@@ -8165,18 +8472,18 @@ async def translated(
     try:
         if in_one_piece:
             _, answer = await read_answer(call, pieces, wrapped)
-            feed(call, reader, answer, reader.read_whole)
+            feed(call, answer, reader.read_whole)
         else:
             runs = whole_events(pieces)
             async for run in without_envelope(runs) if wrapped else runs:
                 read_run(call, reader, run)
-                if reply.is_told and reply.out:
-                    yield b"".join(reply.out)
-                    reply.out.clear()
                 if reader.over or reply.cut:
                     break
                 if reply.stop:
-                    settle()
+                    settle(False)
+                if reply.is_told and reply.out:
+                    yield b"".join(reply.out)
+                    reply.out.clear()
         whole = reader.over or reply.stop or (reader.may_just_end and reply.usage.written)
         if not whole:
             raise fault(502, "the stream stopped before its end")
@@ -8189,6 +8496,7 @@ async def translated(
         call.count(reply.usage.read, reply.usage.written)
     refuse_nothing(call, reader)
     reply.finish()
+    settle(True)
     if reply.out:
         yield b"".join(reply.out)
 
@@ -8199,7 +8507,7 @@ def refuse_nothing(call: Call, reader: Reader) -> None:
     if not reply.is_told and not reply.usage.written:
         raise no_whole_answer(call)
     if reader.must_speak and not reply.blocks and reply.stop in ("", "end"):
-        words = f"{call.provider} sent an answer that says nothing"
+        words = f"{call.provider} gave no answer: it ended without a word"
         raise ProxyError(Problem(502, words, codes=frozenset({EMPTY_ANSWER.lower()})))
 
 
@@ -8218,12 +8526,12 @@ def read_run(call: Call, reader: Reader, run: bytes) -> None:
                 continue  # it was cut short, or nobody knows what it means
             raise no_whole_answer(call) from None
         if isinstance(event, dict):
-            feed(call, reader, event, reader.read)
+            feed(call, event, reader.read)
         if reader.over:
             return
 
 
-def feed(call: Call, reader: Reader, event: Json, read: Callable[[Json], None]) -> None:
+def feed(call: Call, event: Json, read: Callable[[Json], None]) -> None:
     if (event.get("error") or event.get("type") in FAILED) and has_error(event, holder(event)):
         raise ProxyError(failure(call, event))
     try:
@@ -8354,6 +8662,8 @@ async def refusal(
     return problem
 
 
+# -- Headers that travel on --
+
 HOP_HEADERS = (  # RFC 9110, 7.6.1, what the HTTP library writes itself, and CORS
     "connection",
     "keep-alive",
@@ -8377,20 +8687,25 @@ def hop_names(connection: str) -> frozenset[str]:
     return frozenset(name.strip().lower() for name in connection.split(","))
 
 
-@functools.lru_cache(1024)
-def is_hop_header(name: str) -> bool:
-    return matches(name, HOP_HEADERS)
-
-
 def passing(headers: Any, *dropped: str) -> Headers:
     """Headers that travel on: not the hop's own, not those that Connection names, nor `dropped`."""
-    kept = Headers()
-    named = hop_names(",".join(headers.getall("Connection", ()))[:1000])
+    kept, connection = Headers(), connection_of(headers)
     for name, value in headers.items():
-        lower = name.lower()
-        if lower not in named and lower not in dropped and not is_hop_header(lower[:100]):
+        if travels(name[:100], connection, dropped):
             kept.add(name, value)
     return kept
+
+
+@functools.lru_cache(4096)
+def travels(name: str, connection: str, dropped: tuple[str, ...]) -> bool:
+    lower = name.lower()
+    return not (lower in hop_names(connection) or lower in dropped or matches(lower, HOP_HEADERS))
+
+
+def connection_of(headers: Any) -> str:
+    """What Connection says, in one line and cut."""
+    given = headers.getall("Connection", None)
+    return ",".join(given)[:1000] if given else ""
 
 
 # == Forwarding ====================================================================================
@@ -8435,21 +8750,16 @@ class Prepared:
     token: str = ""  # of the account that is asked now
     new_reader: Callable[[], Reader] | None = None  # for a provider of another dialect
 
-
-def sendable(body: list[Any]) -> Any:
-    """What aiohttp sends; large pieces are not put together."""
-    return body[0] if len(body) == 1 else in_pieces(body)
-
-
-async def in_pieces(pieces: list[Any]) -> AsyncIterator[Any]:
-    for piece in pieces:
-        yield piece
+    def let_go(self) -> None:
+        """As Call's: a stream may run for an hour."""
+        self.headers, self.body, self.urls = Headers(), [], []
 
 
 class Forwarder:
     def __init__(self, live: Live, net: Net, pool: Pool, pay: Pay) -> None:
         self.live, self.net, self.pool, self.pay = live, net, pool, pay
         self.chooser = Chooser(live, pool)
+        self.turns = Turns()
         self.clock = pool.clock
         self.givers: OrderedDict[str, Account] = OrderedDict()  # of own_headers, by their value
 
@@ -8497,7 +8807,7 @@ class Forwarder:
         """Ask the accounts of a way, and wait until then for one to wake up."""
         call = delivery.call
         problem: Problem | None = None
-        tried: set[Account] = set()
+        tried: list[Account] = []
         prepared: Prepared | None = None
         call.provider = way.rows[0].name
         call.served_model = way.rows[0].provider.served(way.model)
@@ -8506,7 +8816,8 @@ class Forwarder:
             if account is None or account.row is None:
                 break
             if prepared is None or prepared.row is not account.row:
-                prepared = prepare(call, way, account.row)
+                work = functools.partial(prepare, call, way, account.row)
+                prepared = await self.turns.take(len(call.raw), work)
             outcome = await self.try_account(account, prepared, delivery)
             if not isinstance(outcome, Problem):
                 return outcome
@@ -8516,7 +8827,7 @@ class Forwarder:
                 return problem
             rests = account.wait(way.model, self.clock.monotonic()) > 0
             if then != "wait" or not rests or self.clock.monotonic() >= until:
-                tried.add(account)
+                tried.append(account)
         accounts = self.pool.of(way.rows)
         at_rest = any(account.resting(way.model) for account in accounts)
         if problem and (len(accounts) <= 1 or not at_rest):
@@ -8532,7 +8843,7 @@ class Forwarder:
         longest = max(RETRY_PAUSE, min(SHORT_WAIT, self.live.config["max-retry-interval"]))
         tries, refused, model = 0, "", prepared.way.model
         delivery.call.account = account.label
-        with account.leased(), self.pool.probing(account, model):
+        with Lease(account, model):
             while True:
                 began = self.clock.monotonic()
                 try:
@@ -8578,16 +8889,17 @@ class Forwarder:
         spent = [problem for problem in problems if problem.status == 429]
         return spent[0] if spent else problems[-1]
 
-    async def request_of(self, account: Account, prepared: Prepared, url: str) -> Json:
+    async def request_of(
+        self, account: Account, prepared: Prepared, url: str
+    ) -> tuple[Headers, list[Any]]:
         """Headers and body as this account asks."""
         body = await self.enveloped(account, prepared)
         headers = account_headers(prepared, url, account)
-        headers["Content-Length"] = str(sum(map(len, body)))
         # What an account gave goes back to it alone, and what nobody here gave to nobody.
         for name in prepared.row.provider.own_headers:
             if name in headers and self.givers.get(headers[name][:1000]) is not account:
                 headers.popall(name)
-        return {"headers": headers, "data": sendable(body)}
+        return headers, body
 
     async def enveloped(self, account: Account, prepared: Prepared) -> list[Any]:
         """The body in Code Assist's envelope, with the account's project."""
@@ -8618,9 +8930,9 @@ class Forwarder:
         call, model = delivery.call, prepared.way.model
         upstream, over = None, False
         try:
-            sent = await self.request_of(account, prepared, url)
-            upstream = await self.net.ask("POST", url, delivery.idle, account.proxy, **sent)
-            sent.clear()
+            headers, body = await self.request_of(account, prepared, url)
+            upstream = await self.net.post(url, headers, body, delivery.idle, account.proxy)
+            del headers, body
             self.remember_headers(upstream.headers, account, prepared)
             windows = quota_of(upstream.headers)
             account.quota = windows or account.quota
@@ -8634,7 +8946,7 @@ class Forwarder:
                 raise fault(502, f"{call.provider} sent no stream")
             self.pool.answered(account, model, began)
             call.let_go()
-            prepared.body = []
+            prepared.let_go()
             packed = b"" if prepared.folds or answer.events else b"".join(pieces.packed or ())
             pieces.packed = None
             response = await deliver(delivery, upstream, answer, prepared.folds, packed)
@@ -8690,12 +9002,13 @@ async def deliver(
     headers.update(call.proxy_headers())
     if answer.events and call.lists:
         headers["Content-Type"] = "application/json; charset=UTF-8"
-        first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
-        return await delivery.stream(upstream, headers, first, list_of(answer.rest))
+        answer.first = b"[" + listed(answer.first).removeprefix(LIST_MARK)
+        answer.rest = list_of(answer.rest)
+        return await delivery.stream(upstream, headers, answer)
     if answer.events:
         if upstream.content_type != "text/event-stream":
             headers["Content-Type"] = "text/event-stream"
-        return await delivery.stream(upstream, headers, answer.first, answer.rest)
+        return await delivery.stream(upstream, headers, answer)
     if folds:
         headers["Content-Type"] = "application/json"
     body = b"[%b]" % answer.first if call.lists else answer.first
@@ -8723,20 +9036,20 @@ def prepare(call: Call, way: Way, row: Row) -> Prepared:
     headers["Accept-Encoding"] = "identity"
     headers["Content-Type"] = "application/json"
     forced = verb in STREAMING and matches(call.served_model[:200], provider.only_streams)
-    only_streams = forced or call.is_foreign
-    verb = STREAMING.get(verb, verb) if only_streams else verb
+    asks_stream = forced or call.is_foreign
+    verb = STREAMING.get(verb, verb) if asks_stream else verb
     if row.kind in RULES:
         body = RULES[row.kind](body, headers, provider)
     if provider.wraps:
         body = code_assist_rules(body, call.served_model, provider, verb)
     body = without(body, *NOT_ASKED.get(verb, ()))
-    headers["Accept"] = "text/event-stream" if call.streams or only_streams else "application/json"
+    headers["Accept"] = "text/event-stream" if call.streams or asks_stream else "application/json"
     for name, value in headers.items():
         if not value.isprintable():
             raise fault(400, f"{name} holds a character that cannot be sent in a header")
     envelope = envelope_of(body, call.served_model, provider, verb) if provider.wraps else None
     urls = addresses_of(call, provider, verb)
-    folds = only_streams and not call.streams
+    folds = asks_stream and not call.streams
     pieces = worded(call, body)
     return Prepared(way, row, headers, pieces, urls, folds, envelope, new_reader=new_reader)
 
@@ -8745,8 +9058,7 @@ def own_body(call: Call, way: Way, provider: Provider) -> Json:
     """The client's body for a provider of its own dialect."""
     body = call.body
     mark = SEAL_MARK_64 if call.dialect is GEMINI else SEAL_MARK
-    # The beginning alone first: a search in megabytes for what hardly occurs.
-    if mark[:4].encode() in call.raw and mark.encode() in call.raw:
+    if mark.encode() in call.raw:
         body = without_our_seals(body)
     if call.dialect is not GEMINI and body.get("model") != call.served_model:
         body = {**body, "model": call.served_model}
@@ -8858,14 +9170,18 @@ def effort_within(effort: str, limit: int, takes: Thinking) -> str:
 
 def client_headers(given: Any, provider: Provider) -> Headers:
     """The provider's own, and those of the client that may travel on; the client's win."""
-    headers, seen = Headers(provider.headers), set()
-    named = hop_names(",".join(given.getall("Connection", ()))[:1000])
+    headers, seen, connection = Headers(provider.headers), set(), connection_of(given)
     for name, value in given.items():
-        lower = name.lower()[:100]
-        if matches(lower, provider.passes) and lower not in named and not is_hop_header(lower):
+        if reaches_provider(name[:100], connection, provider.passes):
+            lower = name.lower()
             headers[name] = f"{headers[name]},{value}" if lower in seen else value
             seen.add(lower)
     return headers
+
+
+@functools.lru_cache(4096)
+def reaches_provider(name: str, connection: str, passes: tuple[str, ...]) -> bool:
+    return travels(name, connection, ()) and matches(name.lower(), passes)
 
 
 def worded(call: Call, body: Json) -> list[Any]:
@@ -8877,7 +9193,7 @@ def worded(call: Call, body: Json) -> list[Any]:
     if (body is call.body or body == call.body) and call.raw.count(b'"model"') < 2:
         return [call.raw]
     try:
-        if len(call.raw) > LARGE:
+        if len(call.raw) > SPLICED:
             return spliced(call.raw, call.body, body)
         return [write_json(body)]
     except ValueError as error:
@@ -8944,12 +9260,20 @@ def quota_of(headers: Any) -> list[Window]:
 
 def secrets_file() -> Path:
     """Where Amp keeps its keys, one an address."""
-    return folder("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
+    return folder_of("XDG_DATA_HOME", "~/.local/share") / "amp/secrets.json"
 
 
-def stored_key(secrets: Json, base: str) -> str:
+def stored_keys() -> Json:
+    """What that file says; {} where it cannot be read."""
+    try:
+        return parse_object(read_file(secrets_file()))
+    except (OSError, ValueError):
+        return {}
+
+
+def stored_key(stored: Json, base: str) -> str:
     """Amp's own key for an address, from that file."""
-    found = secrets.get(f"apiKey@{base}/") or secrets.get(f"apiKey@{base}") or ""
+    found = stored.get(f"apiKey@{base}/") or stored.get(f"apiKey@{base}") or ""
     return str(found).strip()
 
 
@@ -8959,6 +9283,15 @@ FLAG = re.compile(
     rb'"name"\s{0,9}:\s{0,9}"thread-actors-tui"[^{}]{0,99}\}(?(1)\s{0,99},?)'
 )
 USER_INFO = re.compile(r"/api/internal\?getUserInfo(?![\w-])")
+AMP_UNREACHABLE = "amp_upstream_proxy_error"  # Amp's clients know it from CLIProxyAPI
+
+
+def unreachable_error(dialect: Dialect, problem: Problem) -> Json:
+    """The same for a model call: an error of its dialect, in which that is the type or code."""
+    body = dialect.error(problem.status, problem.message)
+    key = {"anthropic": "type", "gemini": "status"}.get(dialect.name, "code")
+    body["error"][key] = AMP_UNREACHABLE
+    return body
 
 
 class Ampcode:
@@ -8979,9 +9312,7 @@ class Ampcode:
         """The key that Amp itself keeps for this address; its lack is remembered, too."""
         now, base = self.clock.monotonic(), self.base()
         if self.secrets_until <= now:
-            self.secrets, self.secrets_until = Json(), now + 5 * MINUTE
-            with suppress(OSError, ValueError):
-                self.secrets = parse_object(secrets_file().read_bytes())
+            self.secrets, self.secrets_until = stored_keys(), now + 5 * MINUTE
         return stored_key(self.secrets, base)
 
     def upstream_key(self, key: str) -> str:
@@ -9034,9 +9365,12 @@ class Ampcode:
         headers = self.headers(request, key)
         if call.was_packed:
             headers.popall("Content-Encoding")
-            headers["Content-Length"] = str(len(call.raw))
         url = self.address(request)
-        upstream = await self.net.ask("POST", url, idle, headers=headers, data=call.raw)
+        try:
+            upstream = await self.net.post(url, headers, [call.raw], idle)
+        except ProxyError as error:
+            error.problem.body = write_json(unreachable_error(call.dialect, error.problem))
+            raise
         over = False
         try:
             check_status(upstream)
@@ -9053,7 +9387,7 @@ class Ampcode:
                 return await passed(request, upstream, headers, idle, delivery=delivery)
             runs = whole_events(Pieces(upstream, delivery))
             events = checked_events(call, runs, delivery.settle, told=True)
-            response = await delivery.stream(upstream, headers, b"", events)
+            response = await delivery.stream(upstream, headers, Answer(True, b"", events))
             over = True
         finally:
             delivery.upstream = None
@@ -9206,12 +9540,11 @@ ROUTE_WORDS = {
     "none": "NO_PROVIDER",
 }
 ROUTE_COLOURS = {"local": "green", "mapped": "cyan", "amp": "red", "none": "yellow"}
-PAID_MODELS = 100  # names of models that are counted
-NO_ACCOUNT = {  # whether ampcode.com may be asked -> what is said where there is no account
-    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
-    False: "NO LOGIN AND NO KEY: no model call can be answered."
-    " To use a plan of yours: ampproxy.py login claude (or codex)",
+COUNTED_MODELS = 100  # names of models that are counted apart, in all and of paid calls
+FIRST_LOGIN = "ampproxy.py login claude (or codex)"  # for who has no account
+NO_ACCOUNT = {  # whether ampcode.com may be asked -> what the log says where there is none
+    True: "NO LOGIN AND NO KEY: Amp answers every model call, and bills it.",
+    False: "NO LOGIN AND NO KEY: no model call can be answered.",
 }
 AMP_BILLS = "AMP_CREDITS this client's model runs on Amp's servers: Amp bills it, not your logins"
 
@@ -9233,7 +9566,7 @@ class Ledger:
         """A call that has ended; 499 when the client left."""
         self.routes[call.route] += 1
         model = call.model[:200]
-        known = model in self.paid or len(self.paid) < PAID_MODELS
+        known = model in self.paid or len(self.paid) < COUNTED_MODELS
         if call.route == "amp" and status in (200, 499) and known:
             self.paid[model] += 1
         self.count_model(call, status)
@@ -9259,15 +9592,20 @@ class Ledger:
             who = f"{who} as {call.served_model[:100]}"
         trouble = f" {call.trouble}" if call.trouble else ""
         line = "%-14s %d %6.1fs %-28s %s%s"
-        told = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
-        log.log(level, line, *told, extra={"colour": ROUTE_COLOURS[call.route]})
+        values = (ROUTE_WORDS[call.route], status, took, model[:100] or "-", who, trouble)
+        log.log(level, line, *values, extra={"colour": ROUTE_COLOURS[call.route]})
 
     def count_model(self, call: Call, status: int) -> None:
         key = (call.provider[:200], (call.served_model or call.model)[:200])
-        if call.route == "none" or (key not in self.models and len(self.models) >= PAID_MODELS):
+        if call.route == "none" or (key not in self.models and len(self.models) >= COUNTED_MODELS):
             return
-        counts = self.models.setdefault(key, Counter(requests=0, errors=0))
-        counts.update({"requests": 1, "errors": status >= 400, **call.tokens})
+        if key not in self.models:
+            self.models[key] = Counter(requests=0, errors=0)
+        counts = self.models[key]
+        counts["requests"] += 1
+        counts["errors"] += status >= 400
+        for name, figure in call.tokens.items():
+            counts[name] += figure
 
     def wake(self, name: str, provider: str = "") -> list[Account]:
         """End the rests of the accounts of that name by hand: those that there are."""
@@ -9287,7 +9625,7 @@ class Ledger:
             return
         self.warn_at = self.clock.monotonic() + HOUR
         pays = self.pool.live.config["ampcode"]["fallback"] != "never"
-        log.warning("%s", NO_ACCOUNT[pays])
+        log.warning("%s To use a plan of yours: %s", NO_ACCOUNT[pays], FIRST_LOGIN)
 
     def note_server_side(self, path: str) -> None:
         self.server_side += path == "/api/thread-actors"
@@ -9309,19 +9647,19 @@ class Ledger:
 
     def notices(self) -> list[str]:
         """What costs money, or will."""
-        told = []
+        lines = []
         if calls := self.routes["amp"]:
             names = ", ".join(f"{name} ({n})" for name, n in self.paid.most_common(5))
             words = (
                 f"PAID: ampcode.com was asked {calls} time{'s' * (calls > 1)} and may charge for it"
             )
-            told.append(f"{words}: {names}" if names else words)
+            lines.append(f"{words}: {names}" if names else words)
         if self.server_side:
             words = f"{self.server_side} threads run on Amp's servers: Amp bills them"
-            told.append(f"PAID: {words}, not your logins")
+            lines.append(f"PAID: {words}, not your logins")
         if not self.pool.accounts:
-            told.append("No login and no key: run ampproxy.py login claude (or codex)")
-        return told
+            lines.append(f"No login and no key: run {FIRST_LOGIN}")
+        return lines
 
     def report_model(self, provider: str, model: str) -> Json:
         return {"provider": provider, "model": model, **self.models[provider, model]}
@@ -9367,13 +9705,13 @@ def standing(live: Live, pool: Pool) -> list[str]:
         (account.row.name, type(account)) for account in pool.of(live.rows) if account.row
     )
     words = {Login: "login", ApiKey: "key"}
-    told = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
+    present = [f"{name} {n} {words[kind]}{'s' * (n > 1)}" for (name, kind), n in kinds.items()]
     rules = live.config["ampcode"]["model-mappings"]
     mapped = [f"{rule['from']} > {' or '.join(rule['to'])}" for rule in rules]
     more = f", and {len(mapped) - 5} more" if len(mapped) > 5 else ""
     return [
         f"config    {live.path or 'none found: the defaults'}",
-        f"accounts  {', '.join(told) or 'none'}",
+        f"accounts  {', '.join(present) or 'none'}",
         f"mapped    {', '.join(mapped[:5]) or 'nothing'}{more}",
         f"paid      {PAID_WORDS[live.config['ampcode']['fallback']]}",
     ]
@@ -9402,15 +9740,15 @@ async def ask_proxy(live: Live, path: str = "/status", body: Json | None = None)
             raw = await answer.read()
     except NET_ERRORS as error:
         raise Failure(
-            f"no proxy to ask at {url} ({net_words(error)}): start it, see --config"
+            f"no proxy to ask at {url} ({net_words(error)}): start it, or say its --config"
         ) from error
     try:
-        told = parse_object(raw)
+        report = parse_object(raw)
     except ValueError:
         raise Failure(f"what answers at {url} is no ampproxy: see --config") from None
     if answer.status != 200:
-        raise Failure(f"{url} answered {answer.status}: {error_text(told)}")
-    return told
+        raise Failure(f"{url} answered {answer.status}: {error_text(report)}")
+    return report
 
 
 # -- A table for the terminal --
@@ -9482,10 +9820,10 @@ def account_lines(sheet: Sheet, account: Json) -> list[str]:
     for quota in account["quota"]:
         used = quota["used_percent"]
         ends = quota["resets_in_seconds"]
-        told = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
+        words = f"{used:>4.0f} %  {f'resets in {span(ends)}' if ends else ''}"
         colour = "red" if used >= NEARLY_SPENT else "cyan"
         window = f"{indent}{quota['window']:<10.10} "
-        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (told, "")))
+        lines.append(sheet.line((window, ""), (sheet.bar(used), colour), (words, "")))
     calls = f"calls {account['requests']:,}, failed {account['errors']:,}; "
     tokens = f"tokens in {account['input_tokens']:,}, out {account['output_tokens']:,}"
     lines.append(sheet.line((indent + calls + tokens, "dim")))
@@ -9499,9 +9837,9 @@ def request_line(sheet: Sheet, request: Json) -> str:
     who = f"{request['provider']} {request['account']}".strip()
     if request["route"] == "mapped":
         who += f" as {request['served_model']}"
-    rest = "red" if request["route"] == "amp" else ""
+    tail = "red" if request["route"] == "amp" else ""
     word = f"{SHORT_ROUTES[request['route']]:<7}"
-    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, rest))
+    return sheet.line((f"{clock} ", ""), (word, colour), (took + who, tail))
 
 
 def model_line(sheet: Sheet, model: Json) -> str:
@@ -9722,9 +10060,9 @@ function bar(account, quota) {
 
 function button(account) {
   const id = encodeURIComponent(`wake ${account.provider} ${account.account}`);
-  const told = {type: "button", id, "data-provider": account.provider,
+  const about = {type: "button", id, "data-provider": account.provider,
                 "data-account": account.account, "aria-label": `Try ${account.account} again now`};
-  return make("p", {}, make("button", told, "Try again now"));
+  return make("p", {}, make("button", about, "Try again now"));
 }
 
 function card(account) {
@@ -9792,17 +10130,18 @@ function requestTable(requests) {
   }));
 }
 
-function show(told) {
+function show(report) {
   find("ask").hidden = true;
   find("all").hidden = false;
-  put("about", `${told.version}, up ${span(told.uptime_seconds)}, fallback: ${told.fallback}`);
-  const words = told.notices.join(". ");
+  const up = `${report.version}, up ${span(report.uptime_seconds)}`;
+  put("about", `${up}, fallback: ${report.fallback}`);
+  const words = report.notices.join(". ");
   find("paid").hidden = !words;
   put("paid", words);
-  put("calls", ...Object.keys(ROUTES).map(route => figure(route, told.routes[route])));
-  put("accounts", ...told.accounts.map(card));
-  put("models", modelTable(told.models));
-  put("requests", requestTable(told.requests));
+  put("calls", ...Object.keys(ROUTES).map(route => figure(route, report.routes[route])));
+  put("accounts", ...report.accounts.map(card));
+  put("models", modelTable(report.models));
+  put("requests", requestTable(report.requests));
 }
 
 function askForKey() {
@@ -9869,8 +10208,8 @@ def page_headers() -> dict[str, str]:
     """Only the page's own script and style run, and no other page may frame it."""
     hashes = []
     for part in re.findall("<(?:style|script)>(.*?)</", PAGE, re.S):
-        digest = hashlib.sha256(part.encode()).digest()
-        hashes.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+        hashed = hashlib.sha256(part.encode()).digest()
+        hashes.append(f"'sha256-{base64.b64encode(hashed).decode()}'")
     style, script = hashes
     policy = (
         f"default-src 'none'; style-src {style}; script-src {script}; connect-src 'self';"
@@ -9895,13 +10234,23 @@ PROBES = {  # answered without a key (clients.md)
     "HEAD /": 200,
     "HEAD /api/hello": 404,
 }
-
-
 TIDY_AFTER = 0.5  # seconds after a large body that memory is given back
-
-
-# Paths of the SDKs that are no model call: none of them is ampcode.com's.
 NOT_AMPS = re.compile(r"/(v1|v1beta1?|embeddings|images|audio|completions)(/|$)")
+
+
+def is_not_amps(raw_path: str) -> bool:
+    """Whether a path is one of the SDKs: beside the model calls none of these is ampcode.com's."""
+    return NOT_AMPS.match(re.sub("/+", "/", unquote(raw_path))) is not None
+
+
+def dialect_of_sdk(request: Request) -> Dialect | None:
+    """Of an SDK that asks for no model call, but for models, say; None: it is no path of theirs."""
+    path = request.rel_url.raw_path
+    if request.method == "GET" and LISTING.fullmatch(path):
+        return dialect_of_list(request)
+    if not is_not_amps(path):
+        return None
+    return ANTHROPIC if "/messages" in path else dialect_of_list(request)
 
 
 class Server:
@@ -9912,7 +10261,7 @@ class Server:
         self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
         self.ledger = Ledger(self.pool)
         self.tidying: asyncio.TimerHandle | None = None
-        self.told = ""  # the last error of a tick: it is said once
+        self.trouble_told = ""  # the last error of a tick: it is said once
 
     # -- One request --
 
@@ -9971,12 +10320,11 @@ class Server:
         return await self.management(request, key, bool(call), upgrades)
 
     async def model_call(self, call: Call, key: str) -> web.StreamResponse:
-        await call.read()
+        await call.read(self.forwarder.turns)
         large = len(call.raw) > LARGE
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]
-        with Delivery(call, keepalive, idle) as delivery:
-            delivery.clock = self.clock
+        with Delivery(call, keepalive, idle, self.clock) as delivery:
             try:
                 return await self.forwarder.answer(call, key, delivery)
             except ProxyError as error:
@@ -9999,9 +10347,11 @@ class Server:
             self.check_place(request)
         listing = LISTING.fullmatch(path) if method == "GET" and not upgrades else None
         if listing:
-            return self.models(request, unquote(listing["id"] or ""))
-        if NOT_AMPS.match(re.sub("/+", "/", unquote(path))):
-            return self.nowhere(request, path)
+            wanted = unquote(listing["id"] or "")
+            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
+        if is_not_amps(path):  # a prompt never goes to ampcode.com by accident
+            words = f"there is no {method} {path[:100]} here"
+            raise ProxyError(Problem(404, words, headers=Headers({"x-ampproxy-route": "none"})))
         if method == "GET" and path in ("/", "/status"):
             return web.json_response(self.ledger.report())
         if method == "POST" and path == "/status/wake":
@@ -10012,21 +10362,6 @@ class Server:
         if upgrades:
             return await self.ampcode.tunnel(request, key)
         return await self.ampcode.forward(request, key)
-
-    def nowhere(self, request: Request, path: str) -> web.Response:
-        """A 404 in the dialect: a prompt never goes to ampcode.com by accident."""
-        dialect = ANTHROPIC if "/messages" in path else dialect_of_list(request)
-        body = dialect.error(404, f"there is no {request.method} {path[:100]} here")
-        return web.json_response(body, status=404, headers={"x-ampproxy-route": "none"})
-
-    def models(self, request: Request, wanted: str) -> web.Response:
-        """The list of models, or one of them; a 404 in the dialect for one that nobody serves."""
-        try:
-            return web.json_response(model_list(request, self.forwarder.chooser, wanted))
-        except ProxyError as error:
-            problem = error.problem
-            body = dialect_of_list(request).error(problem.status, problem.message)
-            return web.json_response(body, status=problem.status)
 
     def check_place(self, request: Request) -> None:
         local = self.live.config["ampcode"]["restrict-management-to-localhost"]
@@ -10060,15 +10395,17 @@ class Server:
             headers["Retry-After"] = str(wait)
         if wait > 30:  # SDKs would sleep it out without a word (clients.md)
             headers["x-should-retry"] = "false"
-        body = self.error_body(call, problem)
+        body = self.error_body(request, call, problem)
         return web.Response(status=problem.status, body=body, headers=headers)
 
-    def error_body(self, call: Call | None, problem: Problem) -> bytes:
-        if call is None and problem.status == 502:
-            return write_json({"error": "amp_upstream_proxy_error", "message": problem.message})
-        if call is None:
-            return write_json({"error": problem.message})
-        return worded_error(call, problem, self.clock.time())
+    def error_body(self, request: Request, call: Call | None, problem: Problem) -> bytes:
+        if call:
+            return worded_error(call, problem, self.clock.time())
+        if dialect := dialect_of_sdk(request):
+            return write_json(dialect.error(problem.status, problem.message))
+        if problem.status == 502:
+            return write_json({"error": AMP_UNREACHABLE, "message": problem.message})
+        return write_json({"error": problem.message})
 
     # -- The process --
 
@@ -10083,12 +10420,12 @@ class Server:
                 set_up_log(self.live.config["debug"], self.live.warnings, self.live.log_file)
             self.pool.scan()
             self.pool.refresh_ahead()
-            self.told = ""
+            self.trouble_told = ""
         except Exception as error:  # whatever is in the files: the next look comes
             words = explain(error)
-            if words != self.told:
+            if words != self.trouble_told:
                 log.error("%s; what was read before stays in effect", words)
-            self.told = words
+            self.trouble_told = words
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
@@ -10536,7 +10873,7 @@ class Edit:
         lines = []
         for keys, value in steps:
             if value is not GONE:
-                lines.append(self.form.line(keys, shown(keys[-1], value)).replace("\n", "; "))
+                lines.append(self.form.line(keys, shown_value(keys[-1], value)).replace("\n", "; "))
         return ", ".join(lines) or "nothing; take out what names ampproxy"
 
     def changed(self, text: str, steps: list[Step]) -> str:
@@ -10616,14 +10953,14 @@ def pruned(table: Any) -> Any:
 
 def with_step(table: Any, keys: Keys, value: Any) -> Any:
     """A copy of plain tables and lists with one value changed."""
-    key, *rest = keys
+    key, *deeper = keys
     if isinstance(key, int):
         items = as_list(table)
         return items[:key] + ([] if value is GONE else [value]) + items[key + 1 :]
     kept = dict(table) if isinstance(table, dict) else {}
-    if rest:
-        empty: Any = [] if isinstance(rest[0], int) else {}
-        kept[key] = with_step(kept.get(key, empty), (*rest,), value)
+    if deeper:
+        empty: Any = [] if isinstance(deeper[0], int) else {}
+        kept[key] = with_step(kept.get(key, empty), (*deeper,), value)
     elif value is GONE:
         kept.pop(key, None)
     else:
@@ -10631,10 +10968,10 @@ def with_step(table: Any, keys: Keys, value: Any) -> Any:
     return kept
 
 
-def shown(name: Any, value: Any) -> Any:
+def shown_value(name: Any, value: Any) -> Any:
     """A value as a person may see it."""
     if isinstance(value, dict):
-        return {key: shown(key, inner) for key, inner in value.items()}
+        return {key: shown_value(key, inner) for key, inner in value.items()}
     secret = re.search("(?i)key|token", str(name)) and value != "any"
     return mask(str(value)) if secret else value
 
@@ -10647,7 +10984,7 @@ def in_words(keys: Keys, old: Any, new: Any) -> str:
             return "nothing"
         if isinstance(value, dict):
             return str(value.get("displayName") or value.get("base_url") or "a table")
-        return json.dumps(shown(keys[-1], value), ensure_ascii=False)
+        return json.dumps(shown_value(keys[-1], value), ensure_ascii=False)
 
     return f"  {'.'.join(map(str, keys))}: {words(old)} -> {words(new)}"
 
@@ -10679,9 +11016,23 @@ def fixed(path: Path, form: Format, values: dict[Keys, Any]) -> Edit:
 def amp_settings() -> Path:
     if given := os.environ.get("AMP_SETTINGS_FILE"):
         return Path(given).expanduser()
-    path = folder("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
+    path = folder_of("XDG_CONFIG_HOME", "~/.config") / "amp/settings.json"
     other = path.with_suffix(".jsonc")
     return other if other.is_file() and not path.exists() else path
+
+
+def amp_line(url: str, by_hand: bool = False) -> str:
+    """For the start: what Amp's settings must say, and whether they do.
+
+    `by_hand`: the address is not the one that `setup` would find by itself.
+    """
+    found = Json()
+    with suppress(OSError, ValueError):
+        found = read_json_text(read_file(amp_settings()).decode())
+    there = text_of(found.get("amp.url")).rstrip("/") == url
+    command = f"ampproxy.py setup amp{f' --url {url}' if by_hand else ''}"
+    hint = "is in its settings" if there else f"in its settings; `{command}` does it"
+    return f'Amp       "amp.url": "{url}"  {hint}'
 
 
 def amp_edits(target: Destination) -> list[Edit]:
@@ -10751,7 +11102,7 @@ def claude_code_edits(target: Destination) -> list[Edit]:
     if models and not any(name.startswith("claude-") for name in models):
         names = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
         environment |= dict.fromkeys(names, models[0])
-    path = folder("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
+    path = folder_of("CLAUDE_CONFIG_DIR", "~/.claude") / "settings.json"
     return [fixed(path, JSON_FORMAT, {("env", name): value for name, value in environment.items()})]
 
 
@@ -10763,17 +11114,17 @@ def codex_edits(target: Destination) -> list[Edit]:
     place: Keys = ("model_providers", "ampproxy")
 
     def steps(found: Json) -> list[Step]:
-        told: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
+        wanted: list[Step] = [(("model_provider",), "ampproxy"), (place, provider)]
         model, _ = target.chooser.split(str(found.get("model")))
         if models and not target.chooser.ways(model, "", "responses")[0]:
-            told.insert(0, (("model",), models[0]))
-        return told
+            wanted.insert(0, (("model",), models[0]))
+        return wanted
 
     def ours(found: Json) -> list[Keys]:
         model: list[Keys] = [("model",)] if found.get("model") in models else []
         return [*model, ("model_provider",), place]
 
-    return [Edit(folder("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
+    return [Edit(folder_of("CODEX_HOME", "~/.codex") / "config.toml", TOML_FORMAT, steps, ours)]
 
 
 @dataclass(frozen=True)
@@ -10795,7 +11146,7 @@ def is_installed(client: Client, edits: list[Edit]) -> bool:
     return bool(shutil.which(client.program)) or edits[0].path.parent.is_dir()
 
 
-def plan(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
+def changes_of(client: Client, edits: list[Edit]) -> tuple[list[str], list[tuple[Edit, str, str]]]:
     """What setting up would change, in words and as texts; Failure before anything is written."""
     lines, writes = [], []
     for edit in edits:
@@ -10830,14 +11181,14 @@ MENU_PAUSE = 2  # seconds between looks at the proxy and at the files
 def handling(stop: Callable[[], object], *names: str) -> Iterator[None]:
     """What signals of these names do, until the block ends."""
     loop = asyncio.get_running_loop()
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    for number in numbers:
-        loop.add_signal_handler(number, stop)
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    for one in signals:
+        loop.add_signal_handler(one, stop)
     try:
         yield
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        for one in signals:
+            loop.remove_signal_handler(one)
 
 
 @contextmanager
@@ -10902,7 +11253,7 @@ class Menu:
         except Failure:
             self.report, self.running = {}, False
 
-    def told_of(self, login: Login) -> Json:
+    def report_of(self, login: Login) -> Json:
         for account in as_dicts(self.report.get("accounts")):
             if (account["provider"], account["account"]) == (login.kind, login.label):
                 return account
@@ -10924,15 +11275,15 @@ class Menu:
         return lines
 
     def login_lines(self, login: Login, mark: str, signs: str) -> list[str]:
-        told, left = self.told_of(login), login.expires - time.time()
+        report, left = self.report_of(login), login.expires - time.time()
         token = f"token {span(left)}" if left > 0 else "refresh due"
         if login.expires == NEVER:
             token = "no expiry"
         name = login.label + (f" ({login.plan})" if login.plan else "")
-        lines = [f" {mark} {name:<30.30} {state_words(told):<28.28} {token}"]
-        lines += [f"     {told['reason']}"] if told["reason"] else []
+        lines = [f" {mark} {name:<30.30} {state_words(report):<28.28} {token}"]
+        lines += [f"     {report['reason']}"] if report["reason"] else []
         sheet = Sheet(plain, 80, signs)
-        for quota in told["quota"]:
+        for quota in report["quota"]:
             used, resets = quota["used_percent"], quota["resets_in_seconds"]
             ends = f"resets in {span(resets)}" if resets else ""
             lines.append(f"     {quota['window']:<10.10} {sheet.bar(used)}{used:>4.0f} %  {ends}")
@@ -11099,9 +11450,7 @@ async def serve(live: Live, args: Json) -> None:
         log.info("ampproxy %s: %s", __version__, address)
         for line in standing(live, server.pool):
             log.info("%s", line)
-        log.info(
-            'Amp       "amp.url": "%s"  in its settings; `ampproxy.py setup amp` does it', address
-        )
+        log.info("%s", amp_line(address, bool(args.keys() & {"config", "host", "port"})))
         server.ledger.warn_of_no_account()
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
@@ -11128,9 +11477,11 @@ async def logout(live: Live, args: Json) -> None:
     kind, account = NAMES[args["provider"]], args["account"]
     there = [a for a in Pool(live).scan() if isinstance(a, Login) and a.kind == kind]
     wanted = [a for a in there if account in (None, a.label, a.path.name, a.path.stem)]
+    if not there:
+        raise Failure(f"no such account: there is no {kind} login in {live.auth_dir}")
     if len(wanted) != 1:
         problem = "several accounts, say which one of" if wanted else "no such account among"
-        names = ", ".join(a.label for a in there) or "none"
+        names = ", ".join(a.label for a in there)
         raise Failure(f"{problem}: {names} ({live.auth_dir})")
     wanted[0].path.unlink()
     say(f"Logged out as {wanted[0].label}: {wanted[0].path} is deleted")
@@ -11180,11 +11531,11 @@ def show_sources(live: Live, kind: str) -> list[tuple[Path, Json]]:
             found_any = True
             if token:
                 who = (str(token["type"]), str(token["email"]))
-                told, copy = judge_copy(live, path, token, here.get(who))
-                words += f"; {told}" if who not in copies else "; found above already"
+                judged, copy = judge_copy(live, path, token, here.get(who))
+                words += f"; {judged}" if who not in copies else "; found above already"
                 if copy:
                     copies.setdefault(who, copy)
-            say(f"{source.program}: {words}  ({path})")
+            say(f"{source.name}: {words}  ({path})")
     if not found_any:
         raise Failure(f"no login of another program was found; looked at {', '.join(looked)}")
     return [*copies.values()]
@@ -11199,7 +11550,7 @@ def judge_source(source: Program, path: Path) -> tuple[str, Json]:
     if not token:
         return "no login is in it", {}
     token["email"] = str(token.get("email") or f"from-{path.parent.name.strip('.')}")
-    token["source"] = {"program": source.program, "file": str(path)}
+    token["source"] = {"program": source.name, "file": str(path)}
     left = ends_at(token) - time.time()
     ends = f"expired {span(-left)} ago" if left < 0 else f"good for {span(left)}"
     ends = ends if ends_at(token) else "expiry unknown"
@@ -11245,12 +11596,10 @@ async def confirmed(question: str) -> bool:
 
 async def setup(live: Live, args: Json) -> None:
     """Point a client's own settings to the proxy; without a client: say what that would change."""
-    pool, secrets_told, config = Pool(live), Json(), live.config
+    pool, config = Pool(live), live.config
     pool.scan()
-    with suppress(OSError, ValueError):
-        secrets_told = parse_object(read_file(secrets_file()))
     upstream = str(config["ampcode"]["upstream-url"]).rstrip("/")
-    amp_key = stored_key(secrets_told, upstream) or str(config["ampcode"]["upstream-api-key"])
+    amp_key = stored_key(stored_keys(), upstream) or str(config["ampcode"]["upstream-api-key"])
     url = str(args.get("url") or live.address()).rstrip("/")
     if not is_address(url):
         raise Misuse(f"--url {url!r} is no address that begins with http:// or https://")
@@ -11273,17 +11622,29 @@ def set_up(target: Destination, name: str, undo: bool) -> None:
         if not undone:
             say(f"{client.title}: there is nothing to undo")
         return
-    lines, writes = plan(client, edits)
+    lines, writes = changes_of(client, edits)
     for edit, text, new in writes:
         edit.write(text, new)
-    say("\n".join(lines) if lines else f"{client.title} is set up already; nothing was changed")
+    say("\n".join(lines) if lines else f"{as_it_is(client, edits)}; nothing was changed")
     if writes:
         say(f"Done. `ampproxy.py setup {name} --undo` brings back what was there before.")
     if name == "amp" and len(edits) == 1:
         say("No key of Amp was found: it will ask for a login, which goes to ampcode.com as ever.")
     if not target.models(""):
-        say("No account serves anything yet. First: ampproxy.py login claude (or codex)")
+        say(f"No account serves anything yet. First: {FIRST_LOGIN}")
+    if not has_steps(edits):
+        say(f"Next: ampproxy.py setup {name}, once more.")
+        return
     say(f"Next: ampproxy.py, and then {client.program} in another terminal.")
+
+
+def has_steps(edits: list[Edit]) -> bool:
+    """Whether there is anything to write; droid gets an entry for each model that is served."""
+    return any(edit.steps({}) for edit in edits)
+
+
+def as_it_is(client: Client, edits: list[Edit]) -> str:
+    return f"{client.title} {'is set up already' if has_steps(edits) else 'needs models first'}"
 
 
 def survey(target: Destination) -> None:
@@ -11295,11 +11656,11 @@ def survey(target: Destination) -> None:
             say(f"{client.title}: not found on this machine")
             continue
         try:
-            lines, _ = plan(client, edits)
+            lines, _ = changes_of(client, edits)
         except Failure as error:
             say(f"{client.title}: {error}")
             continue
-        say("\n".join(lines) if lines else f"{client.title}: set up already")
+        say("\n".join(lines) if lines else as_it_is(client, edits))
         ready += [name] if lines else []
     if ready:
         say(f"Nothing was changed. Next: ampproxy.py setup {'|'.join(ready)}")
@@ -11313,18 +11674,18 @@ async def accounts(live: Live, args: Json) -> None:
     for account in found:
         left = (account.expires - time.time()) / HOUR
         ends = "refresh due" if left < 0 else f"in {left:.1f} h" if left < 1e9 else "never"
-        place = account.path if isinstance(account, Login) else account.label
+        place = account.path if isinstance(account, Login) else live.path
         state = account.state(0)
         say(line.format(account.kind, account.label, account.plan or "-", ends, state, place))
     if not found:
-        say(f"No accounts in {live.auth_dir} yet. Next: ampproxy.py login claude")
+        say(f"No accounts in {live.auth_dir} yet. Next: {FIRST_LOGIN}")
 
 
 async def status(live: Live, args: Json) -> None:
     """Ask the running proxy how it stands; end an account's rest by hand."""
     if "wake" in args:
-        told = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
-        say(f"{', '.join(told['woken'])}: may be asked again")
+        answer = await ask_proxy(live, "/status/wake", {"account": args["wake"]})
+        say(f"{', '.join(answer['woken'])}: may be asked again")
     elif "watch" in args:
         await watch_status(live, "json" in args)
     else:
@@ -11382,7 +11743,10 @@ async def route(live: Live, args: Json) -> None:
     verb = VERBS.get(args["dialect"], "")
     chooser = Chooser(live, pool)
     ways, notes = chooser.ways(*chooser.split(args["model"]), verb)
-    chosen = [f"{way.route}: {way.rows[0].name} as {way.model} {way.effort}" for way in ways]
+    chosen = []
+    for way in ways:
+        name = f"{way.rows[0].provider.served(way.model)} {way.effort}".rstrip()
+        chosen.append(f"{way.route}: {way.rows[0].name} as {name}")
     nobody = f"nobody here; fallback: {live.config['ampcode']['fallback']}"
     say("\n".join([*notes, f"So {', then '.join(chosen) or nobody}"]))
 
@@ -11391,11 +11755,10 @@ async def check(live: Live, args: Json) -> None:
     """Print the configuration in effect, what each account serves, and who answers Amp."""
     if not live.config["proxy-url"]:
         environment_proxies()
-    Pool(live).scan()  # says which token files are none
+    pool = Pool(live)
+    pool.scan()  # says which token files are none
     say(f"# In effect, from {live.path or 'the defaults (no config.yaml was found)'}:")
     say(yaml.safe_dump(masked(live.config), sort_keys=False, allow_unicode=True).rstrip())
-    pool = Pool(live)
-    pool.scan()
     chooser = Chooser(live, pool)
     comments = ["", "Accounts and keys, and the models that each serves (* is anything):", ""]
     comments += [*model_lines(chooser), "", "Amp, as far as its clients call models (to May 2026):"]
@@ -11412,9 +11775,9 @@ async def check(live: Live, args: Json) -> None:
 
 
 NEWER_AMP = "Clients of July 2026 and newer run all models on Amp's servers: Amp bills those."
-
-
-SECRET_KEYS = re.compile(r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-)")
+SECRET_KEYS = re.compile(
+    r"api-keys?$|secret$|proxy-url$|headers (?!anthropic-|user-agent$|originator$)"
+)
 
 
 def masked(value: Any, key: str = "") -> Any:
@@ -11433,6 +11796,7 @@ COMMANDS = {
     command.__name__.rstrip("_"): command
     for command in (serve, login, logout, accounts, status, route, check, setup, import_)
 }
+PROVIDER_WORD = {"metavar": "PROVIDER", "help": "claude, codex, gemini or antigravity"}
 ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need not name it
     "": {"--config": {"metavar": "FILE", "help": "the configuration file"}},
     "serve": {
@@ -11441,20 +11805,31 @@ ARGUMENTS: dict[str, Json] = {  # "": of every command; those of `serve` need no
         "--debug": {"action": "store_true", "help": "say more in the log"},
     },
     "login": {
-        "provider": {"nargs": "?", "choices": NAMES, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": NAMES, "default": None},
         "--no-browser": {"action": "store_true", "help": "print the address only"},
     },
-    "logout": {"provider": {"choices": NAMES}, "account": {"nargs": "?", "default": None}},
+    "logout": {
+        "provider": {**PROVIDER_WORD, "choices": NAMES},
+        "account": {
+            "nargs": "?",
+            "default": None,
+            "metavar": "ACCOUNT",
+            "help": "which of several",
+        },
+    },
     "setup": {
-        "client": {"nargs": "?", "choices": CLIENTS, "default": None},
+        "client": {"nargs": "?", "choices": CLIENTS, "default": None, "help": "else: all, to look"},
         "--url": {"help": "the proxy's address, where it is not the configuration's"},
         "--undo": {"action": "store_true", "help": "bring back what was there before"},
     },
     "import": {
-        "provider": {"nargs": "?", "choices": IMPORTABLE, "default": None},
+        "provider": {"nargs": "?", **PROVIDER_WORD, "choices": IMPORTABLE, "default": None},
         "--yes": {"action": "store_true", "help": "copy without asking"},
     },
-    "route": {"model": {}, "--dialect": {"choices": VERBS, "default": ""}},
+    "route": {
+        "model": {"metavar": "MODEL", "help": "as a client names it"},
+        "--dialect": {"choices": VERBS, "default": "", "help": "of the client; else any"},
+    },
     "status": {
         "--json": {"action": "store_true", "help": "as JSON, with the last 100 requests"},
         "--watch": {"action": "store_true", "help": "again every two seconds; Ctrl-C ends it"},
@@ -11475,7 +11850,13 @@ def parse(argv: list[str] | None) -> Json:
     for name, made in [("serve", parser), *commands.choices.items()]:
         for argument, more in (ARGUMENTS[""] | ARGUMENTS.get(name, {})).items():
             made.add_argument(argument, **more)
-    args = vars(parser.parse_args(argv))
+    found, unknown = parser.parse_known_args(argv)
+    args = vars(found)
+    # Older Pythons leave a word behind an option over, as in `logout claude --config F me`.
+    if len(unknown) == 1 and not unknown[0].startswith("-") and args.get("account", "") is None:
+        args["account"] = unknown.pop()
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if not 0 <= args.get("port", 0) <= 65535:
         parser.error("argument --port: a port is a number from 0 to 65535")
     return args

@@ -2577,7 +2577,8 @@ async def test_a_fallback_that_is_down_or_dies(tmp_path):
         assert error_in((await w.ask(PATH, STREAM)).bytes)["type"] == "api_error"
         w.reload(ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"})
         status, body, headers = await w.ask_json(PATH, ASK)
-        assert (status, body["type"], body["error"]["type"]) == (502, "error", "api_error")
+        told = (status, body["type"], body["error"]["type"])
+        assert told == (502, "error", "amp_upstream_proxy_error")
         assert headers["x-ampproxy-route"] == "amp"
 
 
@@ -2741,6 +2742,23 @@ async def test_ampcode_down_and_dying(tmp_path):
         assert body["message"]
 
 
+@pytest.mark.parametrize(("path", "key"), [
+    ("/api/provider/anthropic/v1/messages", "type"), ("/api/provider/openai/v1/responses", "code"),
+    ("/api/provider/openai/v1/chat/completions", "code"),
+    ("/api/provider/google/v1beta/models/other:generateContent", "status"),
+])  # fmt: skip
+@in_loop
+async def test_ampcode_out_of_reach_is_named_in_every_dialect(tmp_path, path, key):
+    async with world(tmp_path, ampcode={"upstream-url": f"http://127.0.0.1:{free_port()}"}) as w:
+        status, body, headers = await w.ask_json(path, {"model": "other"})
+        assert (status, headers["x-ampproxy-route"]) == (502, "amp")
+        assert body["error"][key] == "amp_upstream_proxy_error"
+        assert "cannot be reached" in body["error"]["message"]
+        streamed = path.replace(":generate", ":streamGenerate")
+        status, body, _ = await w.ask_json(streamed, {"model": "other", "stream": True})
+        assert (status, body["error"][key]) == (502, "amp_upstream_proxy_error")
+
+
 KEY_CASES = [  # config, AMP_API_KEY, secrets file, client's headers -> headers that arrive
     ({}, "", {}, {"x-api-key": "own"}, ("", "own")),
     ({}, "", {}, {"Authorization": "Bearer own"}, ("Bearer own", "")),
@@ -2793,6 +2811,10 @@ async def test_the_secrets_file_is_read_every_five_minutes(tmp_path):
         assert await arrives() == "one"
         w.clock.now += 301
         assert await arrives() is None
+        two = json.dumps({f"apiKey@{w.amp.url}": "two"}).encode()
+        secrets.write_bytes(b"\xef\xbb\xbf" + two)
+        w.clock.now += 301
+        assert await arrives() == "two", "as some editors on Windows save it"
 
 
 @in_loop
@@ -3034,6 +3056,34 @@ async def test_keys_in_five_places(tmp_path, place, path):
         assert not [r for r in w.amp.requests if "s3cret" in str(r.headers) + r.raw_path]
 
 
+SDK_ASKS = [  # path, headers -> the dialect of a refusal
+    ("/v1/models", {}, "openai"), ("/models", {}, "openai"), ("/v1/models/gpt-5.5", {}, "openai"),
+    ("/api/provider/openai/v1/models", {}, "openai"), ("/v1/embeddings", {}, "openai"),
+    ("/v1/models", {"anthropic-version": "2023-06-01"}, "anthropic"), ("/v1/messages/batches", {}, "anthropic"),
+    ("/v1beta/models", {}, "gemini"), ("/v1beta/models/x", {}, "gemini"), ("/v1/models", {"x-goog-api-key": ""}, "gemini"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "headers", "dialect"), SDK_ASKS)
+@in_loop
+async def test_sdks_are_refused_in_their_dialect(tmp_path, path, headers, dialect):
+    """Also where they ask for no model call."""
+    words = "Missing API key"
+    errors = {
+        "openai": {"type": "authentication_error", "code": "authentication_error"},
+        "anthropic": {"type": "authentication_error"},
+        "gemini": {"code": 401, "status": "UNAUTHENTICATED"},
+    }
+    async with world(tmp_path, **{"api-keys": ["s3cret"]}) as w:
+        status, body, _ = await w.ask_json(path, method="GET", headers=headers)
+        assert (status, body["error"]) == (401, {"message": words, **errors[dialect]})
+        assert ("type" in body) == (dialect == "anthropic")
+    async with world(tmp_path) as w:
+        foreign = {**headers, "Host": "evil.example"}
+        status, body, _ = await w.ask_json(path, method="GET", headers=foreign)
+        assert (status, "not an address" in body["error"]["message"]) == (403, True)
+
+
 HOSTS = [  # Host header -> fine without keys
     ("127.0.0.1", True), ("localhost:9", True), ("LOCALHOST", True), ("[::1]:80", True), ("127.1.2.3", True),
     ("evil.example", False), ("127.0.0.1.evil.example", False), ("192.168.0.9", False), ("", False), ("[::1", False),
@@ -3185,6 +3235,29 @@ async def test_nothing_secret_in_the_log(tmp_path, capfd):
         for word in ("secret", "fred@example.com", "sk-ant-oat-f", "sk-ant-ort-f", "Traceback"):
             assert word not in log, word
         assert "\nFAKE LINE" not in log
+
+
+HARMLESS = [
+    "/srv/cart_service/config.yaml is taken up", "/home/me/task-management/config.yaml", "no space on disk-image-volume",
+    "part_number_12345678", "flask-application: import_settings", "sort_order_by_name",
+]  # fmt: skip
+BEFORE_SECRETS = [
+    "", "key ", "key=", "key:", '"', "'", "(", "/", "-", "_", ".", "9", "Z", "\t", "%3D", "%3d", "%253D", "%253d",
+    "\\n", "\\t", "\\x3d", "\\u003d", "Bearer ",
+]  # fmt: skip
+WHOLE_SECRETS = [
+    "sk-ant-oat01-topsecret", "rt_topsecret01", "sgamp_user_topsecret", "ya29.topsecret", "AIzatopsecret",
+    "eyJtopsecret.eyJx.y", "1//0topsecret", "GOCSPX-topsecret",
+]  # fmt: skip
+
+
+def test_the_log_masks_secrets_and_leaves_words():
+    for text in HARMLESS:
+        assert ampproxy.redact(text) == text
+    for before in BEFORE_SECRETS:
+        for secret in WHOLE_SECRETS:
+            text = ampproxy.redact(f"it said {before}{secret}, twice: {before}{secret}")
+            assert "topsecret" not in text, (before, secret)
 
 
 # == Bad input =====================================================================================
@@ -3574,6 +3647,214 @@ async def test_what_may_have_been_done_is_not_done_again(tmp_path, method, end):
         assert {body for _, body in w.raw.requests} == {body or b""}, "no body is cut"
 
 
+# -- The lean way: model calls over the connector alone --
+
+
+@pytest.mark.parametrize(
+    "before",
+    [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 3],
+)
+@in_loop
+async def test_what_comes_before_the_answer_is_none(tmp_path, before):
+    async with raw_world(tmp_path, [before + GOOD[0]]) as w:
+        for _ in range(2):
+            assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert (w.raw.connections, len(w.raw.requests)) == (1, 2)
+
+
+@in_loop
+async def test_a_connection_is_used_again(tmp_path):
+    async with raw_world(tmp_path, [plain(json.dumps(message()).encode())]) as w:
+        for _ in range(30):
+            assert (await w.ask("/v1/messages", ASK)).status == 200
+        assert (w.raw.connections, len(w.raw.requests)) == (1, 30)
+        answers = await asyncio.gather(*(w.ask("/v1/messages", ASK) for _ in range(30)))
+        assert {answer.status for answer in answers} == {200}
+        assert w.raw.connections <= 30
+        assert not w.server.net.connector._acquired
+
+
+@in_loop
+async def test_the_head_that_an_upstream_gets(tmp_path):
+    """Each header once, the length of the body, and nothing of the hop."""
+    async with raw_world(tmp_path, GOOD) as w:
+        headers = {"Expect": "100-continue", "TE": "trailers", "Anthropic-Version": "2023-06-01"}
+        assert (await w.ask("/v1/messages?beta=true", STREAM, headers=headers)).status == 200
+        (head, body), lines = w.raw.requests[0], w.raw.requests[0][0].decode().split("\r\n")
+        assert lines[:2] == ["POST /v1/messages?beta=true HTTP/1.1", f"Host: {w.raw.url[7:]}"]
+        names = [line.partition(":")[0].lower() for line in lines[1:-2]]
+        assert len(set(names)) == len(names)
+        assert not {"expect", "te", "transfer-encoding", "connection"} & set(names)
+        assert f"\r\ncontent-length: {len(body)}\r\n" in head.decode().lower()
+
+
+@pytest.mark.parametrize(("retries", "status"), [(1, 502), (2, 502), (3, 200)])
+@pytest.mark.parametrize("end", ["close", "reset"])
+@in_loop
+async def test_a_kept_connection_that_dies_under_a_call(tmp_path, end, retries, status):
+    """What may have been sent is asked again as often as request-retry says, and no more."""
+    async with raw_world(tmp_path, GOOD, [end], [end], GOOD, **{"request-retry": retries}) as w:
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+        assert (await w.ask("/v1/messages", STREAM)).status == status
+        assert len(w.raw.requests) == 1 + retries
+
+
+class EarlyUpstream(asyncio.Protocol):
+    """Says something after the head, and reads no more of the body for a while."""
+
+    def __init__(self, seen, says):
+        self.seen, self.says = seen, says
+
+    def connection_made(self, transport):
+        self.transport, self.size, self.paused = transport, 0, asyncio.Event()
+        self.gone = asyncio.Event()
+        self.seen.append(self)
+
+    def data_received(self, data):
+        self.size += len(data)
+        if not self.paused.is_set():
+            self.paused.set()
+            self.transport.pause_reading()
+            self.transport.write(self.says)
+
+    def connection_lost(self, error):
+        self.gone.set()
+
+
+@asynccontextmanager
+async def early_world(folder, says):
+    seen, loop = [], asyncio.get_running_loop()
+    server = await loop.create_server(lambda: EarlyUpstream(seen, says), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with world(folder, claude={"base-url": url}) as w:
+        yield w, seen
+    server.close()
+
+
+LONG_PROMPT = {**STREAM, "messages": [{"role": "user", "content": "x" * 20_000_000}]}
+
+
+@in_loop
+async def test_an_answer_before_the_end_of_the_prompt(tmp_path):
+    """It reaches the client; the connection, on which a part of the prompt is, no other call."""
+    async with early_world(tmp_path, b"".join(GOOD)) as (w, seen):
+        for count in (1, 2, 3):
+            assert (await w.ask("/v1/messages", LONG_PROMPT)).bytes == WHOLE
+            assert len(seen) == count
+        assert not w.server.net.connector._acquired
+        assert not w.server.net.connector._conns
+        for upstream in seen:
+            upstream.transport.resume_reading()
+            await upstream.gone.wait()
+            assert upstream.size < 20_000_000, "the rest is not sent"
+
+
+@pytest.mark.parametrize("says", [b"", CHUNKED + chunk(FIRST)])
+@in_loop
+async def test_who_leaves_while_the_prompt_goes_up(tmp_path, says):
+    """Nobody pays for the rest of it."""
+    async with early_world(tmp_path, says) as (w, seen):
+        asked = asyncio.create_task(w.ask("/v1/messages", LONG_PROMPT))
+        while not seen:
+            await asyncio.sleep(0)
+        await seen[0].paused.wait()
+        asked.cancel()
+        while w.server.net.connector._acquired:
+            await asyncio.sleep(0)
+        seen[0].transport.resume_reading()
+        await seen[0].gone.wait()
+        assert seen[0].size < 20_000_000
+
+
+@pytest.mark.parametrize("token", ["a\nX-Evil: 1", "a\r\n\r\nGET /", "a\0b"])
+@in_loop
+async def test_no_token_begins_another_header(tmp_path, token):
+    async with world(tmp_path) as w:
+        w.server.pool.accounts[w.tokens[0]].token["access_token"] = token
+        status, body, _ = await w.ask_json("/v1/messages", ASK)
+        assert (status, body["error"]["type"]) == (502, "api_error")
+        assert "line break" in body["error"]["message"]
+        assert token not in json.dumps(body)
+        assert w.claude.requests == []
+
+
+TEST_KEY = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg8xTI39dFeg9/++h2
+lxzJmcyV3DwRblsGlYCeeZ2kn3ehRANCAARA85TAggfanAoYZ1TXzlsFJa+5doG+
+4oABm6rE4T4u4wdF1BP41ErtkJ7LdT1lJBmwWTqR/Pf3AObOqlCv5ckM
+-----END PRIVATE KEY-----
+"""
+TEST_CERTIFICATE = """-----BEGIN CERTIFICATE-----
+MIIBmjCCAUGgAwIBAgIUZSlkcXAcjk8FIU/raONsK1yrplUwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyOTEwNTk1OFoYDzIxMjYxMTA1
+MTA1OTU4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARA85TAggfanAoYZ1TXzlsFJa+5doG+4oABm6rE4T4u4wdF1BP41Ert
+kJ7LdT1lJBmwWTqR/Pf3AObOqlCv5ckMo28wbTAdBgNVHQ4EFgQU722MGEPOit0j
+Ckp8BZ55QDOKUWEwHwYDVR0jBBgwFoAU722MGEPOit0jCkp8BZ55QDOKUWEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDRwAwRAIgXxHB7/BSe//AY7tWFomRZc47ZDN5uE8NpyJI75sDiXwCIH4L
+59PaSI/UQzTpBEWKhoZmPEhybtTg9uyvUNHAZ/ZJ
+-----END CERTIFICATE-----
+"""  # for localhost and 127.0.0.1, of this test alone
+
+
+@in_loop
+async def test_model_calls_over_tls(tmp_path):
+    """A certificate that nobody vouches for is refused; one that is trusted serves, and is kept."""
+    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
+        (tmp_path / name).write_text(text)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+    raw = RawUpstream(GOOD)
+    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=context)
+    url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async with world(tmp_path, claude={"base-url": url}) as w:
+        status, body, _ = await w.ask_json("/v1/messages", STREAM)
+        assert (status, "certificate is not trusted" in body["error"]["message"]) == (502, True)
+        assert raw.requests == []
+        trusting = ssl.create_default_context(cadata=TEST_CERTIFICATE)
+        w.server.net.connector._ssl = trusting
+        w.server.net.origins.clear()
+        w.clock.now += 1000
+        for _ in range(3):
+            assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert len(raw.requests) == 3
+    server.close()
+
+
+@in_loop
+async def test_two_thousand_leavers_leave_no_connection_behind(tmp_path):
+    """At every moment of a call: while it connects, asks, waits for the head, reads, and at its end."""
+    steps = 0
+
+    async def slow(request):
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            for part in events():
+                await asyncio.sleep(0)
+                await response.write(part)
+        return response
+
+    async with world(tmp_path) as w:
+        w.claude.usual = slow
+        while steps < 2000:
+            asked = [asyncio.create_task(w.ask("/v1/messages", STREAM)) for _ in range(50)]
+            for task in asked:
+                for _ in range(steps % 37):
+                    await asyncio.sleep(0)
+                task.cancel()
+                steps += 1
+            await asyncio.gather(*asked, return_exceptions=True)
+        account = w.server.pool.accounts[w.tokens[0]]
+        while account.in_flight or w.server.net.connector._acquired:
+            await asyncio.sleep(0)
+        assert (account.rests, account.counts["errors"]) == ({}, 0)
+        assert sum(map(len, w.server.net.connector._conns.values())) <= 50
+        assert len(asyncio.all_tasks()) <= 101  # one a kept connection, of the two servers
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+
+
 class Leaving:
     """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
 
@@ -3762,6 +4043,32 @@ async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), kinds=("claud
 
                 cli.ask = ask
                 yield cli
+
+
+def test_all_commands_but_the_server_stay_scripts():
+    assert {"serve", *ampproxy.SHORT_COMMANDS} == set(ampproxy.COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy"])
+@in_loop
+async def test_a_server_goes_on_as_a_module_of_itself(tmp_path, name):
+    """In the same process, with the same words; what lies in the folder it was started in is not
+    taken for a library.  Under a name that no module has it stays a script.
+    """
+    (tmp_path / "bin").mkdir()
+    script = shutil.copy(SCRIPT, tmp_path / "bin" / name)
+    for library in ("uuid", "aiohttp", "ampproxy"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('the wrong one')")
+    flags = ("-X", "faulthandler", str(script))
+    async with running(tmp_path, answer_json(message()), script=flags) as cli:
+        assert await cli.ask() == (200, "local")
+        with suppress(OSError):  # not on a Mac
+            words = Path(f"/proc/{cli.process.pid}/cmdline").read_text().split("\0")
+            assert words[1:3] == ["-X", "faulthandler"]
+            assert str(script) in words
+            assert ("-c" in words) == (name in ("ampproxy.py", "my-proxy.py"))
+        cli.process.send_signal(signal.SIGTERM)
+        assert (await cli.end())[0] == 0
 
 
 WORD = "hé".encode()  # the only one
@@ -8956,6 +9263,9 @@ def test_route_says_who_would_serve_and_why(tmp_path, capsys):
     assert decision == "So nobody here; fallback: always"
     file.write_text(file.read_text().replace("ampcode:", "ampcode:\n  fallback: never"))
     assert lines("claude-opus-4-7")[-1] == "So nobody here; fallback: never"
+    google_file(tmp_path, "antigravity")
+    asked = lines("gemini-3-pro-preview")[-1]
+    assert asked == "So local: antigravity as gemini-3-pro-high", "what is asked for there"
 
 
 # == Translation: the neutral form =================================================================
@@ -9362,7 +9672,7 @@ async def translate(raw, theirs, ours, size=0, kind=None, **more):
     reply = new_reply(ours, kind, **more)
     reader = DIALECTS[theirs].reader(reply)
     pieces = in_chunks(raw, size or len(raw) or 1)
-    got = ampproxy.translated(FakeCall(ours), reader, pieces, False, lambda: None)
+    got = ampproxy.translated(FakeCall(ours), reader, pieces, False, lambda is_over: None)
     return b"".join([data async for data in got]), reply
 
 
@@ -9488,7 +9798,7 @@ async def test_what_comes_together_leaves_together_and_at_once():
         yield raw[len(first + second + third) :]
 
     call = FakeCall("anthropic")
-    got = ampproxy.translated(call, reader, pieces(), False, lambda: None)
+    got = ampproxy.translated(call, reader, pieces(), False, lambda is_over: None)
     assert b"let me" in await anext(got)
     gate.set()
     assert (await anext(got)).endswith(b"\n\n")
@@ -9509,7 +9819,7 @@ async def test_a_cut_stream_is_an_error_and_what_came_is_sent(theirs, ours):
         try:
             pieces = in_chunks(raw[:cut], 64)
             async for data in ampproxy.translated(
-                FakeCall(ours), reader, pieces, False, lambda: None
+                FakeCall(ours), reader, pieces, False, lambda is_over: None
             ):
                 sent += data
         except ampproxy.ProxyError as error:
@@ -9701,7 +10011,7 @@ def test_any_stream_survives_every_pair(steps, pair, size):
     spoken = new_reply(theirs, ampproxy.Reply)
     story(spoken)
     if theirs == "gemini" and not spoken.blocks and spoken.stop == "end":
-        with pytest.raises(ampproxy.ProxyError, match="says nothing"):
+        with pytest.raises(ampproxy.ProxyError, match="without a word"):
             asyncio.run(translate(raw, theirs, ours, size))
         return
     out, reply = asyncio.run(translate(raw, theirs, ours, size))
@@ -12435,11 +12745,11 @@ async def test_tables_by_model_names_are_bounded(tmp_path, monkeypatch):
         assert "claude-199" in account.rests
     (tmp_path / "other").mkdir()
     async with world(tmp_path / "other", tokens=()) as w:
-        for number in range(ampproxy.PAID_MODELS + 50):
+        for number in range(ampproxy.COUNTED_MODELS + 50):
             await w.ask(PATH, {**ASK, "model": f"claude-{number}"})
         report = (await w.ask_json("/status", method="GET"))[1]
-        assert len(report["paid"]) == ampproxy.PAID_MODELS
-        assert report["routes"]["amp"] == ampproxy.PAID_MODELS + 50
+        assert len(report["paid"]) == ampproxy.COUNTED_MODELS
+        assert report["routes"]["amp"] == ampproxy.COUNTED_MODELS + 50
 
 
 def anthropic_counts(*usages):
@@ -13632,9 +13942,13 @@ async def test_anthropic_sdk(tmp_path, base):
 @pytest.mark.parametrize(("args", "status", "words"), [
     (["--version"], 0, ampproxy.__version__), (["--help"], 0, "login"), (["login", "--help"], 0, "--no-browser"),
     (["serv"], 2, "invalid choice"), (["--prot", "1"], 2, "usage"), (["login", "nobody"], 2, "invalid choice"),
-    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "provider"), (["--port", "x"], 2, "invalid"),
+    (["serve", "extra"], 2, "unrecognized"), (["logout"], 2, "PROVIDER"), (["--port", "x"], 2, "invalid"),
     (["login"], 2, "claude"), (["accounts"], 0, "login claude"), (["logout", "claude"], 1, "no such account"),
     (["--host", "0.0.0.0"], 1, "api-keys"), (["check"], 0, "In effect"), (["--port", "99999"], 2, "--port"),
+    (["--config", "no.yaml"], 1, "no.yaml: cannot be read: No such file or directory\n"),
+    (["logout", "codex"], 1, "there is no codex login in "), (["setup", "droid"], 0, "needs models first"),
+    (["setup", "droid"], 0, "Next: ampproxy.py setup droid, once more."), (["check"], 0, "originator: codex_cli_rs"),
+    (["login", "--help"], 0, "PROVIDER       claude, codex, gemini or antigravity"),
 ])  # fmt: skip
 @in_loop
 async def test_commands(tmp_path, args, status, words):
@@ -13679,7 +13993,21 @@ def test_accounts_and_logout(tmp_path, capsys):
     assert "broken.json" in shown.err
     assert ampproxy.main(["logout", "claude", *config]) == 1
     assert "a@example.com, b@example.com" in capsys.readouterr().err
-    assert ampproxy.main(["logout", "anthropic", "a@example.com", *config]) == 0
+    assert ampproxy.main(["check", *config]) == 0
+    assert capsys.readouterr().err.count("broken.json") == 1, "said once"
+    orders = (
+        ["logout", "anthropic", *config, "nobody"],
+        ["logout", *config, "claude", "nobody"],
+        ["logout", "claude", "nobody", *config],
+    )
+    for args in orders:
+        assert ampproxy.main(args) == 1
+        assert "no such account among: a@example.com" in capsys.readouterr().err
+    for args in (["a@example.com", "b@example.com"], [*config, "--to", "me"], ["a", *config, "b"]):
+        with pytest.raises(SystemExit, match="2"):
+            ampproxy.main(["logout", "claude", *args])
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert ampproxy.main(["logout", "anthropic", *config, "a@example.com"]) == 0
     assert [p.name for p in sorted(auth.iterdir())] == ["broken.json", "claude-b@example.com.json"]
 
 
@@ -13964,6 +14292,22 @@ async def test_the_start_tells_what_is_in_effect_and_a_log_file_keeps_it(tmp_pat
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(("text", "there"), [
+    (None, False), ("", False), ("{", False), ("[]", False), ('{"amp.url": 5}', False),
+    ('{"amp.url": "http://127.0.0.1:8318"}', False), ('{"amp.url": "http://127.0.0.1:8317"}', True),
+    ('{\n  // mine\n  "amp.url": "http://127.0.0.1:8317/",\n}', True),
+])  # fmt: skip
+def test_the_start_says_whether_amp_points_here(tmp_path, monkeypatch, text, there):
+    monkeypatch.setenv("AMP_SETTINGS_FILE", str(tmp_path / "settings.json"))
+    if text is not None:
+        (tmp_path / "settings.json").write_text(text)
+    told = ampproxy.amp_line("http://127.0.0.1:8317")
+    assert '"amp.url": "http://127.0.0.1:8317"' in told
+    assert ("setup amp" in told) != there
+    told = ampproxy.amp_line("http://127.0.0.1:8317", by_hand=True)
+    assert ("`ampproxy.py setup amp --url http://127.0.0.1:8317`" in told) != there
+
+
 @pytest.mark.parametrize(
     ("fallback", "words"),
     [("always", "bills it"), ("never", "no model call can be answered")],
@@ -14038,10 +14382,10 @@ async def test_the_report_counts_models_and_says_what_is_paid(tmp_path):
 @in_loop
 async def test_names_of_models_are_counted_up_to_a_bound(tmp_path):
     async with world(tmp_path) as w:
-        for number in range(ampproxy.PAID_MODELS + 5):
+        for number in range(ampproxy.COUNTED_MODELS + 5):
             await w.ask(PATH, {**ASK, "model": f"grok-{number}"})
-        assert len(w.server.ledger.models) == ampproxy.PAID_MODELS
-        assert w.server.ledger.routes["amp"] == ampproxy.PAID_MODELS + 5
+        assert len(w.server.ledger.models) == ampproxy.COUNTED_MODELS
+        assert w.server.ledger.routes["amp"] == ampproxy.COUNTED_MODELS + 5
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -14864,6 +15208,25 @@ def test_import_takes_what_is_newer_and_leaves_logins_of_our_own(tmp_path, monke
         json.loads((tmp_path / "auth/claude-fred@example.com.json").read_text())["access_token"]
         == "sk-ant-oat-new"
     )
+
+
+def test_a_newer_token_of_gemini_cli_is_taken(tmp_path, monkeypatch, capsys):
+    """Its tokens stand in a table of their own, in the copy as well."""
+    now = time.time()
+    home, run = client_home(tmp_path, monkeypatch, foreign_files(now))
+    assert run("import", "gemini", "--yes") == 0
+    path = tmp_path / "auth/gemini-gina@example.com.json"
+    newer = foreign_files(now + 9000)[".gemini/oauth_creds.json"].replace("ya29.g", "ya29.new")
+    (home / ".gemini/oauth_creds.json").write_text(newer)
+    pool = ampproxy.Pool(ampproxy.Live(tmp_path / "config.yaml"))
+    login = next(one for one in pool.scan() if isinstance(one, ampproxy.Login))
+    assert login.access_token == "ya29.g"
+    pool.adopt(login)
+    assert (login.access_token, login.expires > now) == ("ya29.new", True)
+    assert json.loads(path.read_text())["token"]["access_token"] == "ya29.new"
+    capsys.readouterr()
+    assert run("import", "gemini") == 0
+    assert "copied already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("files", "words"), [
