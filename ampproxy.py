@@ -2261,6 +2261,8 @@ class Connection(web.RequestHandler):
         self.head_came()
         self.known()
         super().connection_lost(error)
+        # These know the connection: without them it goes at once, with all that it holds.
+        self.body = self._keepalive_handle = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """A client that ends in the middle of a body may still be listening: it gets its 400."""
@@ -2682,11 +2684,19 @@ async def ask_code_assist(
     problem = Problem(502, "it has no host")
     for host in hosts:
         url, headers = joined(host, path), {**provider.headers, **own}
-        status, answer = await post_json(net, url, headers, body, proxy)
+        codes = frozenset[str]()
+        try:
+            status, answer = await net.ask_json("POST", url, headers, write_json(body), proxy)
+        except ProxyError as error:
+            status, answer, codes = 502, {"error": explain(error)}, error.problem.codes
+        except NET_ERRORS as error:
+            status, answer = 502, {"error": net_words(error)}
         if status == 200 and "error" not in answer:
             return answer
-        words = f"{provider.name} names no project, it answered {status}: {error_text(answer)}"
-        problem = Problem(status if 400 <= status <= 599 else 502, words, text=error_text(answer))
+        text = error_text(answer)
+        words = f"{provider.name} names no project, it answered {status}: {text}"
+        status = status if 400 <= status <= 599 else 502
+        problem = Problem(status, words, text=text, codes=codes)
         if not is_hosts_fault(status):
             break
     raise ProxyError(problem)
@@ -2936,7 +2946,8 @@ class Login(Account):
         self.hint = f"run `ampproxy.py login {self.kind}`"
         self.retry_at, self.trouble = 0.0, ""  # no refresh before then (monotonic), and why
         self.refreshes_failed = 0  # in a row
-        self.replaced = "-"  # the access token in the file that the present one came for
+        self.replaced = "-"  # the access token in the file when ours, or more, was saved there
+        self.unsaved = 0  # the errno if that failed: the file says what was before
         self.refreshing: asyncio.Task[None] | None = None
         self.finding: asyncio.Task[Problem | None] | None = None  # its project
         self.take(token)
@@ -3005,13 +3016,15 @@ class Pool:
             self.accounts[path] = Login(path, token)
             return
         given, known = token.get("access_token"), account.token.get("access_token")
-        if given == account.replaced != known:  # what could not be saved is newer
+        # What could not be saved is newer.
+        if given == account.replaced and (account.unsaved or given != known):
             edited = ("disabled", "priority", "proxy_url", "proxy-url")
             kept = {key: token[key] for key in edited if key in token}
             self.save(account, account.token | kept)
             return
         if given != known:
             account.rests, account.retry_at, account.refreshes_failed = {}, 0.0, 0
+        account.unsaved = 0
         account.take(token)
 
     def bind(self) -> None:
@@ -3228,8 +3241,6 @@ class Pool:
         self.read(account.path)
         if account.token.get("refresh_token") != form["refresh_token"]:
             return  # a new login came meanwhile
-        on_disk = merge_token(account.path, account.token, {})
-        account.replaced = str(on_disk.get("access_token"))
         fields = token_fields(answer, self.clock.time(), account.token)
         self.save(account, account.token | fields)
         account.refreshes_failed = 0
@@ -3259,27 +3270,34 @@ class Pool:
             return error.problem
         finally:
             account.finding = None
-        self.save(account, {"project_id": found})
+        self.read(account.path)
+        self.save(account, account.token | {"project_id": found})
         log.info("%s: its project is known now", account.name)
         return None
 
     def adopt(self, account: Login) -> None:
         """Take a newer token from the program that this login was copied from."""
         if newer := newer_at_source(account.token):
-            account.replaced = account.access_token
-            self.save(account, newer)
+            self.save(account, account.token | newer)
             account.rests, account.retry_at = {}, 0.0
             log.info("%s: %s has a newer token", account.name, account.token["source"]["program"])
 
     def save(self, account: Login, changes: Json) -> None:
         """On disk before it is used; where that fails it is used, and tried again each second."""
-        account.take(merge_token(account.path, account.token, changes))
+        on_disk = merge_token(account.path, account.token, {})
+        if not account.unsaved:
+            account.replaced = str(on_disk.get("access_token"))
+        account.take(on_disk | changes)
         try:
             account.path.stat()  # gone: the person logged out, or an editor is at it
             save_token(account.path, account.token)
+            account.unsaved = 0
         except OSError as error:
             self.stamps[account.path] = None
-            log.error("%s: the new token cannot be saved: %s", account.name, explain(error))
+            if error.errno != account.unsaved:  # once is enough
+                words = "%s: the new token cannot be saved: %s"
+                log.error(words, account.name, explain(error))
+            account.unsaved = error.errno or errno.EIO
 
     def refresh_failed(self, account: Login, problem: Problem) -> None:
         last = 0 if LOCAL in problem.codes else len(REFRESH_PAUSES) - 1

@@ -23,6 +23,7 @@ import dataclasses
 import enum
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import importlib
@@ -52,6 +53,7 @@ import tempfile
 import termios
 import threading
 import time
+import weakref
 import zlib
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -3978,6 +3980,31 @@ async def test_a_slow_reader_slows_its_upstream_and_nobody_else(tmp_path, path):
         writer.transport.abort()
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+@in_loop
+async def test_a_connection_that_has_ended_waits_for_no_collection(tmp_path, leaves):
+    """It goes with all that it holds, whether its client had an answer or left in the middle."""
+    async with world(tmp_path) as w:
+        w.claude.usual = upstream = Leaving(FIRST) if leaves else answer_json(message())
+        body = json.dumps(STREAM if leaves else ASK).encode()
+        gc.collect()
+        gc.disable()
+        try:
+            reader, writer = await connect_and_send(w.port, post("/v1/messages", len(body), body))
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+            await reader.readuntil(FIRST if leaves else b'"hi"')
+            known = [weakref.ref(o) for o in gc.get_objects() if type(o) is ampproxy.Connection]
+            writer.transport.abort()
+            if leaves:
+                await upstream.gone.wait()
+            assert len(known) == 1
+            async with asyncio.timeout(2):
+                while known[0]():
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+
+
 @pytest.fixture
 def many_files():
     """Room for some thousand connections, if the machine allows them."""
@@ -4007,14 +4034,17 @@ async def test_two_thousand_idle_connections(tmp_path, many_files):
 
 
 @asynccontextmanager
-async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), **token):
-    """The program as a process of its own, ready, with one account; its Claude and its address."""
+async def running(tmp_path, usual, files=0, script=(str(SCRIPT),), kinds=("claude",), **token):
+    """The program as a process of its own, ready, with one account; its Claude and its address.
+
+    `kinds`: those whose logins ask that Claude, too.
+    """
     fake, port = FakeUpstream(usual), free_port()
     async with fake.open():
         times = {"expired": "2099-01-01T00:00:00Z", "last_refresh": "2026-01-01T00:00:00Z"}
         fake.token = token_file(tmp_path / "auth", **{**times, **token})
         urls = {"base-url": fake.url, "token-url": fake.url + "/token"}
-        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "providers": {"claude": urls},
+        config = {"auth-dir": str(tmp_path / "auth"), "port": port, "providers": dict.fromkeys(kinds, urls),
                   "ampcode": {"upstream-url": fake.url}, "request-retry": 1,
                   "max-cooldown": 1, "max-retry-interval": 1}  # fmt: skip
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -4058,19 +4088,35 @@ async def test_a_server_goes_on_as_a_module_of_itself(tmp_path, name):
         assert (await cli.end())[0] == 0
 
 
+WORD = "hé".encode()  # the only one
+EARLY = WHOLE[: WHOLE.index(b"event: content_block_stop")]
+LATE = WHOLE[len(EARLY) :]
+CHAT_STREAM = {"model": ASK["model"], "messages": ASK["messages"], "stream": True}
+
+
+def told_in_chat(raw):
+    """The text of a Chat stream, and whether it has its end."""
+    return "".join(text_of("chat", event) for event in data_of(raw)), raw.endswith(
+        b"data: [DONE]\n\n"
+    )
+
+
 @in_loop
 async def test_sigterm_lets_a_hundred_streams_end(tmp_path):
+    """Half of them are translated."""
     gate = asyncio.Event()
-    async with running(tmp_path, (200, SSE, [FIRST, gate, WHOLE[len(FIRST) :]])) as cli:
-        asks = [cli.http.post("/v1/messages", json=STREAM) for _ in range(100)]
+    async with running(tmp_path, (200, SSE, [EARLY, gate, LATE])) as cli:
+        asks = [cli.http.post("/v1/messages", json=STREAM) for _ in range(50)]
+        asks += [cli.http.post("/v1/chat/completions", json=CHAT_STREAM) for _ in range(50)]
         streams = await asyncio.gather(*asks)
-        for stream in streams:
-            assert await stream.content.readuntil(b"\n\n") == FIRST
+        heads = [await stream.content.readuntil(WORD) for stream in streams]
         cli.process.send_signal(signal.SIGTERM)
         await cli.until("stopping", "stderr")
         gate.set()
         rests = await asyncio.gather(*(stream.content.read() for stream in streams))
-        assert {FIRST + rest for rest in rests} == {WHOLE}, "none is lost"
+        whole = [head + rest for head, rest in zip(heads, rests, strict=True)]
+        assert set(whole[:50]) == {WHOLE}, "none is lost"
+        assert {told_in_chat(raw) for raw in whole[50:]} == {("hé", True)}
         status, *_ = await cli.end()
         assert status == 0
 
@@ -4253,6 +4299,300 @@ async def test_a_clock_that_steps_back_an_hour(tmp_path):
             await asyncio.sleep(0)
         later = [json.loads(path.read_text())["access_token"] for path in paths]
         assert sorted(later) == ["later", "sk-ant-oat-new"]
+
+
+# -- Faults of the rest: translated streams, Google's and ChatGPT's logins, `setup` --
+
+
+@contextmanager
+def nothing_written(how, monkeypatch, *paths):
+    """No file can be written: the disk is full, or all is another user's."""
+    if how == "a full disk":
+        full = full_disk(monkeypatch)
+        yield
+        full.clear()
+        return
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    with as_nobody():
+        yield
+
+
+FOUND = {"done": True, "response": {"cloudaicompanionProject": "proj-7"}}
+ROTATED = {"access_token": "ya29.new", "refresh_token": "1//0new", "expires_in": 3599}
+
+
+@pytest.mark.parametrize("how", ["a full disk", "no rights"])
+@pytest.mark.parametrize(("form", "rotates"), [("flat", 1), ("nested", 1), ("flat", 0)])
+@in_loop
+async def test_what_google_gave_and_nobody_could_save(monkeypatch, caplog, form, rotates, how):
+    """A rotated token, then a project: used at once, asked for once, saved when that can be."""
+    if how == "no rights" and os.geteuid() != 0:
+        pytest.skip("becomes another user")
+    with tempfile.TemporaryDirectory() as folder:
+        async with google_world(Path(folder)) as w:
+            path = google_file(w.auth) if form == "flat" else cpa_file(w.auth)
+            ends = {"expired": "2020-01-01T00:00:00Z"} if rotates else {}
+            before = {**json.loads(path.read_text()), "project_id": "", **ends}
+            path.write_text(json.dumps(before))
+            Path(folder).chmod(0o755)
+            w.authority.usual, fake = answer_json(ROTATED), w.gemini
+            fake.setup = {
+                "loadCodeAssist": [answer_json(TIERS)],
+                "onboardUser": [answer_json(FOUND)],
+            }
+            with nothing_written(how, monkeypatch, w.auth, path):
+                for _ in range(3):
+                    w.server.tick()
+                    assert (await w.ask(models_path(PRO), CONTENTS)).status == 200
+                assert json.loads(path.read_text()) == before
+            token = ROTATED if rotates else before
+            sent = {
+                (r.headers["Authorization"], json.loads(r.bytes)["project"]) for r in fake.requests
+            }
+            assert sent == {(f"Bearer {token['access_token']}", "proj-7")}
+            asked = [w.authority.requests, *(fake.asked(verb) for verb in fake.setup)]
+            assert [len(requests) for requests in asked] == [rotates, 1, 1]
+            w.server.tick()
+            saved = ampproxy.flat(json.loads(path.read_text()))
+            names = ("access_token", "refresh_token")
+            assert [saved[name] for name in names] == [token[name] for name in names]
+            assert (saved["project_id"], saved["expired"] > "2027") == ("proj-7", True)
+            assert [p.name for p in w.auth.iterdir() if p.suffix == ".tmp"] == []
+    assert caplog.text.count("cannot be saved") == 1, "said once"
+
+
+@pytest.mark.parametrize("how", ["a full disk", "no rights"])
+@in_loop
+async def test_a_chatgpt_token_that_nobody_could_save(monkeypatch, how):
+    """Its refresh token is good once: the next one is asked for with the one that was not saved."""
+    if how == "no rights" and os.geteuid() != 0:
+        pytest.skip("becomes another user")
+    with tempfile.TemporaryDirectory() as folder:
+        async with codex_world(Path(folder), ()) as w:
+            Path(folder).chmod(0o755)
+            path = codex_file(w.auth, expired="2020-01-01T00:00:00Z", refresh_token="rt_0")
+            w.server.tick()
+            with nothing_written(how, monkeypatch, w.auth, path):
+                for number in (1, 2):
+                    given = {"access_token": f"tok_{number}", "refresh_token": f"rt_{number}"}
+                    w.authority.usual = answer_json(
+                        {**given, "expires_in": 3600, "id_token": id_token(plan="pro")}
+                    )
+                    assert (await w.ask(CODEX, QUESTION)).status == 200
+                    w.server.tick()
+                    assert w.codex.last.headers["Authorization"] == f"Bearer tok_{number}"
+                    w.clock.now += 3600
+                sent = [form_of(request)["refresh_token"] for request in w.authority.requests]
+                assert sent == ["rt_0", "rt_1"]
+            w.server.tick()
+            saved = json.loads(path.read_text())
+            assert (saved["access_token"], saved["refresh_token"]) == ("tok_2", "rt_2")
+            assert saved["id_token"] == id_token(plan="pro")
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+@pytest.mark.parametrize("kind", ["gemini", "antigravity"])
+@in_loop
+async def test_googles_rests_and_tokens_when_the_clock_steps(tmp_path, kind, step):
+    """A rest goes on as it was told; a token that looks expired is refreshed once, and lives on."""
+    times = {"expired": "2027-01-15T08:50:00Z", "last_refresh": "2027-01-15T08:00:00Z"}
+    async with google_world(tmp_path, hosts=1) as w:
+        path = google_file(
+            w.auth, kind, **times, **({"timestamp": 1} if kind == "antigravity" else {})
+        )
+        w.server.tick()
+        fake = w.gemini if kind == "gemini" else w.daily
+        rests = w.server.pool.accounts[path].wait
+        for model, told, length in (
+            ("gemini-3-flash", {"retryDelay": "600s"}, 600),
+            ("gemini-2.5-flash", {"quotaResetTimeStamp": "2027-01-15T08:15:00Z"}, 900),
+        ):
+            fake.script = [quota_error(**told)]
+            assert (await w.ask(models_path(model), CONTENTS)).status == 429
+            assert rests(model, w.clock.monotonic()) == pytest.approx(length)
+        w.clock.time = lambda: 1_800_000_000 + step + w.clock.now
+        asked = models_path("gemini-2.5-flash-lite")
+        for _ in range(3):
+            assert (await w.ask(asked, CONTENTS)).status == 200
+            token = "new" if step > 0 else "fred@example.com"  # only forward it looks expired
+            assert fake.last.headers["Authorization"] == f"Bearer ya29.{token}"
+            w.server.tick()
+        assert len(w.authority.requests) == (step > 0)
+        for model, left in (("gemini-3-flash", 600), ("gemini-2.5-flash", 900)):
+            assert rests(model, w.clock.monotonic()) == pytest.approx(left), (
+                "whatever the clock says"
+            )
+        # a time of day is as good as the clock: past, or so far away that max-cooldown cuts it
+        fake.script = [quota_error(quotaResetTimeStamp="2027-01-15T08:15:00Z")]
+        assert (await w.ask(models_path("gemini-3-pro-preview"), CONTENTS)).status == 429
+        length = 60 if step > 0 else 1800
+        assert rests("gemini-3-pro-preview", w.clock.monotonic()) == pytest.approx(length)
+        w.clock.now += 901
+        for model in ("gemini-3-flash", "gemini-2.5-flash"):
+            assert (await w.ask(models_path(model), CONTENTS)).status == 200
+        # back at the right time: what was refreshed meanwhile says that it is good for too long
+        w.clock.time = lambda: 1_800_000_000 + w.clock.now
+        before = len(w.authority.requests)
+        fake.script = [answer_json(NOBODY, 401)]
+        w.authority.usual = answer_json({"access_token": "ya29.right", "expires_in": 3599})
+        assert (await w.ask(asked, CONTENTS)).status == 200
+        assert (await w.ask(asked, CONTENTS)).status == 200
+        assert len(w.authority.requests) == before + 1
+        token = json.loads(path.read_text())
+        assert token["access_token"] == "ya29.right"
+        assert ampproxy.parse_time(token["expired"]) == w.clock.time() + 3599
+
+
+@linux
+@in_loop
+async def test_no_file_left_while_foreign_streams_run_and_a_project_is_looked_for(tmp_path):
+    """The streams end whole, the login hears why and does not rest, and then its project is found."""
+    gate = asyncio.Event()
+
+    async def serve(request):
+        if request.path.endswith(":loadCodeAssist"):
+            return web.json_response({"cloudaicompanionProject": "proj-7"})
+        if "/v1internal" in request.path:
+            assert json.loads(request.bytes)["project"] == "proj-7"
+            return web.json_response({"response": content()})
+        response = web.StreamResponse(headers=SSE)
+        await response.prepare(request)
+        await response.write(EARLY)
+        await gate.wait()
+        await response.write(LATE)
+        return response
+
+    path = google_file(tmp_path / "auth", project_id="", expired="2099-01-01T00:00:00Z")
+    async with running(tmp_path, serve, kinds=("claude", "gemini")) as cli:
+        google = functools.partial(cli.http.post, models_path(PRO), json=CONTENTS)
+        asks = [cli.http.post("/v1/chat/completions", json=CHAT_STREAM) for _ in range(10)]
+        streams = await asyncio.gather(*asks)
+        heads = [await stream.content.readuntil(WORD) for stream in streams]
+        async with cli.http.get("/status"):  # a connection that is there
+            pass
+        taken = {int(path.name) for path in Path(f"/proc/{cli.process.pid}/fd").iterdir()}
+        free = next(number for number in itertools.count() if number not in taken)
+        with limited(cli, "NOFILE", free):
+            idle = await asyncio.open_connection("127.0.0.1", cli.port)
+            await cli.until("Too many open files", "stderr")
+            async with google() as answer:
+                assert (answer.status, "Too many open files" in await answer.text()) == (502, True)
+            async with cli.http.get("/status") as answer:
+                states = {row["state"] for row in (await answer.json())["accounts"]}
+            assert states == {"ready"}, "it is this machine's fault"
+            gate.set()
+            for head, stream in zip(heads, streams, strict=True):
+                assert told_in_chat(head + await stream.content.read()) == ("hé", True)
+            idle[1].close()
+        async with google() as answer:
+            assert answer.status == 200
+        assert json.loads(path.read_text())["project_id"] == "proj-7"
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@in_loop
+async def test_sigterm_while_a_project_is_looked_for(tmp_path, leaves):
+    """Who waits for it gets his answer, and it is kept; for nobody it is given up without a word."""
+    gate, came = asyncio.Event(), asyncio.Event()
+
+    async def serve(request):
+        if request.path.endswith(":loadCodeAssist"):
+            came.set()
+            await gate.wait()
+            return web.json_response({"cloudaicompanionProject": "proj-7"})
+        return web.json_response({"response": content()})
+
+    path = google_file(tmp_path / "auth", project_id="", expired="2099-01-01T00:00:00Z")
+    async with running(tmp_path, serve, kinds=("gemini",)) as cli:
+        ask = asyncio.create_task(cli.http.post(models_path(PRO), json=CONTENTS))
+        await came.wait()
+        if leaves:
+            ask.cancel()
+        cli.process.send_signal(signal.SIGTERM)
+        await cli.until("stopping", "stderr")
+        if not leaves:
+            gate.set()
+            async with await ask as answer:
+                assert (answer.status, await answer.json()) == (200, content())
+        status, _, err = await cli.end()
+        assert (status, "Task" in err) == (0, False)
+    assert json.loads(path.read_text())["project_id"] == ("" if leaves else "proj-7")
+
+
+# A process that forks for each line it reads; the child sets a client up and kills itself when it is
+# about to do something to a file for the so manieth time.
+SETTER = """
+import os, signal, sys
+import ampproxy
+
+def kill_at(count):
+    def hook(event, args):
+        nonlocal count
+        writes = event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.chmod", "os.mkdir", "os.remove"):
+            count -= 1
+            if count < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+for line in sys.stdin:
+    name, count = line.split()
+    if (child := os.fork()) == 0:
+        status = 9
+        try:
+            sys.stdout = open(os.devnull, "w")
+            kill_at(int(count))
+            status = ampproxy.main(["setup", name, "--config", sys.argv[1]])
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_a_setup_that_is_killed_leaves_each_file_old_or_new(tmp_path, monkeypatch):
+    """Before each thing it does to a file; set up again it is whole, and undone it is as it was."""
+    home, run = client_home(tmp_path, monkeypatch, {})
+    command = [sys.executable, "-c", SETTER, str(tmp_path / "config.yaml")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    env = {**os.environ, "HOME": str(home), "PYTHONPATH": str(HERE)}
+    with subprocess.Popen(command, env=env, **pipes) as setter:
+        for name, before in CLIENT_FILES.items():
+            put_files(home, before)
+            assert run("setup", name) == 0
+            after = {path: text for path, text in tree(home).items() if path in before}
+            assert all(after[path] != before[path] for path in before)
+            for kill in itertools.count():
+                put_files(home, before)
+                setter.stdin.write(f"{name} {kill}\n")
+                setter.stdin.flush()
+                status = int(setter.stdout.readline())
+                found = tree(home)
+                for path, text in before.items():
+                    assert found[path] in (text, after[path])
+                    assert found.get(path + ampproxy.BACKUP, text) == text
+                    assert found[path] == text or path + ampproxy.BACKUP in found
+                modes = {stat.S_IMODE(p.stat().st_mode) for p in home.rglob("*") if p.is_file()}
+                assert modes <= {0o600, 0o640}, "of drafts, too"
+                if status == 0:
+                    break
+                assert status == -signal.SIGKILL
+                assert run("setup", name) == 0
+                assert {path: text for path, text in tree(home).items() if path in before} == after
+                assert run("setup", name, "--undo") == 0
+                assert {path: text for path, text in tree(home).items() if path in before} == before
+            assert kill > 5
+        setter.stdin.close()
+
+
+def put_files(home, files):
+    """These files there, and no other."""
+    shutil.rmtree(home)
+    for name, text in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+        (home / name).chmod(0o640)
 
 
 # == Hostile input =================================================================================
@@ -15270,7 +15610,8 @@ class Plan:
     size: int = 40  # of the padding in each event
     rate: int = 0  # events a second; 0 is as fast as they are taken
     # or json; or 429 or garbage: that once for this seed, then sse; or sse with something odd: stray
-    # (a second answer behind it), drip (the head byte by byte), early (before the body is there)
+    # (a second answer behind it), drip (the head byte by byte), early (before the body is there),
+    # cut (no end; of translated answers alone)
     kind: str = "sse"
 
     @classmethod
@@ -15294,6 +15635,10 @@ class Plan:
         text = f"{self.seed:08d} {index:08d} {at:020d} {'x' * self.size}"
         said = f'"index":0,"delta":{{"type":"text_delta","text":"{text}"}}'
         return f'event: content_block_delta\ndata: {{"type":"content_block_delta",{said}}}\n\n'.encode()
+
+    def words(self):
+        """The texts of an answer that is to be translated, one an event."""
+        return [f"{self.seed:08d} {index:08d} {'x' * self.size} " for index in range(self.events)]
 
     def json(self):
         text = f"{self.seed:08d} {'x' * self.size}"
@@ -15343,13 +15688,93 @@ def http_chunk(data):
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+# The other dialects, for the soak.  No header of a client reaches a foreign provider: the plan stands
+# in what is asked, and all texts of the answer follow from it.
+
+
+def worded_ask(dialect, model, plan, streams):
+    """Path and body of a call that asks for a plan."""
+    text = f"plan={plan}"
+    turn = {"role": "user", "content": text}
+    body = {
+        "anthropic": {"messages": [turn], "max_tokens": 100},
+        "chat": {"messages": [turn]},
+        "responses": {"input": [turn]},
+        "gemini": {"contents": [{"role": "user", "parts": [{"text": text}]}]},
+    }[dialect]
+    if dialect != "gemini":
+        body |= {"model": model, "stream": streams}
+    verb = "streamGenerateContent?alt=sse" if streams else "generateContent"
+    return PATHS[dialect].format(model=model, verb=verb), body
+
+
+def worded_answer(dialect, plan, streams, wraps):
+    """The pieces of what a provider of the dialect sends; `wraps`: in Code Assist's envelope."""
+    reply, pieces = new_reply(dialect, None if streams else ampproxy.Reply), []
+    for words in plan.words():
+        reply.say(words)
+        pieces.append(b"".join(reply.out))
+        reply.out.clear()
+    reply.usage.update(read=11, written=7)
+    reply.stopped("end")
+    reply.finish()
+    if not streams:
+        whole = DIALECTS[dialect].write_answer(reply)
+        return [json.dumps({"response": whole} if wraps else whole).encode()]
+    pieces.append(b"".join(reply.out))
+    return [b"".join(wrapped(*piece.splitlines()[::2])) for piece in pieces] if wraps else pieces
+
+
+def text_of(dialect, event):
+    """The text of one event, or of an answer in one piece, as a client of the dialect reads it."""
+    match dialect, event:
+        case "anthropic", {"type": "content_block_delta", "delta": {"text": text}}:
+            return text
+        case "anthropic", {"content": [{"text": text}]}:
+            return text
+        case "chat", {"choices": [{"delta": {"content": text}} | {"message": {"content": text}}]}:
+            return text or ""
+        case "responses", {"type": "response.output_text.delta", "delta": text}:
+            return text
+        case "responses", {"object": "response", "output": [{"content": [{"text": text}]}]}:
+            return text
+        case "gemini", {"candidates": [{"content": {"parts": parts}}]}:
+            return "".join(part.get("text", "") for part in parts)
+    return ""
+
+
+WORDED_ENDS = {
+    "anthropic": b'"type":"message_stop"',
+    "chat": b"data: [DONE]",
+    "responses": b'"type":"response.completed"',
+    "gemini": b'"finishReason":"STOP"',
+}
+
+
+def wrong_words(plan, dialect, streams, raw):
+    """What is wrong with a client's answer; "" for nothing: each text is there, and in its event."""
+    wanted = plan.words()
+    if streams:
+        whole = raw.replace(b'": ', b'":').count(WORDED_ENDS[dialect]) == 1
+        got = [text for event in data_of(raw) if (text := text_of(dialect, event))]
+    else:
+        whole, got, wanted = True, [text_of(dialect, json.loads(raw))], ["".join(wanted)]
+    if plan.kind == "cut":
+        return "its cut was not told" if whole or got != wanted[: len(got)] else ""
+    if whole and got == wanted:
+        return ""
+    return f"its texts are not the right ones: {got[-1:]} is the last of {len(got)}, {raw[-200:]}"
+
+
 class FakeProvider(asyncio.Protocol):
     """The provider: answers what the header asks for, each event a chunk and, if paced, a write."""
 
     connections, refused = set(), set()  # of all of them: who is there, whose 429 is out
+    google: ClassVar = Counter()  # what Google logins were given: tokens, projects
 
     def connection_made(self, transport):
         self.transport, self.head, self.left, self.asked = transport, b"", 0, None
+        self.body = b""  # of a request whose plan is in there
         self.pieces, self.timer, self.full = None, None, False
         self.connections.add(self)
 
@@ -15364,9 +15789,11 @@ class FakeProvider(asyncio.Protocol):
                 return
             length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", self.head)
             self.left = int(length[1]) if length else 0
-            self.asked, self.head, data = self.head, b"", body
+            self.asked, self.head, self.body, data = self.head, b"", b"", body
             if b",early" in self.asked:
                 self.answer(self.asked)
+        if b"x-stainless-bench" not in self.asked:
+            self.body += data
         self.left -= len(data)
         if self.left <= 0:
             asked, self.asked = self.asked, None
@@ -15391,9 +15818,13 @@ class FakeProvider(asyncio.Protocol):
             return self.transport.close()
         line = asked.partition(b"\r\n")[0]
         dialect = next((name for path, name in WORDED_PATHS.items() if path in line), "")
+        if plan is None and (found := re.search(rb"plan=([-\d,]+[a-z0-9]+)", self.body)):
+            return self.answer_worded(line, dialect, Plan.read(found[1].decode()))
         if plan is None and dialect:
             self.pieces = iter(worded_stream(dialect))
             return self.pump()
+        if plan is None and (given := self.given_to_google(line)):
+            return self.send(json.dumps(given).encode())
         if plan is None or plan.kind == "json":
             return self.send(plan.json() if plan else json.dumps(self.state()).encode())
         kind = self.dripping if plan.kind == "drip" else self.paced if plan.rate else self.batches
@@ -15402,7 +15833,56 @@ class FakeProvider(asyncio.Protocol):
 
     def state(self):
         streams = sum(c.pieces is not None for c in self.connections)
-        return {"connections": len(self.connections) - 1, "streams": streams}
+        others = len(self.connections) - 1
+        return {"connections": others, "streams": streams, "google": self.google}
+
+    def given_to_google(self, line):
+        """A login's token and its project, which an onboarding makes."""
+        if b"/token " in line:
+            self.google["tokens"] += 1
+            number = self.google["tokens"]
+            fresh = {"access_token": f"ya29.{number}", "refresh_token": f"1//0{number}"}
+            return {**fresh, "expires_in": 3599}
+        if b":loadCodeAssist " in line:
+            return TIERS
+        if b":onboardUser " in line:
+            self.google["projects"] += 1
+            return {"done": True, "response": {"cloudaicompanionProject": {"id": "proj-1"}}}
+        return None
+
+    def answer_worded(self, line, dialect, plan):
+        """The plan in the words of the path's dialect; a Google login's in its envelope."""
+        body, wraps = json.loads(self.body), b"/v1internal:" in line
+        if wraps and body.get("project") != "proj-1":
+            return self.send(
+                b'{"error": {"code": 400, "message": "no project"}}', "400 Bad Request"
+            )
+        if plan.kind == "429" and plan.seed not in self.refused:
+            self.refused.add(plan.seed)
+            wait = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "0.5s"}
+            error = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "slow down",
+                     "details": [wait]}  # fmt: skip
+            more = "" if wraps else "\r\nRetry-After: 1"
+            return self.send(json.dumps({"error": error}).encode(), f"429 Too Many Requests{more}")
+        streams = body.get("stream", dialect == "gemini")
+        answer = worded_answer(dialect or "gemini", plan, streams, wraps)
+        if not streams:
+            return self.send(answer[0])
+        self.pieces = self.worded(plan, answer)
+        return self.pump()
+
+    def worded(self, plan, answer):
+        loop = asyncio.get_running_loop()
+        began, head = loop.time(), self.HEAD
+        for index, piece in enumerate(answer):
+            if plan.kind == "cut" and index > plan.events / 2:
+                return self.transport.close()
+            yield head + http_chunk(piece)
+            head = b""
+            if plan.rate:
+                self.timer = loop.call_at(began + (index + 1) / plan.rate, self.pump)
+                yield b""
+        yield b"0\r\n\r\n"
 
     def send(self, body, status="200 OK"):
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -16010,7 +16490,34 @@ class Bench:
 
 
 class Soak(Bench):
-    """Mixed traffic with leavers, 429s, reloads; what is left over when it ends is said in `wrong`."""
+    """Mixed traffic of all dialects with all kinds of logins, leavers, 429s, cuts, reloads, an open page.
+
+    What is left over when it ends is said in `wrong`, beside the answers that were.
+    """
+
+    # What its visitors of all dialects ask for; each reaches a provider of its own.
+    MODELS = (*MODELS.values(), "gemini-key", "gpt-oss-120b-medium")
+
+    def write_config(self, **more):
+        """With Google logins, which need a new token and a project each time this is written."""
+        self.turn = getattr(self, "turn", 0) + 1
+        ended = {"expired": "2020-01-01T00:00:00Z", "project_id": ""}
+        auth = self.folder / "auth"
+        auth.mkdir(mode=0o700, exist_ok=True)
+        for kind, name in itertools.product(GOOGLE, ("a", "b")):
+            given = {"access_token": f"ya29.old{self.turn}", **ended}
+            made = google_file(self.folder / "made", kind, f"{name}@example.com", **given)
+            made.replace(auth / made.name)
+        row = {"base-url": self.fake, "token-url": self.fake, "profile-url": self.fake}
+        google = {"token-url": self.fake + "/token", "onboard-pause": 0}
+        hosts = {"base-url": self.fake + "/daily", "more-hosts": [self.fake + "/prod"]}
+        rows = {
+            "claude": row,
+            "codex": row,
+            "gemini": {**google, "base-url": self.fake, "excluded-models": ["gemini-key"]},
+            "antigravity": {**google, **hosts, "excluded-models": ["gemini-*"]},
+        }
+        super().write_config(**{"providers": rows, **more})
 
     def launch_watched(self):
         self.told = self.folder / "tasks"
@@ -16030,6 +16537,7 @@ class Soak(Bench):
         async with aiohttp.ClientSession() as http:
             async with http.get(self.fake) as answer:
                 fake = await answer.json()
+            self.given = fake["google"]
             async with http.get(f"http://127.0.0.1:{process.port}/status") as answer:
                 accounts = (await answer.json())["accounts"]
         files = process.files - fake["connections"]
@@ -16070,6 +16578,64 @@ class Soak(Bench):
             await asyncio.sleep(dice.random() * 0.1)
         wire.transport.abort()
 
+    async def foreigner(self, seed, ends):
+        """A client of any dialect with a model of any provider, streamed or in one piece."""
+        dice = random.Random(f"foreign {seed}")
+        kinds = {"sse": 50, "slow": 10, "json": 20, "leave": 12, "429": 3, "cut": 2}
+        async with aiohttp.ClientSession() as http:
+            while time.monotonic() < ends:
+                kind = dice.choices([*kinds], [*kinds.values()])[0]
+                ours, model = dice.choice([*DIALECTS]), dice.choice(self.MODELS)
+                plan = {"slow": {"events": 20, "rate": 50}, "leave": {"events": 500, "rate": 50},
+                        "json": {"events": 5}}.get(kind, {"events": dice.randint(1, 200), "kind": kind})  # fmt: skip
+                await self.foreign_call(http, ours, model, self.plan(**plan), kind)
+                if kind != "leave":
+                    self.asked += 1
+                await asyncio.sleep(dice.random() * 0.1)
+
+    async def foreign_call(self, http, ours, model, plan, kind):
+        path, body = worded_ask(ours, model, plan, kind != "json")
+        url = URL(f"http://127.0.0.1:{self.processes['ampproxy'].port}{path}", encoded=True)
+        about = f"{kind} of {model} for {ours}, {plan}"
+        async with asyncio.timeout(60), http.post(url, json=body) as answer:
+            if kind == "leave":
+                await answer.content.readany()
+                await asyncio.sleep(plan.seed % 10 / 20)
+                answer.close()
+                return
+            raw = b""
+            try:
+                async for data in answer.content.iter_any():
+                    raw += data
+            except aiohttp.ClientError as error:
+                if (ours, kind) != ("gemini", "cut"):  # whose clients hear of it so
+                    self.wrong.append(f"{about}: {error!r}")
+        if answer.status != 200:
+            self.wrong.append(f"{about}: {answer.status} {raw[:300]}")
+        elif wrong := wrong_words(plan, ours, kind != "json", raw):
+            self.wrong.append(f"{about}: {wrong}")
+
+    async def poller(self, ends):
+        """A browser with the page open, whose person ends a rest now and then."""
+        dice = random.Random(0)
+        base = f"http://127.0.0.1:{self.processes['ampproxy'].port}"
+        async with aiohttp.ClientSession(base) as http:
+            for turn in itertools.count():
+                if time.monotonic() > ends:
+                    return
+                async with http.get("/", headers={"Accept": "text/html"}) as answer:
+                    page = await answer.text()
+                async with http.get("/status") as answer:
+                    accounts = (await answer.json())["accounts"]
+                if not (page.rstrip().endswith("</html>") and accounts):
+                    self.wrong.append(f"the page or the status: {page[-100:]!r}, {accounts}")
+                if turn % 10 == 0:
+                    named = {"account": dice.choice(accounts)["account"]}
+                    async with http.post("/status/wake", json=named) as answer:
+                        if answer.status != 200:
+                            self.wrong.append(f"the wake of {named}: {answer.status}")
+                await asyncio.sleep(0.3)
+
     async def reloads(self, ends):
         for turn in itertools.count():
             if (left := ends - time.monotonic()) <= 0:
@@ -16090,20 +16656,28 @@ class Soak(Bench):
         self.launch("direct")
         self.launch_watched()
         self.asked = 0
-        await self.visitor(-1, time.monotonic() + 1)
+        async with asyncio.TaskGroup() as group:
+            for work in (self.visitor, self.foreigner):
+                group.create_task(work(-1, time.monotonic() + 2))
         await asyncio.sleep(1.5)  # what is over may take a second to end
-        before, ends = await self.left(), time.monotonic() + seconds
+        before = {**await self.left(), "streams": 0, "in flight": 0}
+        ends = time.monotonic() + seconds
         async with asyncio.TaskGroup() as group:
             growth = group.create_task(self.watch(seconds))
             group.create_task(self.reloads(ends))
-            for seed in range(16):
+            group.create_task(self.poller(ends))
+            for seed in range(10):
                 group.create_task(self.visitor(seed, ends))
+            for seed in range(6):
+                group.create_task(self.foreigner(seed, ends))
         for _ in range(50):
             if (after := await self.left()) == before:
                 break
             await asyncio.sleep(0.2)
         else:
             self.wrong.append(f"left over after the soak: {after}, before: {before}")
+        if min(self.given.get(what, 0) for what in ("tokens", "projects")) < seconds / 10:
+            self.wrong.append(f"Google logins were given too little: {self.given}")
         self.growth = growth.result()
         columns = {"direct": math.nan, "plain": math.nan, "ampproxy": self.growth}
         name = f"soak of {seconds:.0f} s, {self.asked:,} answers: RSS growth"
