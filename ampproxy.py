@@ -2188,8 +2188,8 @@ class Net:
         try:
             async with asyncio.timeout(1):
                 await response.content.readany()  # one more piece is one too many: it is closed
-        except NET_ERRORS:
-            pass
+        except NET_ERRORS as error:
+            error.__traceback__ = None  # the stream keeps the error
         finally:
             response.close()
             del self.retired[response]
@@ -8077,6 +8077,7 @@ class Pieces:
             else:
                 data = await self.first_piece()
         except (RuntimeError, *NET_ERRORS) as error:
+            error.__traceback__ = None  # the stream keeps the error, and so would keep the call
             raise fault(502, f"the upstream broke off: {net_words(error)}") from None
         if not data:
             raise StopAsyncIteration

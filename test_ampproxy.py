@@ -3872,6 +3872,33 @@ async def test_the_end_of_one_try_is_not_that_of_the_next(tmp_path):
         assert FIRST + await response.content.read() == WHOLE
 
 
+HOW_CALLS_END = {
+    "in sight": [CHUNKED + chunk(FIRST) + b"ff\r\nabc", "reset"],
+    "never": GOOD[:],
+    **UNSEEN,
+}
+
+
+@pytest.mark.parametrize("name", HOW_CALLS_END)
+@in_loop
+async def test_a_call_that_is_over_waits_for_no_collection(tmp_path, name):
+    """However it ended, its prompt goes with it."""
+    async with raw_world(tmp_path, HOW_CALLS_END[name]) as w:
+        await w.ask("/v1/messages", STREAM)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                w.clock.now += 4000
+                await w.ask("/v1/messages", STREAM)
+            for _ in range(20):  # what has been told to the client comes to its end
+                await asyncio.sleep(0)
+            kinds = (ampproxy.Call, ampproxy.Delivery, ampproxy.Prepared)
+            assert not [kept for kept in gc.get_objects() if isinstance(kept, kinds)]
+        finally:
+            gc.enable()
+
+
 class Leaving:
     """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
 
