@@ -6581,7 +6581,16 @@ def gemini_says(event: Json) -> str:
 
 
 EMPTY_ANSWER = "EMPTY_ANSWER"  # no word of Google's
-GENERATES = ("generateContent", "streamGenerateContent")  # the verbs that have an answer proper
+GENERATES = ("generateContent", "streamGenerateContent", "messages")  # these have an answer proper
+
+
+def anthropic_says(event: Json) -> str:
+    return "" if event.get("type") in ("ping", "message_delta", "message_stop") else "answer"
+
+
+def anthropic_flaw(event: Json) -> str:
+    """An end alone is none."""
+    return EMPTY_ANSWER if event.get("type") == "message_stop" else ""
 
 
 def gemini_flaw(event: Json) -> str:
@@ -6618,6 +6627,8 @@ ANTHROPIC = Dialect(
     reader=AnthropicReader,
     writer=AnthropicWriter,
     write_answer=write_anthropic_answer,
+    says=anthropic_says,
+    flaw=anthropic_flaw,
 )
 CHAT_COMPLETIONS = Dialect(
     name="chat",

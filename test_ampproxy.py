@@ -2113,7 +2113,7 @@ async def test_an_odd_refresh_token_is_no_storm(tmp_path, odd):
         w.authority.usual = answer_json({"error": "bad"}, 500)
         for _ in range(3):
             assert (await w.ask("/v1/messages", ASK)).status >= 400
-        assert len(w.authority.requests) <= 3
+        assert len(w.authority.requests) <= 4, "one of the tick's, one a call"
         assert not w.claude.requests
 
 
@@ -3855,12 +3855,15 @@ async def test_two_thousand_leavers_leave_no_connection_behind(tmp_path):
         assert (await w.ask("/v1/messages", STREAM)).status == 200
 
 
+@pytest.mark.parametrize(
+    "end", [b"data: [DONE]\n\n", event("message_stop"), event("ping") + event("message_stop")]
+)
 @in_loop
-async def test_the_end_of_one_try_is_not_that_of_the_next(tmp_path):
+async def test_the_end_of_one_try_is_not_that_of_the_next(tmp_path, end):
     """An answer that is nothing but its end is none; the next one goes on after its first event."""
     seen, rest = asyncio.Event(), chunk(WHOLE[len(FIRST) :]) + b"0\r\n\r\n"
     plays = (
-        [CHUNKED + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"],
+        [CHUNKED + chunk(end) + b"0\r\n\r\n"],
         [CHUNKED + chunk(FIRST), seen, rest],
     )
     async with (
