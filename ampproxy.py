@@ -1863,6 +1863,7 @@ class AnswerReader(ResponseHandler):
     """
 
     awaits_head = False
+    is_new = True  # nothing was asked on this connection yet
     head_timer: asyncio.TimerHandle | None = None
     arrivals: Any = None  # a poll object for its socket
 
@@ -1878,7 +1879,7 @@ class AnswerReader(ResponseHandler):
         return self.arrivals is not None and bool(self.arrivals.poll(0))
 
     def set_response_params(self, **params: Any) -> None:
-        self.awaits_head = True
+        self.awaits_head, self.is_new = True, False
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
@@ -1892,7 +1893,7 @@ class AnswerReader(ResponseHandler):
             super().resume_reading(*args, **how)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        if data[0].code >= 200:
+        if data[0].code >= 200 or data[0].code == 101:  # a WebSocket lives for hours
             self.head_came()
         super().feed_data(data, size)
 
@@ -1927,9 +1928,13 @@ class Connector(aiohttp.TCPConnector):
         while True:
             connection = await super().connect(*args, **more)
             protocol: Any = connection.protocol
-            if protocol is None or not (protocol.should_close or protocol.has_bytes()):
+            if protocol.is_new and protocol.is_connected():
+                return connection
+            if not (protocol.should_close or protocol.has_bytes()):
                 return connection
             connection.close()
+            if protocol.is_new:  # a port forwarded to nobody: another one would end like it
+                raise aiohttp.ServerDisconnectedError
 
 
 # -- The lean way --
@@ -7911,8 +7916,9 @@ class Delivery:
         self.timer = self.look_again()
 
     def watch(self, upstream: Upstream) -> None:
-        """From now on its silence counts."""
+        """From now on its silence counts; what another one said to its end does not."""
         self.upstream, self.moved = upstream, self.loop.time()
+        self.settle_wait, self.is_over = 0.0, False
 
     def settle(self, is_over: bool) -> None:
         """All has been said: what still comes may take a moment, not the whole idle time.

@@ -3697,6 +3697,35 @@ async def test_a_kept_connection_that_dies_under_a_call(tmp_path, end, retries, 
         assert len(w.raw.requests) == 1 + retries
 
 
+@pytest.mark.parametrize("end", ["close", "reset"])
+@in_loop
+async def test_a_port_forwarded_to_nobody(tmp_path, end):
+    """It takes connections and ends them at once: each try is one, and many calls end alike."""
+    seen = []
+
+    def listen(listener):
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                seen.append(connection.fileno())
+                if end == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=500) as listener:
+        thread = threading.Thread(target=listen, args=[listener], daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = {"request-retry": 1, "max-retry-interval": 0, "claude": {"base-url": url}}
+        async with world(tmp_path, ampcode={"fallback": "never"}, **config) as w:
+            calls = [w.ask("/v1/messages", ASK) for _ in range(50)]
+            assert {response.status for response in await asyncio.gather(*calls)} <= {429, 502}
+            assert 0 < len(seen) <= 50
+            assert not w.server.net.connector._acquired
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 class EarlyUpstream(asyncio.Protocol):
     """Says something after the head, and reads no more of the body for a while."""
 
@@ -5998,6 +6027,40 @@ async def test_an_answer_is_over_with_its_last_event(tmp_path, monkeypatch, name
         assert w.server.ledger.requests[0]["output_tokens"] in (3, 7)
 
 
+async def piece_by_piece(request, pieces, pause):
+    response = web.StreamResponse(headers=SSE)
+    await response.prepare(request)
+    for piece in pieces:
+        await response.write(piece)
+        await asyncio.sleep(pause)
+    return response
+
+
+@in_loop
+async def test_an_end_without_an_answer_does_not_end_the_next_try(tmp_path):
+    """Whose answer is whole, whatever the first one said of itself."""
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        pieces = completion_chunks()
+        w.keyed.script = [(200, SSE, [b"data: [DONE]\n\n"])]
+        w.keyed.usual = lambda request: piece_by_piece(request, pieces, 0.02)
+        path, body = asked_as("openai-compatibility", stream=True)
+        assert (await w.ask(path, body)).bytes == b"".join(pieces)
+        assert len(w.keyed.requests) == 2
+
+
+@in_loop
+async def test_the_next_try_may_think_as_long_as_the_first(tmp_path, monkeypatch):
+    """Although that one had said why it ends, and then nothing."""
+    monkeypatch.setattr(ampproxy, "SETTLE_WAIT", 0.1)
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        silence = data(content("gemini-2.5-pro", "", "STOP"))
+        w.keyed.script = [lambda request: piece_by_piece(request, [silence], 0.02)]
+        w.keyed.usual = lambda request: piece_by_piece(request, content_chunks(), 0.4)
+        response = await w.ask("/v1/messages", {**STREAM, "model": "gemini-2.5-pro"})
+        assert (response.status, len(w.keyed.requests)) == (200, 2)
+        assert b'{"type":"message_stop"}' in response.bytes
+
+
 @pytest.mark.parametrize(("entry", "path"), [
     ({"base-url": "{}/v1beta/openai", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
     ({"base-url": "{}/v1beta/openai/", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
@@ -7923,6 +7986,26 @@ async def test_a_head_has_its_time(tmp_path, monkeypatch, sent):
         with suppress(ConnectionError):
             assert await reader.read() == b"", "but half a head on it may not"
         writer.close()
+
+
+@in_loop
+async def test_a_tunnel_outlives_the_time_of_a_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "ANSWER_HEAD_WAIT", 0.1)
+
+    async def echo(request):
+        ws = web.WebSocketResponse()
+        await ws.prepare(request)
+        async for got in ws:
+            await ws.send_str(got.data)
+        return ws
+
+    async with world(tmp_path) as w:
+        w.amp.usual = echo
+        async with w.http.ws_connect(w.url + "/actors/gateway") as ws:
+            for words in ("one", "two"):
+                await asyncio.sleep(0.2)
+                await ws.send_str(words)
+                assert (await ws.receive()).data == words
 
 
 @pytest.mark.parametrize("drip", [b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
