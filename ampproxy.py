@@ -69,11 +69,15 @@ AS_MODULE = (
     " sys.path = [folder, *filter(None, sys.path)];"
     " sys.exit(importlib.import_module(name.removesuffix('.py')).main())"
 )
-IS_SCRIPT = __name__ == "__main__" and __spec__ is None
-IS_MODULE_NAME = __file__.endswith(".py") and __file__.rpartition("/")[2].count(".") == 1
-if IS_SCRIPT and IS_MODULE_NAME and os.name == "posix" and not SHORT_COMMANDS & {*sys.argv}:
-    flags = sys.orig_argv[1 : -len(sys.argv)]
-    os.execv(sys.executable, [sys.executable, *flags, "-c", AS_MODULE, __file__, *sys.argv[1:]])
+FLAGS = sys.orig_argv[1 : -len(sys.argv)]  # with -m or -c another program runs this script
+IS_SCRIPT = __name__ == "__main__" and __spec__ is None and not {"-m", "-c"} & {*FLAGS}
+STEM, DOT, ENDING = __file__.rpartition("/")[2].partition(".")
+IS_MODULE_NAME = ENDING == "py" and STEM not in ("", "importlib", *sys.modules)
+GOES_ON = IS_SCRIPT and IS_MODULE_NAME and os.name == "posix" and bool(sys.executable)
+if GOES_ON and not SHORT_COMMANDS & {*sys.argv}:
+    # -P: else modules of the folder that it is started in would come before Python's own.
+    command = [sys.executable, "-P", *FLAGS, "-c", AS_MODULE, __file__, *sys.argv[1:]]
+    os.execv(sys.executable, command)
 
 import argparse
 import asyncio

@@ -4048,26 +4048,37 @@ def test_all_commands_but_the_server_stay_scripts():
     assert {"serve", *ampproxy.SHORT_COMMANDS} == set(ampproxy.COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy"])
+@pytest.mark.parametrize(
+    "name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy", "time.py", ".py"]
+)
 @in_loop
 async def test_a_server_goes_on_as_a_module_of_itself(tmp_path, name):
     """In the same process, with the same words; what lies in the folder it was started in is not
-    taken for a library.  Under a name that no module has it stays a script.
+    taken for a library.  Under a name that no module has, or another one, it stays a script.
     """
     (tmp_path / "bin").mkdir()
     script = shutil.copy(SCRIPT, tmp_path / "bin" / name)
-    for library in ("uuid", "aiohttp", "ampproxy"):
+    for library in ("uuid", "aiohttp", "ampproxy", "importlib"):
         (tmp_path / f"{library}.py").write_text("raise SystemExit('the wrong one')")
     flags = ("-X", "faulthandler", str(script))
     async with running(tmp_path, answer_json(message()), script=flags) as cli:
         assert await cli.ask() == (200, "local")
         with suppress(OSError):  # not on a Mac
             words = Path(f"/proc/{cli.process.pid}/cmdline").read_text().split("\0")
-            assert words[1:3] == ["-X", "faulthandler"]
+            assert [word for word in words if word != "-P"][1:3] == ["-X", "faulthandler"]
             assert str(script) in words
             assert ("-c" in words) == (name in ("ampproxy.py", "my-proxy.py"))
         cli.process.send_signal(signal.SIGTERM)
         assert (await cli.end())[0] == 0
+
+
+def test_a_program_that_runs_the_script_keeps_it(tmp_path):
+    """It would be started anew with what is none of its own words."""
+    (tmp_path / "config.yaml").write_text("port: x")
+    runs = f"runpy.run_path({str(SCRIPT)!r}, None, '__main__')"
+    command = [sys.executable, "-c", f"import runpy, sys; sys.argv = ['x']; {runs}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "expected a whole number" in done.stderr) == (1, True)
 
 
 @in_loop
