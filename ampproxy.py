@@ -1887,6 +1887,8 @@ class AnswerReader(ResponseHandler):
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
+        if not self.awaits_head and self._payload is not None and self._payload.is_eof():
+            self.force_close()  # half a head is a remainder, too, and the parser says nothing of it
         super().data_received(data)
         if self.awaits_head and self.head_timer is None and self.transport:
             self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
@@ -1991,8 +1993,11 @@ def has_unsent(connection: aiohttp.connector.Connection) -> bool:
 
 
 def cut(connection: aiohttp.connector.Connection) -> None:
-    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer."""
-    if has_unsent(connection) and connection.transport:
+    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer.
+
+    At once: TLS would wait half a minute for an upstream that takes nothing, and keep the prompt.
+    """
+    if connection.transport:
         connection.transport.abort()
     connection.close()
 
@@ -10282,6 +10287,8 @@ class Server:
         finally:
             if call and call.was_read:
                 self.ledger.note(call, status, self.clock.monotonic() - began)
+        if request.version < (1, 1) and response.content_length is None:
+            response.force_close()  # there is no other end; aiohttp would keep the connection
         return response
 
     async def dispatch(self, request: Request, call: Call | None) -> web.StreamResponse:

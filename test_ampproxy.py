@@ -3355,6 +3355,22 @@ async def test_a_kept_connection_of_http_1_0_knows_where_an_answer_ends(tmp_path
         writer.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/stream"])
+@in_loop
+async def test_a_stream_of_http_1_0_ends_with_its_connection(tmp_path, path):
+    """Although the client would keep it: nothing else says where the end is."""
+    async with world(tmp_path) as w:
+        w.claude.usual = w.amp.usual = (200, SSE, events())
+        body = json.dumps(STREAM).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.port)
+        head = post(path, len(body), body, "Connection: keep-alive\r\n")
+        writer.write(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        got = await asyncio.wait_for(reader.read(), 5)
+        assert got.endswith(b"\r\n\r\n" + b"".join(events()))
+        assert b"keep-alive" not in got
+        writer.close()
+
+
 @pytest.mark.parametrize("head", [
     b"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"CONNECT evil.example:443 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
     b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01 nonsense\r\n\r\n",
@@ -3686,6 +3702,19 @@ async def test_the_head_that_an_upstream_gets(tmp_path):
         assert f"\r\ncontent-length: {len(body)}\r\n" in head.decode().lower()
 
 
+@pytest.mark.parametrize("remainder", [b"HTTP/1.1 408 Request Timeout\r\nX-A: b", b"H", b"\r\n"])
+@in_loop
+async def test_half_a_head_on_a_kept_connection(tmp_path, remainder):
+    """Is a remainder as a whole one is: the connection is not used again."""
+    gate = asyncio.Event()
+    async with raw_world(tmp_path, [*GOOD, gate, remainder], GOOD) as w:
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+        gate.set()
+        await asyncio.sleep(0.05)
+        assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert w.raw.connections == 2
+
+
 @pytest.mark.parametrize(("retries", "status"), [(1, 502), (2, 502), (3, 200)])
 @pytest.mark.parametrize("end", ["close", "reset"])
 @in_loop
@@ -3758,6 +3787,10 @@ async def early_world(folder, says):
     server.close()
 
 
+def open_files():
+    return len(list(Path("/dev/fd").iterdir()))
+
+
 LONG_PROMPT = {**STREAM, "messages": [{"role": "user", "content": "x" * 20_000_000}]}
 
 
@@ -3825,15 +3858,41 @@ zj0EAwIDRwAwRAIgXxHB7/BSe//AY7tWFomRZc47ZDN5uE8NpyJI75sDiXwCIH4L
 """  # for localhost and 127.0.0.1, of this test alone
 
 
+def server_tls(folder):
+    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
+        (folder / name).write_text(text)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "certificate", folder / "key")
+    return context
+
+
+@in_loop
+async def test_a_client_that_leaves_a_prompt_over_tls(tmp_path):
+    """Nobody waits for an upstream that takes none of it to say goodbye."""
+    seen, loop = [], asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: EarlyUpstream(seen, b""), "127.0.0.1", 0, ssl=server_tls(tmp_path)
+    )
+    url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async with world(tmp_path, claude={"base-url": url}) as w:
+        w.server.net.connector._ssl = ssl.create_default_context(cadata=TEST_CERTIFICATE)
+        asking = asyncio.create_task(w.ask("/v1/messages", LONG_PROMPT))
+        while not seen:
+            await asyncio.sleep(0.02)
+        await seen[0].paused.wait()
+        files = open_files()
+        asking.cancel()
+        async with asyncio.timeout(3):
+            while open_files() > files - 3:  # both ends of the client's connection, and ours
+                await asyncio.sleep(0.05)
+    server.close()
+
+
 @in_loop
 async def test_model_calls_over_tls(tmp_path):
     """A certificate that nobody vouches for is refused; one that is trusted serves, and is kept."""
-    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
-        (tmp_path / name).write_text(text)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     raw = RawUpstream(GOOD)
-    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=server_tls(tmp_path))
     url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
     async with world(tmp_path, claude={"base-url": url}) as w:
         status, body, _ = await w.ask_json("/v1/messages", STREAM)
