@@ -1410,6 +1410,11 @@ class Row:
         return self.provider.name
 
 
+def one_of_each(headers: dict[str, str]) -> dict[str, str]:
+    """Of headers that differ in the case of letters the last one: a person's, not the row's."""
+    return dict({name.lower(): (name, value) for name, value in headers.items()}.values())
+
+
 def overlaid(row: Provider, given: Json) -> Provider:
     """A row with what the configuration says, which is all fields of it."""
     changes: Json = {}
@@ -1422,6 +1427,7 @@ def overlaid(row: Provider, given: Json) -> Provider:
         changes[one.name] = value
     if changes["base_url"] != row.base_url and changes["more_hosts"] == row.more_hosts:
         changes["more_hosts"] = ()  # they stand for the row's own address only
+    changes["headers"] = one_of_each(changes["headers"])
     changes["name"] = given.get("name") or row.name
     if changes["token_url"] != row.token_url and changes["other_token_url"] == row.other_token_url:
         changes["other_token_url"] = ""  # a token goes to no other host than the one named
@@ -6844,7 +6850,7 @@ def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
 
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
     """One list in the header, without those that the row drops."""
-    own = provider.headers.get("anthropic-beta", "")
+    own = Headers(provider.headers).get("anthropic-beta", "")
     asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
     kept = beta_list(",".join(map(str, asked))[:2000], provider.drop_betas)
     headers.popall("anthropic-beta", None)

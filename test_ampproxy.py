@@ -3702,6 +3702,19 @@ async def test_the_head_that_an_upstream_gets(tmp_path):
         assert f"\r\ncontent-length: {len(body)}\r\n" in head.decode().lower()
 
 
+@in_loop
+async def test_a_header_of_ones_own_counts_in_any_case(tmp_path):
+    """It takes the place of the row's, for clients of all dialects."""
+    async with raw_world(tmp_path, GOOD) as w:
+        own = {"Anthropic-Version": "2024-01-01", "X-Mine": "1", "x-mine": "2"}
+        w.reload(claude={"base-url": w.raw.url, "headers": own})
+        for path in ("/v1/messages", "/v1/chat/completions"):
+            assert (await w.ask(path, STREAM)).status == 200
+            head = w.raw.requests[-1][0].lower()
+            assert re.findall(rb"\r\nanthropic-version: (.+)\r", head) == [b"2024-01-01"]
+            assert re.findall(rb"\r\nx-mine: (.+)\r", head) == [b"2"]
+
+
 @pytest.mark.parametrize("remainder", [b"HTTP/1.1 408 Request Timeout\r\nX-A: b", b"H", b"\r\n"])
 @in_loop
 async def test_half_a_head_on_a_kept_connection(tmp_path, remainder):
