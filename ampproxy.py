@@ -7960,7 +7960,8 @@ class Delivery:
         with suppress(ConnectionError, RuntimeError):  # the client has left, or all has been said
             headers = Headers({"Content-Type": "text/event-stream", **self.call.proxy_headers()})
             response = await self.start(200, None, headers)
-            await response.write(self.call.dialect.comment)
+            if not self.writing:  # what is being written meanwhile may be the end
+                await response.write(self.call.dialect.comment)
 
     # -- What the client gets --
 

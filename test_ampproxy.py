@@ -2410,6 +2410,27 @@ async def test_the_words_of_the_end_inside_a_text_are_no_end(tmp_path):
 
 
 @in_loop
+async def test_no_comment_goes_out_behind_the_end():
+    """Not even one that was due when the end met a client whose socket is full."""
+
+    async def handle(request):
+        call = ampproxy.Call(request, ampproxy.MODEL_PATH.fullmatch("/v1/messages"))
+        with ampproxy.Delivery(call, 15, 300) as delivery:
+            response = await delivery.start(200, None, CIMultiDict(SSE))
+            delivery.settle(True)
+            request.protocol.pause_writing()  # as a full socket does
+            delivery.loop.call_later(0.1, request.protocol.resume_writing)
+            delivery.comment = asyncio.create_task(delivery.write_comment())
+            await delivery.write(response, WHOLE)
+        return response
+
+    server = await asyncio.get_running_loop().create_server(web.Server(handle), "127.0.0.1", 0)
+    got = await raw_exchange(server.sockets[0].getsockname()[1], HEALTH)
+    assert got.endswith(chunk(WHOLE) + b"0\r\n\r\n")
+    server.close()
+
+
+@in_loop
 async def test_a_silent_stream_is_kept_alive_with_comments_between_events(tmp_path):
     first, *rest = events()
     gate, inside = asyncio.Event(), asyncio.Event()
