@@ -69,11 +69,15 @@ AS_MODULE = (
     " sys.path = [folder, *filter(None, sys.path)];"
     " sys.exit(importlib.import_module(name.removesuffix('.py')).main())"
 )
-IS_SCRIPT = __name__ == "__main__" and __spec__ is None
-IS_MODULE_NAME = __file__.endswith(".py") and __file__.rpartition("/")[2].count(".") == 1
-if IS_SCRIPT and IS_MODULE_NAME and os.name == "posix" and not SHORT_COMMANDS & {*sys.argv}:
-    flags = sys.orig_argv[1 : -len(sys.argv)]
-    os.execv(sys.executable, [sys.executable, *flags, "-c", AS_MODULE, __file__, *sys.argv[1:]])
+FLAGS = sys.orig_argv[1 : -len(sys.argv)]  # with -m or -c another program runs this script
+IS_SCRIPT = __name__ == "__main__" and __spec__ is None and not {"-m", "-c"} & {*FLAGS}
+STEM, DOT, ENDING = __file__.rpartition("/")[2].partition(".")
+IS_MODULE_NAME = ENDING == "py" and STEM not in ("", "importlib", *sys.modules)
+GOES_ON = IS_SCRIPT and IS_MODULE_NAME and os.name == "posix" and bool(sys.executable)
+if GOES_ON and not SHORT_COMMANDS & {*sys.argv}:
+    # -P: else modules of the folder that it is started in would come before Python's own.
+    command = [sys.executable, "-P", *FLAGS, "-c", AS_MODULE, __file__, *sys.argv[1:]]
+    os.execv(sys.executable, command)
 
 import argparse
 import asyncio
@@ -1406,6 +1410,11 @@ class Row:
         return self.provider.name
 
 
+def one_of_each(headers: dict[str, str]) -> dict[str, str]:
+    """Of headers that differ in the case of letters the last one: a person's, not the row's."""
+    return dict({name.lower(): (name, value) for name, value in headers.items()}.values())
+
+
 def overlaid(row: Provider, given: Json) -> Provider:
     """A row with what the configuration says, which is all fields of it."""
     changes: Json = {}
@@ -1418,6 +1427,7 @@ def overlaid(row: Provider, given: Json) -> Provider:
         changes[one.name] = value
     if changes["base_url"] != row.base_url and changes["more_hosts"] == row.more_hosts:
         changes["more_hosts"] = ()  # they stand for the row's own address only
+    changes["headers"] = one_of_each(changes["headers"])
     changes["name"] = given.get("name") or row.name
     if changes["token_url"] != row.token_url and changes["other_token_url"] == row.other_token_url:
         changes["other_token_url"] = ""  # a token goes to no other host than the one named
@@ -1863,6 +1873,7 @@ class AnswerReader(ResponseHandler):
     """
 
     awaits_head = False
+    is_new = True  # nothing was asked on this connection yet
     head_timer: asyncio.TimerHandle | None = None
     arrivals: Any = None  # a poll object for its socket
 
@@ -1878,10 +1889,12 @@ class AnswerReader(ResponseHandler):
         return self.arrivals is not None and bool(self.arrivals.poll(0))
 
     def set_response_params(self, **params: Any) -> None:
-        self.awaits_head = True
+        self.awaits_head, self.is_new = True, False
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
+        if not self.awaits_head and self._payload is not None and self._payload.is_eof():
+            self.force_close()  # half a head is a remainder, too, and the parser says nothing of it
         super().data_received(data)
         if self.awaits_head and self.head_timer is None and self.transport:
             self.head_timer = self._loop.call_later(ANSWER_HEAD_WAIT, self.too_slow)
@@ -1892,7 +1905,7 @@ class AnswerReader(ResponseHandler):
             super().resume_reading(*args, **how)
 
     def feed_data(self, data: Any, size: int = 0) -> None:
-        if data[0].code >= 200:
+        if data[0].code >= 200 or data[0].code == 101:  # a WebSocket lives for hours
             self.head_came()
         super().feed_data(data, size)
 
@@ -1927,9 +1940,13 @@ class Connector(aiohttp.TCPConnector):
         while True:
             connection = await super().connect(*args, **more)
             protocol: Any = connection.protocol
-            if protocol is None or not (protocol.should_close or protocol.has_bytes()):
+            if protocol.is_new and protocol.is_connected():
+                return connection
+            if not (protocol.should_close or protocol.has_bytes()):
                 return connection
             connection.close()
+            if protocol.is_new:  # a port forwarded to nobody: another one would end like it
+                raise aiohttp.ServerDisconnectedError
 
 
 # -- The lean way --
@@ -1982,8 +1999,11 @@ def has_unsent(connection: aiohttp.connector.Connection) -> bool:
 
 
 def cut(connection: aiohttp.connector.Connection) -> None:
-    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer."""
-    if has_unsent(connection) and connection.transport:
+    """Close it.  Nobody gets the rest of a prompt whose answer is over, or wanted no longer.
+
+    At once: TLS would wait half a minute for an upstream that takes nothing, and keep the prompt.
+    """
+    if connection.transport:
         connection.transport.abort()
     connection.close()
 
@@ -6861,7 +6881,7 @@ def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
 
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
     """One list in the header, without those that the row drops."""
-    own = provider.headers.get("anthropic-beta", "")
+    own = Headers(provider.headers).get("anthropic-beta", "")
     asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
     kept = beta_list(",".join(map(str, asked))[:2000], provider.drop_betas)
     headers.popall("anthropic-beta", None)
@@ -7971,7 +7991,8 @@ class Delivery:
         with suppress(ConnectionError, RuntimeError):  # the client has left, or all has been said
             headers = Headers({"Content-Type": "text/event-stream", **self.call.proxy_headers()})
             response = await self.start(200, None, headers)
-            await response.write(self.call.dialect.comment)
+            if not self.writing:  # what is being written meanwhile may be the end
+                await response.write(self.call.dialect.comment)
 
     # -- What the client gets --
 
@@ -10305,6 +10326,8 @@ class Server:
         finally:
             if call and call.was_read:
                 self.ledger.note(call, status, self.clock.monotonic() - began)
+        if request.version < (1, 1) and response.content_length is None:
+            response.force_close()  # there is no other end; aiohttp would keep the connection
         return response
 
     async def dispatch(self, request: Request, call: Call | None) -> web.StreamResponse:

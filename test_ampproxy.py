@@ -2412,6 +2412,27 @@ async def test_the_words_of_the_end_inside_a_text_are_no_end(tmp_path):
 
 
 @in_loop
+async def test_no_comment_goes_out_behind_the_end():
+    """Not even one that was due when the end met a client whose socket is full."""
+
+    async def handle(request):
+        call = ampproxy.Call(request, ampproxy.MODEL_PATH.fullmatch("/v1/messages"))
+        with ampproxy.Delivery(call, 15, 300) as delivery:
+            response = await delivery.start(200, None, CIMultiDict(SSE))
+            delivery.settle(True)
+            request.protocol.pause_writing()  # as a full socket does
+            delivery.loop.call_later(0.1, request.protocol.resume_writing)
+            delivery.comment = asyncio.create_task(delivery.write_comment())
+            await delivery.write(response, WHOLE)
+        return response
+
+    server = await asyncio.get_running_loop().create_server(web.Server(handle), "127.0.0.1", 0)
+    got = await raw_exchange(server.sockets[0].getsockname()[1], HEALTH)
+    assert got.endswith(chunk(WHOLE) + b"0\r\n\r\n")
+    server.close()
+
+
+@in_loop
 async def test_a_silent_stream_is_kept_alive_with_comments_between_events(tmp_path):
     first, *rest = events()
     gate, inside = asyncio.Event(), asyncio.Event()
@@ -3357,6 +3378,22 @@ async def test_a_kept_connection_of_http_1_0_knows_where_an_answer_ends(tmp_path
         writer.close()
 
 
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/stream"])
+@in_loop
+async def test_a_stream_of_http_1_0_ends_with_its_connection(tmp_path, path):
+    """Although the client would keep it: nothing else says where the end is."""
+    async with world(tmp_path) as w:
+        w.claude.usual = w.amp.usual = (200, SSE, events())
+        body = json.dumps(STREAM).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", w.port)
+        head = post(path, len(body), body, "Connection: keep-alive\r\n")
+        writer.write(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        got = await asyncio.wait_for(reader.read(), 5)
+        assert got.endswith(b"\r\n\r\n" + b"".join(events()))
+        assert b"keep-alive" not in got
+        writer.close()
+
+
 @pytest.mark.parametrize("head", [
     b"GET http://evil.example/status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"CONNECT evil.example:443 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
     b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01 nonsense\r\n\r\n",
@@ -3688,6 +3725,32 @@ async def test_the_head_that_an_upstream_gets(tmp_path):
         assert f"\r\ncontent-length: {len(body)}\r\n" in head.decode().lower()
 
 
+@in_loop
+async def test_a_header_of_ones_own_counts_in_any_case(tmp_path):
+    """It takes the place of the row's, for clients of all dialects."""
+    async with raw_world(tmp_path, GOOD) as w:
+        own = {"Anthropic-Version": "2024-01-01", "X-Mine": "1", "x-mine": "2"}
+        w.reload(claude={"base-url": w.raw.url, "headers": own})
+        for path in ("/v1/messages", "/v1/chat/completions"):
+            assert (await w.ask(path, STREAM)).status == 200
+            head = w.raw.requests[-1][0].lower()
+            assert re.findall(rb"\r\nanthropic-version: (.+)\r", head) == [b"2024-01-01"]
+            assert re.findall(rb"\r\nx-mine: (.+)\r", head) == [b"2"]
+
+
+@pytest.mark.parametrize("remainder", [b"HTTP/1.1 408 Request Timeout\r\nX-A: b", b"H", b"\r\n"])
+@in_loop
+async def test_half_a_head_on_a_kept_connection(tmp_path, remainder):
+    """Is a remainder as a whole one is: the connection is not used again."""
+    gate = asyncio.Event()
+    async with raw_world(tmp_path, [*GOOD, gate, remainder], GOOD) as w:
+        assert (await w.ask("/v1/messages", STREAM)).status == 200
+        gate.set()
+        await asyncio.sleep(0.05)
+        assert (await w.ask("/v1/messages", STREAM)).bytes == WHOLE
+        assert w.raw.connections == 2
+
+
 @pytest.mark.parametrize(("retries", "status"), [(1, 502), (2, 502), (3, 200)])
 @pytest.mark.parametrize("end", ["close", "reset"])
 @in_loop
@@ -3697,6 +3760,35 @@ async def test_a_kept_connection_that_dies_under_a_call(tmp_path, end, retries, 
         assert (await w.ask("/v1/messages", STREAM)).status == 200
         assert (await w.ask("/v1/messages", STREAM)).status == status
         assert len(w.raw.requests) == 1 + retries
+
+
+@pytest.mark.parametrize("end", ["close", "reset"])
+@in_loop
+async def test_a_port_forwarded_to_nobody(tmp_path, end):
+    """It takes connections and ends them at once: each try is one, and many calls end alike."""
+    seen = []
+
+    def listen(listener):
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                seen.append(connection.fileno())
+                if end == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=500) as listener:
+        thread = threading.Thread(target=listen, args=[listener], daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = {"request-retry": 1, "max-retry-interval": 0, "claude": {"base-url": url}}
+        async with world(tmp_path, ampcode={"fallback": "never"}, **config) as w:
+            calls = [w.ask("/v1/messages", ASK) for _ in range(50)]
+            assert {response.status for response in await asyncio.gather(*calls)} <= {429, 502}
+            assert 0 < len(seen) <= 50
+            assert not w.server.net.connector._acquired
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 class EarlyUpstream(asyncio.Protocol):
@@ -3729,6 +3821,10 @@ async def early_world(folder, says):
     async with world(folder, claude={"base-url": url}) as w:
         yield w, seen
     server.close()
+
+
+def open_files():
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 LONG_PROMPT = {**STREAM, "messages": [{"role": "user", "content": "x" * 20_000_000}]}
@@ -3798,15 +3894,41 @@ zj0EAwIDRwAwRAIgXxHB7/BSe//AY7tWFomRZc47ZDN5uE8NpyJI75sDiXwCIH4L
 """  # for localhost and 127.0.0.1, of this test alone
 
 
+def server_tls(folder):
+    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
+        (folder / name).write_text(text)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "certificate", folder / "key")
+    return context
+
+
+@in_loop
+async def test_a_client_that_leaves_a_prompt_over_tls(tmp_path):
+    """Nobody waits for an upstream that takes none of it to say goodbye."""
+    seen, loop = [], asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: EarlyUpstream(seen, b""), "127.0.0.1", 0, ssl=server_tls(tmp_path)
+    )
+    url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+    async with world(tmp_path, claude={"base-url": url}) as w:
+        w.server.net.connector._ssl = ssl.create_default_context(cadata=TEST_CERTIFICATE)
+        asking = asyncio.create_task(w.ask("/v1/messages", LONG_PROMPT))
+        while not seen:
+            await asyncio.sleep(0.02)
+        await seen[0].paused.wait()
+        files = open_files()
+        asking.cancel()
+        async with asyncio.timeout(3):
+            while open_files() > files - 3:  # both ends of the client's connection, and ours
+                await asyncio.sleep(0.05)
+    server.close()
+
+
 @in_loop
 async def test_model_calls_over_tls(tmp_path):
     """A certificate that nobody vouches for is refused; one that is trusted serves, and is kept."""
-    for name, text in (("key", TEST_KEY), ("certificate", TEST_CERTIFICATE)):
-        (tmp_path / name).write_text(text)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
     raw = RawUpstream(GOOD)
-    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(raw.serve, "127.0.0.1", 0, ssl=server_tls(tmp_path))
     url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
     async with world(tmp_path, claude={"base-url": url}) as w:
         status, body, _ = await w.ask_json("/v1/messages", STREAM)
@@ -4096,26 +4218,37 @@ def test_all_commands_but_the_server_stay_scripts():
     assert {"serve", *ampproxy.SHORT_COMMANDS} == set(ampproxy.COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy"])
+@pytest.mark.parametrize(
+    "name", ["ampproxy.py", "my-proxy.py", "amp.proxy.py", "ampproxy", "time.py", ".py"]
+)
 @in_loop
 async def test_a_server_goes_on_as_a_module_of_itself(tmp_path, name):
     """In the same process, with the same words; what lies in the folder it was started in is not
-    taken for a library.  Under a name that no module has it stays a script.
+    taken for a library.  Under a name that no module has, or another one, it stays a script.
     """
     (tmp_path / "bin").mkdir()
     script = shutil.copy(SCRIPT, tmp_path / "bin" / name)
-    for library in ("uuid", "aiohttp", "ampproxy"):
+    for library in ("uuid", "aiohttp", "ampproxy", "importlib"):
         (tmp_path / f"{library}.py").write_text("raise SystemExit('the wrong one')")
     flags = ("-X", "faulthandler", str(script))
     async with running(tmp_path, answer_json(message()), script=flags) as cli:
         assert await cli.ask() == (200, "local")
         with suppress(OSError):  # not on a Mac
             words = Path(f"/proc/{cli.process.pid}/cmdline").read_text().split("\0")
-            assert words[1:3] == ["-X", "faulthandler"]
+            assert [word for word in words if word != "-P"][1:3] == ["-X", "faulthandler"]
             assert str(script) in words
             assert ("-c" in words) == (name in ("ampproxy.py", "my-proxy.py"))
         cli.process.send_signal(signal.SIGTERM)
         assert (await cli.end())[0] == 0
+
+
+def test_a_program_that_runs_the_script_keeps_it(tmp_path):
+    """It would be started anew with what is none of its own words."""
+    (tmp_path / "config.yaml").write_text("port: x")
+    runs = f"runpy.run_path({str(SCRIPT)!r}, None, '__main__')"
+    command = [sys.executable, "-c", f"import runpy, sys; sys.argv = ['x']; {runs}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, "expected a whole number" in done.stderr) == (1, True)
 
 
 WORD = "hé".encode()  # the only one
@@ -6385,6 +6518,40 @@ async def test_an_answer_is_over_with_its_last_event(tmp_path, monkeypatch, name
         assert w.server.ledger.requests[0]["output_tokens"] in (3, 7)
 
 
+async def piece_by_piece(request, pieces, pause):
+    response = web.StreamResponse(headers=SSE)
+    await response.prepare(request)
+    for piece in pieces:
+        await response.write(piece)
+        await asyncio.sleep(pause)
+    return response
+
+
+@in_loop
+async def test_an_end_without_an_answer_does_not_end_the_next_try(tmp_path):
+    """Whose answer is whole, whatever the first one said of itself."""
+    async with key_world(tmp_path, "openai-compatibility") as w:
+        pieces = completion_chunks()
+        w.keyed.script = [(200, SSE, [b"data: [DONE]\n\n"])]
+        w.keyed.usual = lambda request: piece_by_piece(request, pieces, 0.02)
+        path, body = asked_as("openai-compatibility", stream=True)
+        assert (await w.ask(path, body)).bytes == b"".join(pieces)
+        assert len(w.keyed.requests) == 2
+
+
+@in_loop
+async def test_the_next_try_may_think_as_long_as_the_first(tmp_path, monkeypatch):
+    """Although that one had said why it ends, and then nothing."""
+    monkeypatch.setattr(ampproxy, "SETTLE_WAIT", 0.1)
+    async with key_world(tmp_path, "gemini-api-key") as w:
+        silence = data(content("gemini-2.5-pro", "", "STOP"))
+        w.keyed.script = [lambda request: piece_by_piece(request, [silence], 0.02)]
+        w.keyed.usual = lambda request: piece_by_piece(request, content_chunks(), 0.4)
+        response = await w.ask("/v1/messages", {**STREAM, "model": "gemini-2.5-pro"})
+        assert (response.status, len(w.keyed.requests)) == (200, 2)
+        assert b'{"type":"message_stop"}' in response.bytes
+
+
 @pytest.mark.parametrize(("entry", "path"), [
     ({"base-url": "{}/v1beta/openai", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
     ({"base-url": "{}/v1beta/openai/", "api-key-entries": [{"api-key": "k"}]}, "/v1beta/openai/chat/completions"),
@@ -8310,6 +8477,26 @@ async def test_a_head_has_its_time(tmp_path, monkeypatch, sent):
         with suppress(ConnectionError):
             assert await reader.read() == b"", "but half a head on it may not"
         writer.close()
+
+
+@in_loop
+async def test_a_tunnel_outlives_the_time_of_a_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(ampproxy, "ANSWER_HEAD_WAIT", 0.1)
+
+    async def echo(request):
+        ws = web.WebSocketResponse()
+        await ws.prepare(request)
+        async for got in ws:
+            await ws.send_str(got.data)
+        return ws
+
+    async with world(tmp_path) as w:
+        w.amp.usual = echo
+        async with w.http.ws_connect(w.url + "/actors/gateway") as ws:
+            for words in ("one", "two"):
+                await asyncio.sleep(0.2)
+                await ws.send_str(words)
+                assert (await ws.receive()).data == words
 
 
 @pytest.mark.parametrize("drip", [b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
