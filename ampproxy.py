@@ -7339,11 +7339,11 @@ def query_for_provider(query: str) -> str:
     return "&".join(pair for pair in kept if pair)
 
 
-TURN_PAUSE = 0.001  # seconds between two turns, in which small calls go on
+TURN_PAUSE = 0.004  # seconds between two turns: a small call is through by then
 
 
 class Turns:
-    """Large prompts take turns.
+    """Large prompts take turns, with a pause for other calls, if there are any.
 
     To read one of 10 MB takes some 15 ms, in which nobody else is served, and to prepare it as
     long.  Side by side, four of them would keep a small call waiting at each of its steps.
@@ -7351,11 +7351,17 @@ class Turns:
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
+        self.calls = 0  # that are being answered, small ones, too
+        self.free_at = 0.0  # by the loop's clock
 
     async def take(self, work: Callable[[], Any]) -> Any:
+        loop = asyncio.get_running_loop()
         async with self.lock:
+            pause = self.free_at - loop.time()
+            if self.calls > 1 and pause > 0:
+                await asyncio.sleep(pause)
             done = work()
-            await asyncio.sleep(TURN_PAUSE)
+            self.free_at = loop.time() + TURN_PAUSE
         return done
 
 
@@ -8793,10 +8799,10 @@ class Prepared:
 
 
 class Forwarder:
-    def __init__(self, live: Live, net: Net, pool: Pool, pay: Pay) -> None:
+    def __init__(self, live: Live, net: Net, pool: Pool, turns: Turns, pay: Pay) -> None:
         self.live, self.net, self.pool, self.pay = live, net, pool, pay
         self.chooser = Chooser(live, pool)
-        self.turns = Turns()
+        self.turns = turns
         self.clock = pool.clock
         self.givers: OrderedDict[str, Account] = OrderedDict()  # of own_headers, by their value
 
@@ -9212,7 +9218,7 @@ def client_headers(given: Any, provider: Provider) -> Headers:
     """The provider's own, and those of the client that may travel on; the client's win."""
     headers, seen, connection = Headers(provider.headers), set(), connection_of(given)
     for name, value in given.items():
-        if reaches_provider(name[:100], connection, provider):
+        if reaches_provider(name[:100], connection, provider.passes):
             lower = name.lower()
             headers[name] = f"{headers[name]},{value}" if lower in seen else value
             seen.add(lower)
@@ -9220,8 +9226,8 @@ def client_headers(given: Any, provider: Provider) -> Headers:
 
 
 @functools.lru_cache(4096)
-def reaches_provider(name: str, connection: str, provider: Provider) -> bool:
-    return travels(name, connection, ()) and matches(name.lower(), provider.passes)
+def reaches_provider(name: str, connection: str, passes: tuple[str, ...]) -> bool:
+    return travels(name, connection, ()) and matches(name.lower(), passes)
 
 
 def worded(call: Call, body: Json) -> list[Any]:
@@ -10298,7 +10304,8 @@ class Server:
         self.live, self.net, self.clock = live, net, clock
         self.pool = Pool(live, net, clock)
         self.ampcode = Ampcode(live, net, clock)
-        self.forwarder = Forwarder(live, net, self.pool, self.ampcode.pay)
+        self.turns = Turns()
+        self.forwarder = Forwarder(live, net, self.pool, self.turns, self.ampcode.pay)
         self.ledger = Ledger(self.pool)
         self.tidying: asyncio.TimerHandle | None = None
         self.trouble_told = ""  # the last error of a tick: it is said once
@@ -10362,7 +10369,14 @@ class Server:
         return await self.management(request, key, bool(call), upgrades)
 
     async def model_call(self, call: Call, key: str) -> web.StreamResponse:
-        await call.read(self.forwarder.turns)
+        self.turns.calls += 1
+        try:
+            await call.read(self.turns)
+            return await self.answer(call, key)
+        finally:
+            self.turns.calls -= 1
+
+    async def answer(self, call: Call, key: str) -> web.StreamResponse:
         large = len(call.raw) > LARGE
         streaming = self.live.config["streaming"]
         keepalive, idle = streaming["keepalive-seconds"], streaming["idle-timeout-seconds"]

@@ -4024,6 +4024,45 @@ async def test_a_call_that_is_over_waits_for_no_collection(tmp_path, name):
             gc.enable()
 
 
+@in_loop
+async def test_large_prompts_take_turns():
+    """Others go on between two turns; who leaves, or fails, does not keep the turn."""
+    turns, done = ampproxy.Turns(), []
+    turns.calls = 3
+
+    async def small():
+        while done.count("large") < 3:
+            done.append("small")
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(small())
+    await asyncio.gather(*(turns.take(lambda: done.append("large")) for _ in range(3)))
+    await others
+    where = [index for index, word in enumerate(done) if word == "large"]
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(where))
+    leaver = asyncio.create_task(turns.take(done.clear))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    with pytest.raises(ZeroDivisionError):
+        await turns.take(lambda: 1 / 0)
+    assert (await turns.take(lambda: 5), turns.lock.locked()) == (5, False)
+    assert done, "the leaver's work is not done"
+
+
+@in_loop
+async def test_a_large_prompt_alone_waits_for_nobody(tmp_path):
+    body = {**ASK, "messages": [{"role": "user", "content": "x" * 2_000_000}]}
+    slept = []
+    async with world(tmp_path) as w:
+        real = asyncio.sleep
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(asyncio, "sleep", lambda *args: slept.append(args) or real(*args))
+            assert (await w.ask("/v1/messages", body)).status == 200
+        assert (slept, w.server.turns.calls) == ([], 0)
+        assert (await w.ask("/v1/messages", b"{" + b" " * 2_000_000)).status == 400
+        assert (w.server.turns.lock.locked(), w.server.turns.calls) == (False, 0)
+
+
 class Leaving:
     """An upstream that begins an answer, or not, and notices that nobody waits for it any longer."""
 
