@@ -11497,7 +11497,7 @@ def stop_signal() -> asyncio.Future[None]:
     return stop
 
 
-GARBAGE_AFTER = 10_000  # objects more than before, of which a call makes and drops a thousand
+GARBAGE_AFTER = (5000, 5, 4)  # new objects, looks at them, and at older ones; Python's: 700, 10, 10
 
 
 async def serve(live: Live, args: Json) -> None:
@@ -11512,7 +11512,7 @@ async def serve(live: Live, args: Json) -> None:
         log.info("%s", amp_line(address, bool(args.keys() & {"config", "host", "port"})))
         server.ledger.warn_of_no_account()
         gc.freeze()  # what is there by now stays: nobody need look for garbage in it
-        gc.set_threshold(GARBAGE_AFTER)
+        gc.set_threshold(*GARBAGE_AFTER)
         while not (await asyncio.wait([stop], timeout=1))[0]:
             server.tick()
         log.info("stopping: running answers get 10 seconds")
