@@ -7339,11 +7339,11 @@ def query_for_provider(query: str) -> str:
     return "&".join(pair for pair in kept if pair)
 
 
-TURN_PAUSE = 0.004  # seconds between two turns: a small call is through by then
+TURN_PAUSE = 0.004  # seconds between two turns at least: a small call is through by then
 
 
 class Turns:
-    """Large prompts take turns, with a pause for other calls, if there are any.
+    """Large prompts take turns, and half of the time where there are other calls.
 
     To read one of 10 MB takes some 15 ms, in which nobody else is served, and to prepare it as
     long.  Side by side, four of them would keep a small call waiting at each of its steps.
@@ -7360,8 +7360,10 @@ class Turns:
             pause = self.free_at - loop.time()
             if self.calls > 1 and pause > 0:
                 await asyncio.sleep(pause)
+            began = loop.time()
             done = work()
-            self.free_at = loop.time() + TURN_PAUSE
+            ended = loop.time()
+            self.free_at = ended + max(TURN_PAUSE, ended - began)
         return done
 
 
