@@ -26,7 +26,7 @@ Common ground          errors, JSON, numbers and times, what may be shown to a p
 Provider table         one row a provider: addresses, paths, models, login, headers
 Configuration          the keys of config.yaml, reading and checking it, taking up a change
 Token files            one JSON file a login: read, saved whole, merged with others' edits
-The network            sessions to the outside, outbound proxies, listening
+The network            sessions to the outside, a lean way for model calls, listening
 Signing in             OAuth with PKCE, callbacks, device codes, the project of a Google login
 Accounts               who may answer next, what an error means for that, refreshing tokens
 The neutral form       what a request and an answer are in any dialect; histories put right
