@@ -2481,11 +2481,11 @@ async def test_no_comment_gets_into_what_is_no_stream(tmp_path, packed):
         gzip.compress(b"".join(events())) if packed else b'{"a": "' + b"x" * 90 + b'"}',
     )
     kind = {**SSE, "Content-Encoding": "gzip"} if packed else {"Content-Type": "application/json"}
-    async with world(tmp_path, tokens=(), streaming={"keepalive-seconds": 0.05}) as w:
+    async with world(tmp_path, tokens=(), streaming={"keepalive-seconds": 0.25}) as w:
         w.amp.usual = (200, kind, [whole[:30], gate, whole[30:]])
         async with w.http.post(w.url + PATH, json=STREAM) as response:
             first = await response.content.readexactly(30)
-            await asyncio.sleep(0.2)  # some beats long
+            await asyncio.sleep(0.6)  # some beats long
             gate.set()
             assert first + await response.content.read() == whole
 
