@@ -696,6 +696,11 @@ class Provider:
         """The same in lower case, without what is a pattern."""
         return {name.lower(): own for name, own in self.names.items() if not is_pattern(name)}
 
+    @functools.cached_property
+    def betas(self) -> str:
+        """Its own, in whatever case of letters a person wrote the header."""
+        return str(Headers(self.headers).get("anthropic-beta", ""))
+
     def served(self, model: str) -> str:
         """What is asked for there, for a name in any case of letters."""
         return self.written.get(model.lower(), model)
@@ -1974,9 +1979,6 @@ class LeanAnswer:
     def content_type(self) -> str:
         return str(self.headers.get("Content-Type", "")).partition(";")[0].strip().lower()
 
-    async def read(self) -> bytes:
-        return await self.content.read()
-
     def ended(self) -> None:
         """The last byte is here: another call may have the connection, if it took all of ours."""
         if not self.connection:
@@ -2073,11 +2075,6 @@ def environment_proxies() -> dict[str, str]:
 MOST_ORIGINS = 100  # that are remembered; only a person who edits the configuration adds one
 
 
-@functools.lru_cache(256)
-def origin_of(url: URL) -> URL:
-    return url.origin()
-
-
 def unreachable(url: str, error: Exception) -> ProxyError:
     host = as_url(url).host or "an empty upstream-url"
     problem = Problem(502, f"{host} cannot be reached: {net_words(error)}")
@@ -2136,7 +2133,7 @@ class Net:
 
     async def ask(
         self, method: str, url: str, idle: float, proxy: str = "", **more: Any
-    ) -> Upstream:
+    ) -> aiohttp.ClientResponse:
         """An answer whose headers have come, within `idle` seconds; 0 is any time.
 
         Whoever asks releases it in the end.  ProxyError 502 when none comes.
@@ -2186,7 +2183,7 @@ class Net:
             raise
 
     def origin(self, url: URL) -> aiohttp.ClientRequest:
-        origin = origin_of(url)
+        origin = url.origin()
         if origin not in self.origins:
             if len(self.origins) >= MOST_ORIGINS:
                 self.origins.clear()
@@ -2583,16 +2580,21 @@ async def grant_of_device(net: Net, provider: Provider) -> Json:
 
 async def ask_device(net: Net, provider: Provider, what: str, body: Json) -> tuple[int, Json]:
     url, headers = f"{provider.device_url}/{what}", {"Content-Type": "application/json"}
-    return await post_json(net, url, headers, body, provider.proxy_url)
+    status, answer, _ = await post_json(net, url, headers, body, provider.proxy_url)
+    return status, answer
 
 
-async def post_json(net: Net, url: str, headers: Json, body: Json, proxy: str) -> tuple[int, Json]:
-    """Status and answer; a 502 with the reason where none comes."""
+async def post_json(
+    net: Net, url: str, headers: Json, body: Json, proxy: str
+) -> tuple[int, Json, frozenset[str]]:
+    """Status and answer, a 502 with the reason where none comes; and the codes of a Problem."""
     try:
-        return await net.ask_json("POST", url, headers, write_json(body), proxy)
-    except (ProxyError, *NET_ERRORS) as error:
-        words = explain(error) if isinstance(error, ProxyError) else net_words(error)
-        return 502, {"error": words}
+        status, answer = await net.ask_json("POST", url, headers, write_json(body), proxy)
+    except ProxyError as error:
+        return 502, {"error": explain(error)}, error.problem.codes
+    except NET_ERRORS as error:
+        return 502, {"error": net_words(error)}, frozenset()
+    return status, answer, frozenset()
 
 
 async def ask_token(net: Net, provider: Provider, form: Json, proxy: str = "") -> Json:
@@ -2704,13 +2706,7 @@ async def ask_code_assist(
     problem = Problem(502, "it has no host")
     for host in hosts:
         url, headers = joined(host, path), {**provider.headers, **own}
-        codes = frozenset[str]()
-        try:
-            status, answer = await net.ask_json("POST", url, headers, write_json(body), proxy)
-        except ProxyError as error:
-            status, answer, codes = 502, {"error": explain(error)}, error.problem.codes
-        except NET_ERRORS as error:
-            status, answer = 502, {"error": net_words(error)}
+        status, answer, codes = await post_json(net, url, headers, body, proxy)
         if status == 200 and "error" not in answer:
             return answer
         text = error_text(answer)
@@ -6881,8 +6877,7 @@ def remarked(blocks: Any, new: Iterator[Json | None], depth: int) -> Any:
 
 def with_betas(body: Json, headers: Headers, provider: Provider) -> Json:
     """One list in the header, without those that the row drops."""
-    own = Headers(provider.headers).get("anthropic-beta", "")
-    asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), own]
+    asked = [headers.get("anthropic-beta", ""), *as_list(body.get("betas")), provider.betas]
     kept = beta_list(",".join(map(str, asked))[:2000], provider.drop_betas)
     headers.popall("anthropic-beta", None)
     if kept:
